@@ -1,0 +1,57 @@
+"""`harness grid`: plan a study, or run what is missing of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.cli import shared, show
+from harness.launch.driver import Mode
+from harness.study.cells import build_grid, only
+from harness.study.plan import check_budget
+from harness.study.schema import load_study
+from harness.study.select import select
+
+_EXAMPLE = """Example:
+
+  harness grid grids/scale_study.yaml                      # cells, stages, FLOPs, time
+
+  harness grid grids/scale_study.yaml --only 'size=d32x3,init=mae' --submit
+"""
+
+
+def grid(
+    file: Annotated[Path, typer.Argument(help="Study file (YAML).")],
+    submit: Annotated[bool, typer.Option("--submit", help="Run what is missing.")] = False,
+    selection: Annotated[
+        str | None, typer.Option("--only", help="Cells: 'axis=value[|value],axis=value'.")
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="cached: run what is missing; retry: failed ones too; force: all anew;"
+            " read-only: run nothing."
+        ),
+    ] = "cached",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    root: shared.Root = None,
+) -> int:
+    """Plan a study file: cells, shared stages, cost. With --submit, run what is missing."""
+    tree = shared.tree(root)
+    loaded = load_study(file)
+    ablations = shared.known_ablations(tree, loaded.study.name)
+    full = build_grid(loaded, ablations)
+    grid = only(full, select(full.cells, selection)) if selection else full
+    machine, plan = shared.plan(tree, grid)
+    if not submit:
+        print(json.dumps(plan.to_json(), indent=1)) if as_json else show.plan(plan, tree)
+        return 0
+    check_budget(plan)
+    shared.check_drift(tree, grid)
+    return shared.submit(tree, full, ablations, grid, machine, plan, mode)
+
+
+grid.__doc__ = f"{grid.__doc__}\n\n{_EXAMPLE}"

@@ -1,0 +1,91 @@
+"""`harness run`: one cell, here, now; with --set an ablation of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from harness.cli import shared
+from harness.errors import UserError
+from harness.launch.driver import Mode
+from harness.ledger import store
+from harness.ledger.tree import Tree
+from harness.study.cells import Ablation, build_grid, only
+from harness.study.schema import check_name, load_study
+from harness.study.select import find_cell
+
+
+def run(
+    cell: Annotated[str, typer.Argument(help="Name or id of a cell; the start of an id will do.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Field to change: wsp.lr=3e-4. Repeatable.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Name of the ablation.")] = None,
+    study: Annotated[str | None, typer.Option(help="Study, if several have the cell.")] = None,
+    mode: Annotated[Mode, typer.Option(help="As in `harness grid`.")] = "cached",
+    root: shared.Root = None,
+) -> int:
+    """Run one cell of a submitted study. With --set, run a changed copy that remembers its parent.
+
+    Stages that the change does not touch are reused.
+
+    Example:
+
+      harness run d32x3-4k-mae-s0 --set wsp.lr=3e-4 --tag low-lr
+    """
+    tree = shared.tree(root)
+    name, row = find_in_studies(tree, cell, study)
+    loaded = load_study(tree.study(name) / "study.yaml", store.base_folder(tree, name))
+    ablations = store.read_ablations(tree, name)
+    wanted = row["id"]
+    if changes or tag:
+        new = Ablation(
+            parent=row["id"], values=row["axes"], set=_parse(changes or []), tag=_tag(tag)
+        )
+        before = {c.id for c in build_grid(loaded, ablations).cells}
+        if new not in ablations:
+            ablations = [*ablations, new]
+        added = [c for c in build_grid(loaded, ablations).cells if c.id not in before]
+        same = [c for c in build_grid(loaded, [new]).cells if c.parent == row["id"]]
+        if not added and not same:
+            raise UserError(f"--set changes nothing: {row['id']} has these values already")
+        wanted = (added or same)[0].id
+    full = build_grid(loaded, ablations)
+    grid = only(full, [c for c in full.cells if c.id == wanted])
+    machine, plan = shared.plan(tree, grid)
+    shared.check_drift(tree, grid)
+    print(f"cell {wanted}")
+    return shared.submit(tree, full, ablations, grid, machine, plan, mode)
+
+
+def find_in_studies(tree: Tree, cell: str, study: str | None) -> tuple[str, dict[str, Any]]:
+    """Study and row of a cell. Raises NotFoundError or, if several studies have it, UserError."""
+    names = [study] if study else tree.studies()
+    rows = [{**row, "study": name} for name in names for row in store.read_cells(tree, name)]
+    exact = {r["study"] for r in rows if cell in (r["id"], r["name"])}
+    if len(exact) > 1:
+        raise UserError(f"cell '{cell}' is in several studies; add --study {' or '.join(exact)}")
+    row = find_cell(rows, cell)
+    return row["study"], row
+
+
+def _tag(tag: str | None) -> str | None:
+    try:
+        return check_name(tag) if tag else None
+    except ValueError as error:
+        raise UserError(f"--tag {error}") from None
+
+
+def _parse(changes: list[str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {change!r}: expected field=value, such as wsp.lr=3e-4")
+        try:
+            parsed[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {change!r}: {text!r} is not a value") from None
+    return parsed

@@ -1,0 +1,70 @@
+"""What several verbs need: the run root, the plan, a submission with its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.cli import show
+from harness.errors import EXIT_FAILED, EXIT_OK, UserError
+from harness.launch.driver import Driver, Mode
+from harness.launch.machine import Machine, detect
+from harness.ledger import states, store
+from harness.ledger.tree import Tree, default_root
+from harness.study.cells import Ablation, Grid
+from harness.study.plan import Plan, make_plan
+
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Run root. Default: HARNESS_ROOT, or ./runs.", show_default=False),
+]
+
+
+def tree(root: Path | None) -> Tree:
+    """The run tree a verb works on."""
+    return Tree(root.absolute() if root else default_root())
+
+
+def known_ablations(tree: Tree, study: str) -> list[Ablation]:
+    """Ablations of the study so far: they stay cells of it when the file is submitted again."""
+    return store.read_ablations(tree, study)
+
+
+def plan(tree: Tree, grid: Grid) -> tuple[Machine, Plan]:
+    """The grid with states and cost on this machine."""
+    machine = detect()
+    found = {k: v.state for k, v in states.read_states(tree, grid.stages).items()}
+    speeds = states.measured_speeds(tree, machine.device)
+    return machine, make_plan(grid, found, speeds, len(machine.slots))
+
+
+def check_drift(tree: Tree, grid: Grid) -> None:
+    """Raises UserError if a stored stage is not what its id says it is."""
+    lines = states.check_drift(tree, grid)
+    if lines:
+        raise UserError(
+            *lines, "an id stands for its config: restore the stage folders above or remove them"
+        )
+
+
+def submit(
+    tree: Tree,
+    full: Grid,
+    ablations: list[Ablation],
+    grid: Grid,
+    machine: Machine,
+    plan: Plan,
+    mode: Mode,
+) -> int:
+    """Runs what is missing of `grid`, a part of the study `full`; returns the exit code."""
+    if mode != "read-only":
+        store.register(tree, full, ablations)
+    with show.Live(plan, machine) as live:
+        summary = Driver(grid, tree, machine, plan.speeds, live.update).run(mode)
+    show.summary(summary, grid, tree, mode)
+    if summary.interrupted:
+        return 130
+    incomplete = mode == "read-only" and summary.left
+    return EXIT_FAILED if summary.failed or summary.blocked or incomplete else EXIT_OK

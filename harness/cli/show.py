@@ -1,0 +1,246 @@
+"""Tables and live progress for people; plain text when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live as RichLive
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from harness.launch.driver import Mode, Progress, Summary
+from harness.launch.machine import Machine
+from harness.ledger.tree import Tree
+from harness.study.cells import Grid
+from harness.study.plan import Plan
+from harness.units import format_count, format_seconds, format_si
+
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "submitted": "cyan",
+    "failed": "red",
+    "diverged": "magenta",
+    "blocked": "red",
+    "lost": "yellow",
+    "preempted": "yellow",
+    "timeout": "yellow",
+    "cancelled": "yellow",
+}
+
+
+def console(*, error: bool = False) -> Console:
+    """A console of the terminal's width; wide enough for whole rows when piped."""
+    stream = sys.stderr if error else sys.stdout
+    width = None if stream.isatty() else 160
+    return Console(stderr=error, width=width, highlight=False)
+
+
+def state_text(state: str) -> str:
+    """A state in its colour."""
+    colour = _COLOURS.get(state)
+    return f"[{colour}]{state}[/]" if colour else state
+
+
+def plan(plan: Plan, tree: Tree) -> None:
+    """The plan: cells, stages by what they feed, totals."""
+    out, grid = console(), plan.grid
+    study = grid.loaded.study
+    out.print(f"[bold]{escape(study.name)}[/]  {len(grid.cells)} cells, {len(grid.stages)} stages")
+    if study.question:
+        out.print(escape(study.question.strip()))
+    out.print(_cell_table(plan))
+    out.print(_stage_table(plan))
+    _print_totals(out, plan, tree)
+
+
+def _cell_table(plan: Plan) -> Table:
+    table = Table(title="cells", title_justify="left", box=None, pad_edge=False)
+    table.add_column("cell", no_wrap=True)
+    for name in ("params", "images", "samples", "FLOPs", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for cell in plan.grid.cells:
+        stages = [plan.grid.stages[s] for s in cell.stages.values()]
+        table.add_row(
+            escape(cell.id),
+            format_si(cell.params),
+            format_count(cell.images),
+            format_si(sum(s.config.samples for s in stages)),
+            format_si(cell.flops),
+            format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
+            state_text(plan.cell_state(cell.stages)),
+        )
+    return table
+
+
+def _stage_table(plan: Plan) -> Table:
+    """One row per kind of stage, and one per stage that feeds several cells."""
+    table = Table(title="stages", title_justify="left", box=None, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    for name in ("feeds cells", "samples", "FLOPs", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    kinds: dict[str, list[str]] = {}
+    for stage in plan.grid.stages.values():
+        kinds.setdefault(stage.kind, []).append(stage.id)
+    for kind, ids in kinds.items():
+        stages = [plan.grid.stages[i] for i in ids]
+        done = sum(plan.states[i] == "done" for i in ids)
+        table.add_row(
+            f"{kind} x {len(ids)}",
+            "",
+            format_si(sum(s.config.samples for s in stages)),
+            format_si(sum(s.flops for s in stages)),
+            format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
+            f"{done}/{len(ids)} done",
+            style="bold",
+        )
+        shared = [s for s in stages if plan.grid.feeds[s.id] > 1]
+        for stage in shared:
+            table.add_row(
+                f"  {escape(stage.id)}",
+                str(plan.grid.feeds[stage.id]),
+                format_si(stage.config.samples),
+                format_si(stage.flops),
+                format_seconds(plan.speeds.seconds(stage)),
+                state_text(plan.states[stage.id]),
+            )
+    return table
+
+
+def _print_totals(out: Console, plan: Plan, tree: Tree) -> None:
+    totals = plan.totals
+    saved = 1 - totals.flops_shared / totals.flops_naive if totals.flops_naive else 0.0
+    out.print(
+        f"FLOPs: {format_si(totals.flops_naive)} if every cell paid for all its stages,"
+        f" {format_si(totals.flops_shared)} with shared stages run once ({saved:.0%} saved),"
+        f" {format_si(totals.flops_remaining)} still to do"
+    )
+    basis = f"{totals.measured_share:.0%} of it at speeds measured in {tree.root}"
+    if totals.measured_share == 0:
+        basis = "speed guessed: nothing was measured here yet"
+    out.print(
+        f"time: about {format_seconds(totals.seconds_remaining)} on this machine,"
+        f" {totals.process_hours_remaining:.3g} process hours ({escape(basis)});"
+        f" disk: at most {format_si(totals.disk_bytes, 'B')}"
+    )
+
+
+class Live:
+    """Progress of a submission: a live panel on a terminal, a line now and then otherwise."""
+
+    _EVERY_S = 15.0
+
+    def __init__(self, plan: Plan, machine: Machine) -> None:
+        self.plan, self.machine = plan, machine
+        self.console = console(error=True)
+        self.live = RichLive(console=self.console, refresh_per_second=4, transient=True)
+        self._last_line = 0.0
+        self._known: dict[str, str] = {}
+
+    def __enter__(self) -> Live:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Shows where the submission is."""
+        for stage, state in progress.states.items():
+            if state in ("failed", "diverged") and self._known.get(stage) != state and self._known:
+                self.console.print(f"{state_text(state)} {escape(stage)}")
+        self._known = dict(progress.states)
+        if self.console.is_terminal:
+            self.live.update(self._panel(progress))
+            return
+        done = sum(s == "done" for s in progress.states.values())
+        now = time.monotonic()
+        if now - self._last_line >= self._EVERY_S or done == progress.total:
+            self._last_line = now
+            self.console.print(self._headline(progress))
+
+    def _headline(self, progress: Progress) -> str:
+        counts: dict[str, int] = {}
+        for state in progress.states.values():
+            counts[state] = counts.get(state, 0) + 1
+        bad = [f"{n} {s}" for s, n in counts.items() if s in ("failed", "diverged", "blocked")]
+        elapsed = time.monotonic() - progress.started
+        parts = [
+            f"{counts.get('done', 0)}/{progress.total} stages done",
+            f"{len(progress.running)} running",
+            *bad,
+            f"{format_seconds(elapsed)} so far",
+            f"about {format_seconds(progress.seconds_left)} left",
+        ]
+        names = ", ".join(_progress_text(r.stage.id, progress.live) for r in progress.running)
+        stopping = "; stopping: saving checkpoints" if progress.interrupted else ""
+        return ", ".join(parts) + (f": {escape(names)}" if names else "") + stopping
+
+    def _panel(self, progress: Progress) -> Group:
+        done = sum(s == "done" for s in progress.states.values())
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_row(
+            "all stages",
+            ProgressBar(total=progress.total, completed=done, width=30),
+            f"{done}/{progress.total}",
+            f"about {format_seconds(progress.seconds_left)} left",
+            f"{format_seconds(time.monotonic() - progress.started)} so far",
+        )
+        for running in progress.running:
+            live: dict[str, Any] = dict(progress.live.get(running.stage.id, {}))
+            step, steps = live.get("step") or 0, live.get("steps") or 0
+            rate, loss = live.get("samples_per_s"), live.get("loss")
+            table.add_row(
+                escape(running.stage.id),
+                ProgressBar(total=steps or None, completed=step, width=30, pulse=not steps),
+                f"{step}/{steps}" if steps else running.stage.kind,
+                f"{format_si(rate)} samples/s" if rate else "",
+                f"loss {loss:.4f}" if loss is not None else "",
+            )
+        lines: list[Any] = [table]
+        if progress.interrupted:
+            lines.append(Text("stopping: saving checkpoints (Ctrl-C again to stop at once)"))
+        return Group(*lines)
+
+
+def _progress_text(stage: str, live: dict[str, dict[str, Any]]) -> str:
+    status = live.get(stage, {})
+    step, steps = status.get("step"), status.get("steps")
+    return f"{stage} {step / steps:.0%}" if step and steps else stage
+
+
+def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
+    """How it ended: what ran, every failure by name, what to do next."""
+    out, total = console(), len(grid.stages)
+    name = grid.loaded.study.name
+    if not summary.ran and not summary.failed and not summary.left and not summary.blocked:
+        out.print(f"{name}: nothing to do, all {total} stages are done")
+    else:
+        out.print(
+            f"{name}: {len(summary.done)} of {total} stages done,"
+            f" {len(set(summary.ran))} run now in {format_seconds(summary.wall_s)}"
+        )
+    for stage, what in summary.failed.items():
+        kind = grid.stages[stage].kind
+        out.print(f"  {escape(stage)}: {escape(what)}; log: {tree.stage(kind, stage).attempts}")
+    if summary.blocked:
+        out.print(f"  {len(summary.blocked)} stages are blocked by these")
+    if summary.failed and mode == "cached":
+        out.print("  run failed stages again with --mode retry")
+    if summary.interrupted:
+        out.print("  stopped; the same command goes on from the last checkpoints")

@@ -1,0 +1,94 @@
+"""`harness status`: where the studies of a run root are."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from harness.cli import shared, show
+from harness.ledger import summary
+from harness.units import format_seconds, format_si
+
+
+def status(
+    study: Annotated[str | None, typer.Argument(help="Name of the study; all by default.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until all is over.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    root: shared.Root = None,
+) -> int:
+    """Show cells and stages by state, progress of running stages, failures with their reason.
+
+    Example:
+
+      harness status scale_study --watch
+    """
+    tree = shared.tree(root)
+    if as_json:
+        print(json.dumps(summary.summarise(tree, study), indent=1))
+        return 0
+    if not watch:
+        for part in _render(summary.summarise(tree, study)):
+            show.console().print(part)
+        return 0
+    with Live(console=show.console(), refresh_per_second=2) as live:
+        while True:
+            now = summary.summarise(tree, study)
+            live.update(Group(*_render(now)))
+            if not any(s["active"] for s in now["studies"]):
+                return 0
+            time.sleep(1.0)
+
+
+def _render(found: dict[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    if not found["studies"]:
+        parts.append(f"no study in {escape(found['root'])}; run `harness grid FILE --submit`")
+    for study in found["studies"]:
+        parts += _study(study)
+    return parts
+
+
+def _study(study: dict[str, Any]) -> list[RenderableType]:
+    cells = ", ".join(f"{n} {show.state_text(s)}" for s, n in study["cells"].items())
+    parts: list[RenderableType] = [f"[bold]{escape(study['name'])}[/]  cells: {cells}"]
+    table = Table(box=None, pad_edge=False)
+    for name in ("stages", "done", "running", "waiting", "failed", "other"):
+        table.add_column(name, justify="left" if name == "stages" else "right")
+    for kind, states in study["kinds"].items():
+        known = {
+            "done": states.get("done", 0),
+            "running": states.get("running", 0) + states.get("submitted", 0),
+            "waiting": states.get("planned", 0) + states.get("waiting", 0),
+            "failed": sum(states.get(s, 0) for s in ("failed", "diverged", "blocked")),
+        }
+        other = sum(states.values()) - sum(known.values())
+        table.add_row(kind, *(str(v) if v else "" for v in known.values()), str(other or ""))
+    parts.append(table)
+    for stage in study["running"]:
+        step, steps = stage.get("step") or 0, stage.get("steps") or 0
+        rate, loss = stage.get("samples_per_s"), stage.get("loss")
+        bits = [
+            f"{step / steps:.0%}" if steps else "",
+            f"{format_si(rate)} samples/s" if rate else "",
+            f"{format_seconds(stage['eta_s'])} left" if stage.get("eta_s") is not None else "",
+            f"loss {loss:.4f}" if loss is not None else "",
+            f"attempt {stage['attempt']}" if stage["attempt"] > 1 else "",
+        ]
+        parts.append(f"  running {escape(stage['id'])}  " + "  ".join(b for b in bits if b))
+    for stage in study["failed"]:
+        message = escape(f"{stage['reason']}: {stage['message']}")
+        parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {message}")
+    cost = study["harness_s"]
+    if cost is not None:
+        parts.append(
+            f"  time per finished stage: {cost['total']:.2f} s, of it {cost['harness']:.2f} s"
+            f" outside training and evaluation ({cost['share']:.0%} of all time)"
+        )
+    return parts

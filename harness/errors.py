@@ -1,0 +1,59 @@
+"""The errors of the project, each with the exit code the command line turns it into.
+
+A user's mistake is a UserError: one line that says what was found, what was expected and what
+to do. Everything else that is not one of these is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NOT_FOUND = 4
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: the worker stopped in good order and asks to be run again.
+
+
+class HarnessError(Exception):
+    """Base of all errors the project raises on purpose."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(HarnessError):
+    """Something the user wrote cannot be used; one or several problems, a line each."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class NotFoundError(UserError):
+    """A name the user gave (study, cell, stage, file) does not exist."""
+
+    exit_code = EXIT_NOT_FOUND
+
+
+class DataError(HarnessError):
+    """A shard or sample cannot be read; the message names the shard and the byte offset."""
+
+
+class DivergedError(HarnessError):
+    """The loss became non-finite. A result, not a crash."""
+
+    def __init__(self, step: int, samples: int, loss: float) -> None:
+        super().__init__(f"loss became {loss} at step {step} ({samples} samples seen)")
+        self.step = step
+        self.samples = samples
+        self.loss = loss
+
+
+class LeaseLostError(HarnessError):
+    """Another process owns the stage now; this one must write nothing more."""
+
+
+class PreemptedError(HarnessError):
+    """The worker was asked to stop, saved a checkpoint and can go on later."""
+
+    exit_code = EXIT_REQUEUE

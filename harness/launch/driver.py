@@ -1,0 +1,319 @@
+"""Runs what is missing of a study: places ready stages, turns ends into states, retries."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Literal
+
+from harness.errors import UserError
+from harness.launch import provenance
+from harness.launch.machine import Machine
+from harness.launch.pool import Ended, Pool, Running
+from harness.ledger import store
+from harness.ledger.files import read_json, write_json
+from harness.ledger.states import ACTIVE, FAILED, StageState, read_states
+from harness.ledger.tree import Tree
+from harness.study.cells import Grid
+from harness.study.cost import Speeds
+from harness.study.recipes import StageFile
+from harness.study.schema import Retry
+
+Mode = Literal["cached", "retry", "force", "read-only"]
+EXIT_BUSY = 76  # harness.worker's, which must not be imported here
+
+_POLL_S = 0.5
+_REREAD_S = 10.0
+_STOP_GRACE_S = 60.0
+
+
+@dataclass
+class Progress:
+    """What a watcher of the driver is told; a new one with every call."""
+
+    total: int
+    states: dict[str, str]
+    running: list[Running]
+    live: dict[str, dict[str, object]]
+    """status.json of the running stages."""
+    seconds_left: float
+    started: float
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a submission ended."""
+
+    ran: list[str]
+    done: list[str]
+    failed: dict[str, str]
+    """Stage id -> what happened, for stages that failed or diverged on their own."""
+    blocked: list[str]
+    left: list[str]
+    interrupted: bool
+    wall_s: float
+
+
+@dataclass
+class _Job:
+    stage: StageFile
+    priority: float
+    tries: Counter[str] = field(default_factory=Counter)
+
+
+class Driver:
+    """One `--submit`: owns the pool and the order of things. The files are the truth."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        tree: Tree,
+        machine: Machine,
+        speeds: Speeds,
+        watch: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.grid, self.tree, self.machine, self.speeds = grid, tree, machine, speeds
+        self.watch = watch
+        self.retry: Retry = grid.loaded.study.retry
+        self.stages = {k: self._placed(s) for k, s in grid.stages.items()}
+        self.interrupted = False
+        self._kill = False
+        self._ran: list[str] = []
+        self._external: set[str] = set()
+        self.live: dict[str, dict[str, object]] = {}
+
+    def _placed(self, stage: StageFile) -> StageFile:
+        execution = stage.execution.model_copy(update={"device": self.machine.device})
+        return stage.model_copy(update={"execution": execution})
+
+    def run(self, mode: Mode) -> Summary:
+        """Runs all that is missing and can run; returns when nothing is left to wait for."""
+        started = time.monotonic()
+        self._check_slots()
+        self._reset(mode)
+        states = read_states(self.tree, self.stages)
+        todo = self._todo(states)
+        if not todo or mode == "read-only":
+            return self._summary(states, started)
+        self.git = provenance.git_state()
+        stops = (signal.SIGINT, signal.SIGTERM)
+        old_handlers = {n: signal.signal(n, self._interrupt) for n in stops}
+        pool = Pool(self.machine, self.tree)
+        try:
+            self._loop(pool, todo, started)
+        finally:
+            pool.close()
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+        return self._summary(read_states(self.tree, self.stages), started)
+
+    # -- before -------------------------------------------------------------------------------
+
+    def _check_slots(self) -> None:
+        have = len(self.machine.slots)
+        what = "GPUs" if self.machine.device == "cuda" else "cores"
+        for stage in self.stages.values():
+            execution = stage.execution
+            threads = 1 if self.machine.device == "cuda" else execution.threads
+            need = execution.ranks * threads
+            if need > have:
+                raise UserError(
+                    f"{stage.id} needs {need} {what} ({execution.ranks} ranks); this machine has"
+                    f" {have}; lower `resources`, or submit on a larger machine"
+                )
+
+    def _reset(self, mode: Mode) -> None:
+        """Modes retry and force make failed, or all, stages runnable again."""
+        if mode not in ("retry", "force"):
+            return
+        states = read_states(self.tree, self.stages)
+        for stage_id, state in states.items():
+            folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
+            if state.state in ACTIVE:
+                continue
+            if mode == "force" and folder.path.exists():
+                store.set_aside(folder)
+            if folder.path.exists() and (mode == "force" or state.state in ("failed", "diverged")):
+                store.add_event(folder, mode)
+                write_json(folder.status, {"schema": 1, "state": "planned", "reason": mode})
+
+    def _todo(self, states: dict[str, StageState]) -> dict[str, _Job]:
+        """Jobs by stage id; those on the longest remaining path first."""
+        dependants: dict[str, list[str]] = {}
+        for stage in self.stages.values():
+            for upstream in stage.config.upstream.values():
+                dependants.setdefault(upstream, []).append(stage.id)
+        below: dict[str, float] = {}
+        for stage in reversed(list(self.stages.values())):
+            tail = max((below[d] for d in dependants.get(stage.id, [])), default=0.0)
+            below[stage.id] = self.speeds.seconds(stage) + tail
+        wanted = [s for s, state in states.items() if state.state not in {"done", *FAILED}]
+        return {s: _Job(self.stages[s], below[s]) for s in wanted}
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _loop(self, pool: Pool, todo: dict[str, _Job], started: float) -> None:
+        stop_at: float | None = None
+        states: dict[str, StageState] = {}
+        read_at, changed = 0.0, True
+        while True:
+            # Every stage's files are read when something ended here, and now and then for what
+            # other submissions do; in between only the progress of running stages is.
+            if changed or time.monotonic() - read_at > _REREAD_S:
+                states = read_states(self.tree, self.stages)
+                read_at, changed = time.monotonic(), False
+            waiting = self._waiting(states, todo, pool)
+            if not self.interrupted:
+                self._place(pool, waiting, states)
+            self._tell(states, pool, started)
+            active = pool.running or (self._external_alive(states) and not self.interrupted)
+            if not active and (self.interrupted or not waiting):
+                return
+            if self.interrupted:
+                stop_at = stop_at or time.monotonic() + _STOP_GRACE_S
+                self._stop_all(pool, kill=self._kill or time.monotonic() > stop_at)
+            for ended in pool.poll(_POLL_S):
+                self._ended(ended, todo)
+                changed = True
+
+    def _waiting(
+        self, states: dict[str, StageState], todo: dict[str, _Job], pool: Pool
+    ) -> list[_Job]:
+        """Jobs that may still run, best first: neither done, failed, blocked nor running."""
+        over = {"done", *FAILED}
+        jobs = [
+            job
+            for stage_id, job in todo.items()
+            if states[stage_id].state not in over and stage_id not in pool.running
+        ]
+        return sorted(jobs, key=lambda j: -j.priority)
+
+    def _external_alive(self, states: dict[str, StageState]) -> bool:
+        self._external = {s for s in self._external if states[s].state in ACTIVE}
+        return bool(self._external)
+
+    def _place(self, pool: Pool, waiting: list[_Job], states: dict[str, StageState]) -> None:
+        for job in waiting:
+            if not pool.free:
+                return
+            state = states[job.stage.id].state
+            if state in ACTIVE:
+                self._external.add(job.stage.id)
+                continue
+            if state == "waiting" or not pool.fits(job.stage):
+                # A stage too large for the free slots lets smaller ones pass; it is first in line
+                # again whenever a slot comes free.
+                continue
+            folder = store.write_stage(self.tree, job.stage)
+            attempt = folder.new_attempt()
+            provenance.write_attempt(folder.attempt(attempt), self.git, self.tree)
+            pool.start(job.stage, attempt)
+
+    def _ended(self, ended: Ended, todo: dict[str, _Job]) -> None:
+        """Turns the end of an attempt into a state where the worker could not, and retries."""
+        stage, attempt = ended.running.stage, ended.running.attempt
+        folder = self.tree.stage(stage.kind, stage.id)
+        if ended.code == EXIT_BUSY:
+            self._external.add(stage.id)
+            return
+        self._ran.append(stage.id)
+        if folder.result.exists() and ended.code == 0:
+            return
+        status = read_json(folder.status) or {}
+        if status.get("attempt") != attempt or status.get("state") in (None, *ACTIVE):
+            status = self._write_end(ended, status)
+        cause = str(status.get("reason") or "code")
+        if self.interrupted:
+            return
+        job = todo[stage.id]
+        job.tries[cause] += 1
+        allowed = {"stopped": self.retry.preempted}.get(cause, getattr(self.retry, cause, 0))
+        if job.tries[cause] <= allowed:
+            store.add_event(folder, "retry", cause=cause, attempt=attempt)
+            write_json(folder.status, {**status, "state": "preempted"})
+
+    def _write_end(self, ended: Ended, status: dict[str, object]) -> dict[str, object]:
+        """The worker is gone without a word: say by which signal, or what another rank said."""
+        stage, attempt = ended.running.stage, ended.running.attempt
+        folder = self.tree.stage(stage.kind, stage.id)
+        told = sorted(folder.attempt(attempt).glob("error.rank*.json"))
+        said = (read_json(told[0]) or {}) if told else {}
+        if said:
+            state, reason, message = said["state"], said["reason"], said["message"]
+        elif ended.code < 0:
+            name = signal.Signals(-ended.code).name
+            hint = " (out of memory?)" if name == "SIGKILL" and not self.interrupted else ""
+            state, reason, message = "failed", "killed", f"ended by {name}{hint}"
+            if ended.running.asked_to_stop:
+                state, reason, message = "cancelled", "killed", "did not stop in time"
+        else:
+            log = folder.attempt(attempt) / "stderr.log"
+            state, reason, message = "failed", "code", f"exit code {ended.code}; see {log}"
+        row = {
+            **status,
+            "schema": 1,
+            "state": state,
+            "reason": reason,
+            "message": message,
+            "attempt": attempt,
+            "ended": time.time(),
+        }
+        write_json(folder.status, row)
+        record = folder.attempt(attempt) / "attempt.json"
+        write_json(record, {**(read_json(record) or {}), "end": reason, "message": message})
+        store.add_event(folder, state, attempt=attempt, reason=reason, message=message)
+        return row
+
+    # -- stopping, telling --------------------------------------------------------------------
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._kill = self.interrupted
+        self.interrupted = True
+
+    def _stop_all(self, pool: Pool, *, kill: bool) -> None:
+        for running in pool.running.values():
+            if kill or not running.asked_to_stop:
+                pool.stop(running, kill=kill)
+
+    def _tell(self, states: dict[str, StageState], pool: Pool, started: float) -> None:
+        names = {s: "running" if s in pool.running else v.state for s, v in states.items()}
+        left = 0.0
+        for stage_id, state in states.items():
+            if state.state in {"done", *FAILED}:
+                continue
+            seconds = self.speeds.seconds(self.stages[stage_id])
+            if stage_id in pool.running:
+                stage = self.stages[stage_id]
+                status = read_json(self.tree.stage(stage.kind, stage_id).status) or {}
+                self.live[stage_id] = status
+                if status.get("step") and status.get("steps"):
+                    seconds *= 1 - status["step"] / status["steps"]
+            left += seconds * pool.needs(self.stages[stage_id])
+        self.watch(
+            Progress(
+                total=len(states),
+                states=names,
+                running=list(pool.running.values()),
+                live={k: v for k, v in self.live.items() if k in pool.running},
+                seconds_left=left / len(self.machine.slots),
+                started=started,
+                interrupted=self.interrupted,
+            )
+        )
+
+    def _summary(self, states: dict[str, StageState], started: float) -> Summary:
+        own = {s: v for s, v in states.items() if v.state in ("failed", "diverged")}
+        return Summary(
+            ran=self._ran,
+            done=[s for s, v in states.items() if v.state == "done"],
+            failed={s: f"{v.state}: {v.message or v.reason}" for s, v in own.items()},
+            blocked=[s for s, v in states.items() if v.state == "blocked"],
+            left=[s for s, v in states.items() if v.state not in {"done", *FAILED}],
+            interrupted=self.interrupted,
+            wall_s=time.monotonic() - started,
+        )

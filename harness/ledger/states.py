@@ -1,0 +1,128 @@
+"""The state of every stage, read from the files and never from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.ledger.files import read_json
+from harness.ledger.lease import owner_is_dead, read_lease
+from harness.ledger.tree import StageFolder, Tree
+from harness.study.cells import Grid
+from harness.study.cost import CalibrationKey, Speeds
+from harness.study.identity import field_diff, semantic_fields
+from harness.study.recipes import StageConfig, StageFile
+
+RESUMABLE = frozenset({"planned", "waiting", "preempted", "timeout", "cancelled", "lost"})
+"""States that `--submit` runs in mode cached."""
+FAILED = frozenset({"failed", "diverged", "blocked"})
+ACTIVE = frozenset({"submitted", "running"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageState:
+    """What the files say of one stage."""
+
+    state: str
+    reason: str | None = None
+    message: str | None = None
+    status: Mapping[str, Any]
+    result: Mapping[str, Any] | None = None
+
+
+def read_state(folder: StageFolder) -> StageState:
+    """State of one stage on its own, dependencies aside."""
+    result = read_json(folder.result)
+    status = read_json(folder.status) or {}
+    state = "done" if result else status.get("state", "planned")
+    reason, message = status.get("reason"), status.get("message")
+    if not result and state in ACTIVE:
+        lease = read_lease(folder.lease)
+        if state == "running" and (lease is None or owner_is_dead(lease)):
+            state, message = "lost", "its process is gone without a word"
+        elif state == "submitted" and owner_is_dead(
+            {
+                "token": "driver",
+                "host": status.get("host"),
+                "pid": status.get("pid", 0),
+                "started": status.get("pid_started"),
+            }
+        ):
+            state, message = "lost", "the command that submitted it is gone"
+    return StageState(state=state, reason=reason, message=message, status=status, result=result)
+
+
+def read_states(tree: Tree, stages: Mapping[str, StageFile]) -> dict[str, StageState]:
+    """States of a stage graph; `stages` in dependency order.
+
+    A done stage whose upstream was run again since (or is gone) is planned again; one whose
+    upstream failed is blocked; one whose upstream is not done yet is waiting.
+    """
+    states: dict[str, StageState] = {}
+    for stage in stages.values():
+        own = read_state(tree.stage(stage.kind, stage.id))
+        upstream = [states[u] for u in stage.config.upstream.values() if u in states]
+        states[stage.id] = _in_graph(own, stage, upstream)
+    return states
+
+
+def _in_graph(own: StageState, stage: StageFile, upstream: list[StageState]) -> StageState:
+    if own.state == "done":
+        used = (own.result or {}).get("upstream_uids", {})
+        now = {
+            u: (s.result or {}).get("uid")
+            for u, s in zip(stage.config.upstream.values(), upstream, strict=True)
+        }
+        if used == now:
+            return own
+        message = "its upstream stage was run again or removed since"
+        own = StageState(state="planned", reason="stale", message=message, status=own.status)
+    if own.state in RESUMABLE or own.state == "blocked":
+        bad = [s for s in upstream if s.state in FAILED]
+        if bad:
+            return StageState(
+                state="blocked", reason="upstream", message="upstream failed", status=own.status
+            )
+        if own.state in ("planned", "waiting", "blocked"):
+            ready = all(s.state == "done" for s in upstream)
+            state = "planned" if ready else "waiting"
+            return StageState(
+                state=state, reason=own.reason, message=own.message, status=own.status
+            )
+    return own
+
+
+def check_drift(tree: Tree, grid: Grid) -> list[str]:
+    """Stages whose stored config differs from the wanted one under the same id, a line each.
+
+    An id stands for its config; a difference means that a default or the meaning of a field
+    changed without a new `identity.VERSION`, or that somebody edited stage.json.
+    """
+    lines = []
+    for stage in grid.stages.values():
+        stored = read_json(tree.stage(stage.kind, stage.id).stage)
+        if stored is None:
+            continue
+        old = semantic_fields(StageConfig.model_validate(stored["config"]))
+        diff = field_diff(old, semantic_fields(stage.config))
+        if diff:
+            lines.append(f"{stage.id}: stored config differs: {'; '.join(diff)}")
+    return lines
+
+
+def measured_speeds(tree: Tree, device: str) -> Speeds:
+    """FLOP/s by (kind, size) from the finished stages of this root, on this kind of device."""
+    sums: dict[CalibrationKey, tuple[float, float]] = {}
+    folder = tree.root / "stages"
+    for path in sorted(folder.glob("*/*/result.json")) if folder.is_dir() else []:
+        result = read_json(path)
+        if result is None or result.get("device", device) != device:
+            continue
+        busy = float(result["wall_s"].get("total", 0.0)) * result.get("processes", 1)
+        if busy <= 0 or not result["flops"]:
+            continue
+        key = (result["kind"], result["size"])
+        flops, seconds = sums.get(key, (0.0, 0.0))
+        sums[key] = (flops + result["flops"], seconds + busy)
+    return Speeds(device=device, flops_per_s={k: f / s for k, (f, s) in sums.items()})

@@ -1,0 +1,134 @@
+"""Studies and stages written down: what a study asks for, before and beside what was run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.errors import NotFoundError
+from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
+from harness.ledger.tree import StageFolder, Tree
+from harness.study.cells import Ablation, Cell, Grid
+from harness.study.recipes import StageFile
+
+
+def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
+    """Writes studies/<name>: the file as it was read, all of it resolved, a row per cell."""
+    study = grid.loaded.study
+    folder = tree.study(study.name)
+    write_bytes(folder / "study.yaml", grid.loaded.source.path.read_bytes())
+    dataset = next(iter(grid.datasets.values())).model_dump(mode="json", by_alias=True)
+    dataset.pop("shards", None)
+    write_json(
+        folder / "resolved.json",
+        {
+            "schema": 1,
+            "name": study.name,
+            "question": study.question,
+            "base": str(grid.loaded.base),
+            "dataset": dataset,
+            "axes": _jsonable(study.axes),
+            "study": study.model_dump(mode="json"),
+        },
+    )
+    write_bytes(folder / "cells.jsonl", jsonl(cell_row(c, grid) for c in grid.cells))
+    write_bytes(
+        folder / "ablations.jsonl",
+        jsonl(
+            {"schema": 1, "parent": a.parent, "values": a.values, "set": a.set, "tag": a.tag}
+            for a in ablations
+        ),
+    )
+
+
+def read_ablations(tree: Tree, study: str) -> list[Ablation]:
+    """The ablations that were run on a study so far."""
+    rows = read_jsonl(tree.study(study) / "ablations.jsonl")
+    return [
+        Ablation(parent=r["parent"], values=r["values"], set=r["set"], tag=r["tag"]) for r in rows
+    ]
+
+
+def cell_row(cell: Cell, grid: Grid) -> dict[str, Any]:
+    """A cell as a line of cells.jsonl."""
+    return {
+        "schema": 1,
+        "id": cell.id,
+        "name": cell.name,
+        "axes": _jsonable(cell.axes),
+        "stages": cell.stages,
+        "kinds": {s: grid.stages[s].kind for s in cell.stages.values()},
+        "params": cell.params,
+        "images": cell.images,
+        "flops": cell.flops,
+        "flops_by_role": cell.flops_by_role,
+        "tag": cell.tag,
+        "parent": cell.parent,
+        "set": _jsonable(cell.set),
+    }
+
+
+def read_cells(tree: Tree, study: str) -> list[dict[str, Any]]:
+    """Rows of cells.jsonl. Raises NotFoundError, naming the studies there are."""
+    if study not in tree.studies():
+        known = ", ".join(tree.studies()) or "none; run `harness grid FILE --submit` first"
+        raise NotFoundError(f"no study '{study}' in {tree.root}; known: {known}")
+    return read_jsonl(tree.study(study) / "cells.jsonl")
+
+
+def read_stage(folder: StageFolder) -> StageFile:
+    """The stage's own file. Raises NotFoundError if it is missing."""
+    raw = read_json(folder.stage)
+    if raw is None:
+        raise NotFoundError(f"{folder.stage}: no such file; submit the study again")
+    return StageFile.model_validate(raw)
+
+
+def write_stage(tree: Tree, stage: StageFile) -> StageFolder:
+    """Writes stage.json if it is new or the way to run it changed; returns the folder."""
+    folder = tree.stage(stage.kind, stage.id)
+    content = stage.model_dump(mode="json", by_alias=True)
+    if read_json(folder.stage) != content:
+        write_json(folder.stage, content)
+    return folder
+
+
+def add_event(folder: StageFolder, event: str, **fields: Any) -> None:
+    """Notes something that happened to a stage."""
+    JsonlWriter(folder.events).append({"time": time.time(), "event": event, **fields})
+
+
+def set_aside(folder: StageFolder) -> None:
+    """Moves what an earlier run produced into its last attempt's folder, to start from scratch.
+
+    Attempts are kept, never overwritten; the stage's own files then belong to the new run.
+    """
+    numbers = folder.attempt_numbers()
+    names = ["metrics.jsonl", "result.json", "checkpoints", "weights.safetensors"]
+    names += ["reconstructions.npz", "predictions.parquet"]
+    target = folder.attempt(numbers[-1]) / "superseded" if numbers else None
+    for name in names:
+        path = folder.path / name
+        if not path.exists():
+            continue
+        if target is None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            continue
+        target.mkdir(exist_ok=True)
+        path.replace(target / name)
+    # Optimizer state of a superseded run is of no use to anybody.
+    if target is not None:
+        shutil.rmtree(target / "checkpoints", ignore_errors=True)
+
+
+def base_folder(tree: Tree, study: str) -> Path:
+    """Folder that the study's relative dataset paths are taken from."""
+    resolved = read_json(tree.study(study) / "resolved.json") or {}
+    return Path(resolved.get("base", "."))
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,117 @@
+"""The run tree: the one place where file names are spelled."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def default_root() -> Path:
+    """HARNESS_ROOT, or ./runs."""
+    return Path(os.environ.get("HARNESS_ROOT") or "runs").absolute()
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Files of one stage."""
+
+    path: Path
+
+    @property
+    def stage(self) -> Path:
+        """Identity, full config, how to run it."""
+        return self.path / "stage.json"
+
+    @property
+    def status(self) -> Path:
+        """State and live progress."""
+        return self.path / "status.json"
+
+    @property
+    def lease(self) -> Path:
+        """Who owns the stage now."""
+        return self.path / "lease"
+
+    @property
+    def metrics(self) -> Path:
+        """Rows of named numbers by step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the stage, in order."""
+        return self.path / "events.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last: a stage with a result is done."""
+        return self.path / "result.json"
+
+    @property
+    def weights(self) -> Path:
+        """Encoder weights of a finished mae or wsp stage."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resume points."""
+        return self.path / "checkpoints"
+
+    @property
+    def attempts(self) -> Path:
+        """One folder per try."""
+        return self.path / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of one try."""
+        return self.attempts / str(number)
+
+    def attempt_numbers(self) -> list[int]:
+        """Numbers of all tries so far, ascending."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.attempts.iterdir() if p.name.isdigit())
+
+    def new_attempt(self) -> int:
+        """Makes the next attempt's folder; safe against others doing the same."""
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        number = max(self.attempt_numbers(), default=0) + 1
+        while True:
+            try:
+                self.attempt(number).mkdir()
+                return number
+            except FileExistsError:
+                number += 1
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files of one run root."""
+
+    root: Path
+
+    def study(self, name: str) -> Path:
+        """Folder of one study."""
+        return self.root / "studies" / name
+
+    def studies(self) -> list[str]:
+        """Names of the studies that were submitted here."""
+        folder = self.root / "studies"
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if (p / "cells.jsonl").is_file())
+
+    def stage(self, kind: str, stage_id: str) -> StageFolder:
+        """Folder of one stage."""
+        return StageFolder(self.root / "stages" / kind / stage_id)
+
+    @property
+    def sacred(self) -> Path:
+        """Sacred's records, one per attempt."""
+        return self.root / "sacred"
+
+    @property
+    def code(self) -> Path:
+        """Git state of what was run: one folder per commit and diff."""
+        return self.root / "code"

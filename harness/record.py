@@ -1,0 +1,64 @@
+"""A sacred run around every attempt: config, host, git, captured scalars, result.
+
+Sacred is the record of an attempt and never the source of truth: its file observer rewrites whole
+files and cannot resume. Each attempt gets a run of its own, with an id that says which.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.ledger.context import StageResult
+from harness.study.recipes import StageFile
+
+with warnings.catch_warnings():
+    # sacred 0.8.7 imports pkg_resources, which announces its own end (setuptools is pinned below).
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    import sacred
+    from sacred.observers import FileStorageObserver
+
+# Workers log to their own files; sacred's capture keeps all of stdout in memory and rewrites it.
+sacred.SETTINGS.CAPTURE_MODE = "no"  # type: ignore[attr-defined]  # an untyped munch
+
+LogScalar = Callable[[str, float, int], None]
+
+
+def run_recorded(
+    folder: Path,
+    record_id: str,
+    stage: StageFile,
+    about: Mapping[str, Any],
+    body: Callable[[LogScalar], StageResult],
+) -> StageResult:
+    """Runs `body` inside a sacred run `folder/record_id`; `about` holds git, topology, versions.
+
+    With HARNESS_MONGO_URL set, a Mongo observer gets the same run. Errors of `body` come out as
+    they are, after sacred has noted them.
+    """
+    experiment = sacred.Experiment(stage.kind, save_git_info=False)
+    # Without a logger of its own sacred puts a handler on the root logger.
+    experiment.logger = logging.getLogger("harness.sacred")  # type: ignore[assignment]
+    experiment.observers.append(
+        FileStorageObserver(folder, copy_artifacts=False, copy_sources=False)
+    )
+    mongo = os.environ.get("HARNESS_MONGO_URL")
+    if mongo:
+        from sacred.observers import MongoObserver  # needs pymongo, which only its users install
+
+        experiment.observers.append(MongoObserver(url=mongo, db_name="harness"))
+    config = stage.model_dump(mode="json", by_alias=True)
+    experiment.add_config({"stage": config, "attempt": dict(about)})
+    results: list[StageResult] = []
+
+    def main(_run: Any) -> dict[str, float | None]:
+        results.append(body(_run.log_scalar))
+        return results[0].metrics
+
+    experiment.main(main)
+    experiment.run(options={"--id": record_id, "--loglevel": "WARNING"})
+    return results[0]

@@ -1,0 +1,1 @@
+"""What to run: schema, sizes, grid expansion, stage identity, cost, plan. Imports no torch."""

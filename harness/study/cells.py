@@ -1,0 +1,489 @@
+"""Points -> cells and the shared stage graph: who needs which stage, each stage once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from harness.errors import UserError
+from harness.study import flops as count_flops
+from harness.study import identity
+from harness.study.datasets import DatasetMeta, dataset_folder, describe, scenes_count
+from harness.study.expand import Point, expand, matches, normalise
+from harness.study.recipes import (
+    Execution,
+    FineTune,
+    Images,
+    LinearProbe,
+    MaeRecipe,
+    Model,
+    StageConfig,
+    StageFile,
+    WspRecipe,
+)
+from harness.study.schema import (
+    CORE_AXES,
+    LoadedStudy,
+    Resources,
+    Stages,
+    check_name,
+    problems_of,
+)
+from harness.study.sizes import SIZES
+from harness.study.source import Location
+from harness.units import format_count, steps_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One point of the study, resolved: two cells with equal stages and axes are the same."""
+
+    id: str
+    name: str
+    axes: dict[str, Any]
+    stages: dict[str, str]
+    """Role (mae, wsp, or the name of a transfer task) -> stage id."""
+    params: int
+    images: int
+    flops: float
+    flops_by_role: dict[str, float]
+    tag: str | None = None
+    parent: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A study expanded: its cells, and every stage once, in dependency order."""
+
+    loaded: LoadedStudy
+    cells: list[Cell]
+    stages: dict[str, StageFile]
+    feeds: dict[str, int]
+    """Stage id -> number of cells that need it."""
+    datasets: dict[str, DatasetMeta]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """An existing cell with some fields set differently (`harness run CELL --set k=v`)."""
+
+    parent: str
+    values: dict[str, Any]
+    """The parent's point, before `set`."""
+    set: dict[str, Any]
+    tag: str | None = None
+
+
+def build_grid(loaded: LoadedStudy, ablations: Iterable[Ablation] = ()) -> Grid:
+    """Expands and resolves a study. Raises UserError with every problem of every cell, once."""
+    builder = _Builder(loaded)
+    for point in expand(loaded):
+        builder.add(point)
+    for ablation in ablations:
+        builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
+    if builder.problems:
+        raise UserError(*dict.fromkeys(builder.problems))
+    builder.check_clashes()
+    return Grid(
+        loaded=loaded,
+        cells=list(builder.cells.values()),
+        stages=builder.stages,
+        feeds=builder.feeds,
+        datasets=builder.datasets,
+    )
+
+
+def _ablation_point(ablation: Ablation, loaded: LoadedStudy, problems: list[str]) -> Point:
+    for key in ablation.set:
+        if key not in CORE_AXES and "." not in key:
+            near = difflib.get_close_matches(key, CORE_AXES, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"axes: {', '.join(CORE_AXES)}"
+            problems.append(f"--set {key}: unknown; {hint} (a stage field is written like wsp.lr)")
+    values = {**ablation.values, **ablation.set}
+    point = Point(values=values, origin=dict.fromkeys(ablation.set, ("--set",)))
+    return normalise(point, loaded, problems)
+
+
+class _Builder:
+    def __init__(self, loaded: LoadedStudy) -> None:
+        self.loaded = loaded
+        self.problems: list[str] = []
+        self.cells: dict[str, Cell] = {}
+        self.stages: dict[str, StageFile] = {}
+        self.feeds: dict[str, int] = {}
+        self.datasets: dict[str, DatasetMeta] = {}
+        self._stages_cache: dict[str, Stages | None] = {}
+
+    # -- one cell ---------------------------------------------------------------------------
+
+    def add(self, point: Point, ablation: Ablation | None = None) -> None:
+        before = len(self.problems)
+        try:
+            self._add(point, ablation)
+        except UserError as error:
+            if len(self.problems) == before:
+                self.problems += [self._prefix(p) for p in error.problems]
+
+    def _prefix(self, problem: str) -> str:
+        located = problem.startswith(("--set", f"{self.loaded.source.path}:"))
+        return problem if located else f"{self.loaded.source.path}: {problem}"
+
+    def _add(self, point: Point, ablation: Ablation | None) -> None:
+        values = point.values
+        meta = self._dataset(str(values["dataset"]))
+        recipes = self._recipes(point)
+        if recipes is None:
+            return
+        available = meta.count("pretrain")
+        images = available if values["data"] == "full" else int(values["data"])
+        if images > available:
+            raise UserError(
+                f"{self._where(point, 'data')}data {format_count(images)}: dataset {meta.name} has"
+                f" {format_count(available)} pretraining images; use at most that, or 'full'"
+            )
+        axes = {**values, "data": images}
+        model = self._model(point, meta)
+        chain = _Chain(self, point, meta, model, axes, images)
+        chain.build(recipes)
+        identity_key = identity.canonical({"stages": chain.ids, "axes": _plain(axes)})
+        name = _cell_name(axes, self.loaded, ablation)
+        cell = Cell(
+            id=f"{name}-{hashlib.sha256(identity_key.encode()).hexdigest()[:10]}",
+            name=name,
+            axes=axes,
+            stages=chain.ids,
+            params=count_flops.encoder_params(model),
+            images=images,
+            flops=sum(self.stages[s].flops for s in chain.ids.values()),
+            flops_by_role={role: self.stages[s].flops for role, s in chain.ids.items()},
+            tag=ablation.tag if ablation else None,
+            parent=ablation.parent if ablation else None,
+            set=dict(ablation.set) if ablation else {},
+        )
+        if cell.id in self.cells:
+            return
+        self.cells[cell.id] = cell
+        for stage in cell.stages.values():
+            self.feeds[stage] = self.feeds.get(stage, 0) + 1
+
+    def _where(self, point: Point, axis: str) -> str:
+        origin = point.origin.get(axis)
+        if origin == ("--set",):
+            return "--set: "
+        return f"{self.loaded.source.where(origin)}: " if origin else ""
+
+    def _dataset(self, spec: str) -> DatasetMeta:
+        if spec not in self.datasets:
+            self.datasets[spec] = describe(spec, self.loaded.base)
+        return self.datasets[spec]
+
+    def _model(self, point: Point, meta: DatasetMeta) -> Model:
+        size = SIZES[point.values["size"]]
+        image_size = int(point.values.get("image_size", meta.image_size))
+        patch = int(point.values.get("patch", size.patch))
+        if image_size % patch:
+            raise UserError(
+                f"{self._where(point, 'size')}size {point.values['size']}: image_size {image_size}"
+                f" is not a multiple of patch {patch}; set image_size or patch in defaults"
+            )
+        return Model(
+            width=size.width, depth=size.depth, heads=size.heads, patch=patch, image_size=image_size
+        )
+
+    # -- recipes: stages < dotted defaults < overrides < dotted axes < --set -----------------
+
+    def _recipes(self, point: Point) -> Stages | None:
+        sets: list[tuple[str, Any, Location]] = []
+        dotted = {k: v for k, v in point.values.items() if "." in k}
+        early = [k for k in dotted if point.origin.get(k, ())[:1] == ("defaults",)]
+        sets += [(k, dotted[k], ("defaults", k)) for k in early]
+        for i, rule in enumerate(self.loaded.study.overrides):
+            if matches(rule.match, point.values):
+                sets += [(k, v, ("overrides", i, "set", k)) for k, v in rule.set.items()]
+        sets += [(k, v, point.origin.get(k, ())) for k, v in dotted.items() if k not in early]
+        key = repr([(k, v) for k, v, _ in sets])
+        if key not in self._stages_cache:
+            self._stages_cache[key] = self._validate(sets)
+        return self._stages_cache[key]
+
+    def _validate(self, sets: list[tuple[str, Any, Location]]) -> Stages | None:
+        raw = copy.deepcopy(self.loaded.raw_stages)
+        origin: dict[Location, Location] = {}
+        for path, value, location in sets:
+            parts = tuple(path.split("."))
+            if not _assign(raw, parts, value):
+                known = ", ".join(k for k in raw)
+                self.problems.append(
+                    f"{self._at(location)}'{path}': the study has no such stage; it has: {known}"
+                )
+                return None
+            origin[parts] = location
+        try:
+            return Stages.model_validate(raw)
+        except ValidationError as error:
+            for line in problems_of(error, Stages):
+                path = tuple(line.split(": ", 1)[0].split("."))
+                cause = next((o for p, o in origin.items() if path[: len(p)] == p), None)
+                self.problems.append(self._at(cause or ("stages", *path)) + line)
+            return None
+
+    def _at(self, location: Location) -> str:
+        if location == ("--set",):
+            return "--set: "
+        return f"{self.loaded.source.where(location)}: "
+
+    # -- stages -----------------------------------------------------------------------------
+
+    def put(self, stage: StageFile) -> str:
+        self.stages.setdefault(stage.id, stage)
+        return stage.id
+
+    def resources(self, stage: str, axes: dict[str, Any]) -> Resources:
+        merged: dict[str, Any] = {}
+        for i, rule in enumerate(self.loaded.study.resources):
+            if matches(rule.match, {**axes, "stage": stage}):
+                merged |= rule.set
+                try:
+                    Resources.model_validate(merged)
+                except ValidationError as error:
+                    where: Location = ("resources", i, "set")
+                    lines = problems_of(error, Resources, self.loaded.source, where)
+                    raise UserError(*lines) from None
+        return Resources.model_validate(merged)
+
+    def check_clashes(self) -> None:
+        """Two different stages never share an id; a clash of hashes would be silent otherwise."""
+        seen: dict[str, dict[str, Any]] = {}
+        for stage in self.stages.values():
+            key = stage.id.rsplit("-", 1)[1]
+            fields = identity.semantic_fields(stage.config)
+            assert seen.setdefault(key, fields) == fields, f"hash clash at {stage.id}"
+
+
+class _Chain:
+    """The stages of one cell, made in order: mae, wsp, transfers."""
+
+    def __init__(
+        self,
+        builder: _Builder,
+        point: Point,
+        meta: DatasetMeta,
+        model: Model,
+        axes: dict[str, Any],
+        images: int,
+    ) -> None:
+        self.builder, self.point, self.meta = builder, point, meta
+        self.model, self.axes, self.images = model, axes, images
+        self.ids: dict[str, str] = {}
+
+    def build(self, recipes: Stages) -> None:
+        encoder: str | None = None
+        if self.axes["init"] == "mae":
+            if recipes.mae is None:
+                raise UserError("init mae needs a recipe: add stages.mae to the study")
+            encoder = self._mae(recipes.mae)
+        if recipes.wsp is not None:
+            encoder = self._wsp(recipes.wsp, encoder)
+        for task, recipe in recipes.transfer.items():
+            self._transfer(task, recipe, encoder)
+        if not self.ids:
+            raise UserError(f"a cell with init {self.axes['init']} has no stage; add stages.wsp")
+
+    def _mae(self, recipe: MaeRecipe) -> str:
+        full = self.meta.count("pretrain")
+        chosen = {"full": full, "same": self.images}.get(str(recipe.data))
+        images = int(recipe.data) if chosen is None else chosen
+        if images > full:
+            raise UserError(
+                f"stages.mae.data {format_count(images)}: dataset {self.meta.name} has"
+                f" {format_count(full)} pretraining images"
+            )
+        if recipe.decoder_width % recipe.decoder_heads:
+            raise UserError(
+                f"stages.mae: decoder_width {recipe.decoder_width} is not a multiple of"
+                f" decoder_heads {recipe.decoder_heads}"
+            )
+        kept = count_flops.num_kept(self.model, recipe.mask_ratio)
+        if not 0 < kept < self.model.num_patches:
+            raise UserError(
+                f"stages.mae.mask_ratio {recipe.mask_ratio} keeps {kept} of"
+                f" {self.model.num_patches} patches; at least one must stay and one be hidden"
+            )
+        per_image = count_flops.mae_train(self.model, recipe)
+        return self._gradient("mae", "mae", recipe, "pretrain", images, 0, per_image, None, "mae")
+
+    def _wsp(self, recipe: WspRecipe, encoder: str | None) -> str:
+        classes = self.meta.num_hashtags
+        per_image = count_flops.vit_train(self.model, classes)
+        label = f"{format_count(self.images)}-{self.axes['init']}"
+        return self._gradient(
+            "wsp", "wsp", recipe, "pretrain", self.images, classes, per_image, encoder, label
+        )
+
+    def _transfer(self, task: str, recipe: Any, encoder: str | None) -> None:
+        check_name(task)
+        if task in ("mae", "wsp"):
+            raise UserError(f"stages.transfer.{task}: a task cannot be called mae or wsp")
+        if not self.meta.classes:
+            raise UserError(
+                f"dataset {self.meta.name} has no class labels; remove stages.transfer.{task}"
+            )
+        classes = len(self.meta.classes)
+        train, test = self.meta.count("train"), self.meta.count("test")
+        images = train
+        if isinstance(recipe, (LinearProbe, FineTune)) and recipe.train_images:
+            images = min(train, recipe.train_images)
+        label = f"{format_count(self.images)}-{self.axes['init']}-{task}"
+        if isinstance(recipe, FineTune):
+            per_image = count_flops.vit_train(self.model, classes)
+            self._gradient(
+                task, "fine_tune", recipe, "train", images, classes, per_image, encoder, label
+            )
+            return
+        config = self._config(recipe.protocol, recipe, "train", images, classes, 0, encoder)
+        flops = count_flops.vit_forward(self.model) * (images + test)
+        self._put(task, config, flops, encoder, label)
+
+    def _gradient(
+        self,
+        role: str,
+        kind: Any,
+        recipe: MaeRecipe | WspRecipe | FineTune,
+        split: Any,
+        images: int,
+        classes: int,
+        flops_per_image: float,
+        encoder: str | None,
+        label: str,
+    ) -> str:
+        duration = recipe.duration
+        steps = steps_of(duration.unit, duration.amount, images, recipe.batch)
+        config = self._config(kind, recipe, split, images, classes, steps, encoder)
+        return self._put(role, config, flops_per_image * config.samples, encoder, label)
+
+    def _config(
+        self,
+        kind: Any,
+        recipe: Any,
+        split: Any,
+        images: int,
+        classes: int,
+        steps: int,
+        encoder: str | None,
+    ) -> StageConfig:
+        return StageConfig(
+            kind=kind,
+            size=self.axes["size"],
+            model=self.model,
+            images=Images(
+                dataset=self.meta.name,
+                fingerprint=self.meta.fingerprint,
+                split=self.meta.split_for(split),
+                images=images,
+            ),
+            num_classes=classes,
+            recipe=recipe,
+            steps=steps,
+            seed=self.axes["seed"],
+            upstream={"encoder": encoder} if encoder else {},
+        )
+
+    def _put(
+        self, role: str, config: StageConfig, flops: float, encoder: str | None, label: str
+    ) -> str:
+        readable = f"{config.size}-{label}-s{config.seed}"
+        if config.kind == "mae":
+            readable = f"{config.size}-{format_count(config.images.images)}-s{config.seed}"
+        stages = self.builder.stages
+        stage = StageFile(
+            id=identity.stage_id(config, readable),
+            kind=config.kind,
+            name=readable,
+            config=config,
+            upstream_kinds={encoder: stages[encoder].kind} if encoder else {},
+            params=count_flops.encoder_params(self.model),
+            flops=flops,
+            execution=self._execution(role, config),
+        )
+        self.ids[role] = self.builder.put(stage)
+        return stage.id
+
+    def _execution(self, role: str, config: StageConfig) -> Execution:
+        wanted = self.builder.resources(role, self.axes)
+        spec = str(self.axes["dataset"])
+        if scenes_count(spec) is None:
+            spec = str(dataset_folder(spec, self.builder.loaded.base))
+        batch = getattr(config.recipe, "batch", None)
+        if batch is not None:
+            chunk = wanted.ranks * (wanted.micro_batch or 1)
+            if batch % chunk:
+                per = f" x micro_batch {wanted.micro_batch}" if wanted.micro_batch else ""
+                near = max(chunk, batch // chunk * chunk)
+                where = self.builder.loaded.source.where(("stages", role, "batch"))
+                raise UserError(
+                    f"{where}: {role}.batch {batch} is not a multiple of {chunk}"
+                    f" ({wanted.ranks} ranks{per}); use batch {near} or other resources"
+                )
+        return Execution(
+            ranks=wanted.ranks,
+            threads=wanted.threads,
+            micro_batch=wanted.micro_batch,
+            zero_config=wanted.zero,
+            checkpoint_every_s=wanted.checkpoint_every,
+            eval_points=wanted.eval_points,
+            dataset_path=spec,
+        )
+
+
+def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:
+    """Sets raw[a][b][c] = value. False if the first part is no stage of the study."""
+    if len(parts) < 2 or not isinstance(raw.get(parts[0]), dict):
+        return False
+    node = raw
+    for part in parts[:-1]:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        if part == "duration":
+            # A duration has one unit: setting another replaces it.
+            child.clear()
+        node = child
+    node[parts[-1]] = value
+    return True
+
+
+def _cell_name(axes: dict[str, Any], loaded: LoadedStudy, ablation: Ablation | None) -> str:
+    parts = [str(axes["size"]), format_count(axes["data"]), str(axes["init"]), f"s{axes['seed']}"]
+    varied = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
+    for key in sorted(varied - {"size", "data", "init", "seed"}):
+        if key in axes:
+            parts.append(_slug(f"{key.split('.')[-1]}={axes[key]}"))
+    if ablation:
+        parts.append(_slug(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items())))
+    return "-".join(parts)
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "_.+=" else "_" for c in text)[:48]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, (int, float, str, bool)) else repr(v) for k, v in values.items()}
+
+
+def only(grid: Grid, cells: list[Cell]) -> Grid:
+    """The same grid with just these cells and the stages they need."""
+    needed = {s for c in cells for s in c.stages.values()}
+    feeds: dict[str, int] = {}
+    for cell in cells:
+        for stage in cell.stages.values():
+            feeds[stage] = feeds.get(stage, 0) + 1
+    stages = {k: v for k, v in grid.stages.items() if k in needed}
+    return replace(grid, cells=cells, stages=stages, feeds=feeds)

@@ -1,0 +1,57 @@
+"""What a stage will take: seconds from FLOPs, by speeds measured here where there are any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harness.study.recipes import StageFile
+
+# Before anything was measured. CPU: sustained fp32 of one core on small ViTs (20 to 55 GFLOP/s on
+# AVX2 to AVX-512 cores; the low end). GPU: 40 % of the 989 TFLOP/s dense bf16 of an H100.
+_GUESS_FLOPS_PER_S = {"cpu": 25e9, "cuda": 400e12}
+# Process start, DeepSpeed set-up, reading the index, evaluation and export.
+_GUESS_OVERHEAD_S = {"cpu": 1.5, "cuda": 20.0}
+
+CalibrationKey = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """FLOP/s per process by (kind, size), measured on finished stages of this run root."""
+
+    device: str = "cpu"
+    flops_per_s: Mapping[CalibrationKey, float] = field(default_factory=dict)
+
+    def seconds(self, stage: StageFile) -> float:
+        """Wall time of a stage with its resources, start-up included."""
+        rate = self._rate(stage.kind, stage.config.size)
+        processes = stage.execution.ranks * (stage.execution.threads if self.device == "cpu" else 1)
+        return _GUESS_OVERHEAD_S[self.device] + stage.flops / (rate * processes)
+
+    def is_measured(self, stage: StageFile) -> bool:
+        """True if the estimate rests on finished stages of this kind and size."""
+        return (stage.kind, stage.config.size) in self.flops_per_s
+
+    def _rate(self, kind: str, size: str) -> float:
+        if (kind, size) in self.flops_per_s:
+            return self.flops_per_s[kind, size]
+        same_kind = [v for (k, _), v in self.flops_per_s.items() if k == kind]
+        if same_kind:
+            return math.exp(sum(map(math.log, same_kind)) / len(same_kind))
+        return _GUESS_FLOPS_PER_S[self.device]
+
+
+def makespan(seconds: list[float], slots: int) -> float:
+    """Wall time of independent stages on `slots` slots, longest first; a lower bound for graphs."""
+    ends = [0.0] * max(1, slots)
+    for item in sorted(seconds, reverse=True):
+        ends.sort()
+        ends[0] += item
+    return max(ends)
+
+
+def checkpoint_bytes(stage: StageFile) -> float:
+    """Largest disk use of a stage: fp32 weights, two Adam moments, and the exported weights."""
+    return 16.0 * stage.params if stage.config.steps else 0.0

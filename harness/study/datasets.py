@@ -1,0 +1,111 @@
+"""What a study knows of its images before any is read: counts, labels, fingerprint.
+
+A dataset is named by a string: `scenes` or `scenes-<count>` for the built-in procedural set, or a
+directory that `harness data pack` wrote. Only dataset.json is read here, never a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from harness.errors import NotFoundError, UserError
+from harness.study import scenes_spec
+from harness.study.recipes import Frozen
+from harness.units import format_count, parse_count
+
+Role = Literal["pretrain", "val", "train", "test"]
+
+# A packed set of labelled images has no hashtags: its own train split serves, each class name as
+# the image's only hashtag (as ImageNet-21k does in Singh et al. 2023, sec. 4.3), and its test
+# split doubles as the held-out set of the loss curves.
+_FALLBACK: dict[str, str] = {"pretrain": "train", "val": "test"}
+
+
+class DatasetMeta(Frozen):
+    """Content of dataset.json that studies need."""
+
+    schema_version: int = Field(default=1, alias="schema")
+    name: str
+    fingerprint: str
+    """Stands for pixels and labels; not for paths, shard sizes or times."""
+    image_size: int
+    """Side in pixels; for sets of mixed sizes the size views are made for by default."""
+    channels: int = 3
+    hashtags: list[str]
+    classes: list[str]
+    splits: dict[str, int]
+    shards: dict[str, list[dict[str, str | int]]] = {}
+
+    def split_for(self, role: Role) -> str:
+        """The split that serves `role`. Raises UserError if the set has none."""
+        if role in self.splits:
+            return role
+        fallback = _FALLBACK.get(role)
+        if fallback in self.splits:
+            return str(fallback)
+        have = ", ".join(sorted(self.splits)) or "none"
+        raise UserError(f"dataset {self.name}: no split for '{role}'; it has: {have}")
+
+    def count(self, role: Role) -> int:
+        """Number of samples in the split that serves `role`."""
+        return self.splits[self.split_for(role)]
+
+    @property
+    def num_hashtags(self) -> int:
+        """Outputs of a WSP head; a set without hashtags uses its classes."""
+        return len(self.hashtags) or len(self.classes)
+
+
+def scenes_count(spec: str) -> int | None:
+    """Pretraining images of a `scenes` spec; None if `spec` does not name the built-in set."""
+    if spec == "scenes":
+        return scenes_spec.counts(None)["pretrain"]
+    match = re.fullmatch(r"scenes-(\w+)", spec)
+    return parse_count(match[1]) if match else None
+
+
+def describe(spec: str, base: Path | None = None) -> DatasetMeta:
+    """Metadata of a dataset. Relative directories are taken from `base`.
+
+    Raises NotFoundError if there is no such dataset, UserError if its dataset.json is unusable.
+    """
+    count = scenes_count(spec)
+    if count is not None:
+        splits = scenes_spec.counts(count)
+        return DatasetMeta(
+            name="scenes" if spec == "scenes" else f"scenes-{format_count(count)}",
+            fingerprint=_scenes_fingerprint(splits),
+            image_size=scenes_spec.IMAGE_SIZE,
+            hashtags=list(scenes_spec.HASHTAGS),
+            classes=list(scenes_spec.CLASSES),
+            splits=splits,
+        )
+    file = dataset_folder(spec, base) / "dataset.json"
+    if not file.is_file():
+        raise NotFoundError(
+            f"dataset '{spec}': no {file}; expected 'scenes', 'scenes-<count>' or a directory"
+            " made by `harness data pack SRC --out DIR`"
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        return DatasetMeta.model_validate(raw)
+    except (OSError, ValueError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{file}: not a dataset description: {first}; pack it again") from None
+
+
+def dataset_folder(spec: str, base: Path | None = None) -> Path:
+    """Absolute folder of a packed dataset; relative ones are taken from `base`."""
+    path = Path(spec).expanduser()
+    return path if path.is_absolute() else ((base or Path.cwd()) / path).absolute()
+
+
+def _scenes_fingerprint(splits: dict[str, int]) -> str:
+    spec = json.dumps({"version": scenes_spec.VERSION, "splits": splits}, sort_keys=True)
+    return "scenes-" + hashlib.sha256(spec.encode()).hexdigest()[:16]

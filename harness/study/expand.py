@@ -1,0 +1,195 @@
+"""Study file -> points of the grid: which axis values go together."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import UserError
+from harness.study.schema import CORE_AXES, INITS, LoadedStudy
+from harness.study.sizes import SIZES
+from harness.study.source import Location
+from harness.units import parse_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One combination of axis values, `defaults` filled in."""
+
+    values: dict[str, Any]
+    origin: dict[str, Location]
+    """Where in the study file each value stands."""
+
+
+def expand(loaded: LoadedStudy) -> list[Point]:
+    """All points: product of the axes (zipped groups together), less exclude, plus include.
+
+    Raises UserError with every problem found: unknown axis, unequal zip, a rule matching nothing.
+    """
+    study, problems = loaded.study, []
+    problems += _check_axis_names(loaded)
+    problems += _check_zip(loaded)
+    if problems:
+        raise UserError(*problems)
+    points = []
+    default_origin: dict[str, Location] = {k: ("defaults", k) for k in study.defaults}
+    for combination in itertools.product(*_groups(loaded)):
+        values, origin = dict(study.defaults), dict(default_origin)
+        for name, index in itertools.chain.from_iterable(combination):
+            values[name] = study.axes[name][index]
+            origin[name] = ("axes", name, index)
+        points.append(Point(values=values, origin=origin))
+    for i, rule in enumerate(study.exclude):
+        kept = [p for p in points if not matches(rule, p.values)]
+        if len(kept) == len(points):
+            where = loaded.source.where(("exclude", i))
+            problems.append(f"{where}: exclude {_show(rule)} matches no cell; fix or remove it")
+        points = kept
+    for i, extra in enumerate(study.include):
+        values = {**study.defaults, **extra}
+        origin = {**default_origin, **{k: ("include", i, k) for k in extra}}
+        missing = [a for a in study.axes if a not in values]
+        if missing:
+            where = loaded.source.where(("include", i))
+            problems.append(f"{where}: include has no value for {', '.join(missing)}")
+        points.append(Point(values=values, origin=origin))
+    normal = [normalise(p, loaded, problems) for p in points]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    if not normal:
+        raise UserError(f"{loaded.source.path}: the grid has no cells; check axes and exclude")
+    return normal
+
+
+def matches(rule: dict[str, Any], values: dict[str, Any]) -> bool:
+    """True if every key of the rule has that value, or one of that list of values."""
+    for key, wanted in rule.items():
+        options = wanted if isinstance(wanted, list) else [wanted]
+        if key not in values or not any(same(values[key], o) for o in options):
+            return False
+    return True
+
+
+def same(value: Any, wanted: Any) -> bool:
+    """Equality that reads '4k' and 4000, 1 and '1', 1e-3 and '0.001' as equal."""
+    if value == wanted or str(value) == str(wanted):
+        return True
+    try:
+        return float(value) == float(wanted)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return parse_count(value) == parse_count(wanted)
+    except UserError:
+        return False
+
+
+def _groups(loaded: LoadedStudy) -> list[list[list[tuple[str, int]]]]:
+    """Per zipped group (or lone axis) its choices; a choice is (axis, index) pairs."""
+    zipped = {name: tuple(group) for group in loaded.study.zip for name in group}
+    groups, done = [], set()
+    for axis, axis_values in loaded.study.axes.items():
+        group = zipped.get(axis, (axis,))
+        if group in done:
+            continue
+        done.add(group)
+        groups.append([[(name, i) for name in group] for i in range(len(axis_values))])
+    return groups
+
+
+def _check_zip(loaded: LoadedStudy) -> list[str]:
+    problems, seen = [], set()
+    for i, group in enumerate(loaded.study.zip):
+        where = loaded.source.where(("zip", i))
+        for name in group:
+            if name not in loaded.study.axes:
+                problems.append(f"{where}: zip names '{name}', which is not an axis")
+            if name in seen:
+                problems.append(f"{where}: axis '{name}' is zipped twice")
+            seen.add(name)
+        lengths = {n: len(loaded.study.axes[n]) for n in group if n in loaded.study.axes}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"{n} has {length}" for n, length in lengths.items())
+            problems.append(f"{where}: zipped axes need equally many values; {shown}")
+    return problems
+
+
+def _check_axis_names(loaded: LoadedStudy) -> list[str]:
+    """Every name is a core axis, a dotted stage field, or a label that some rule matches."""
+    study, problems = loaded.study, []
+    rules = [*(o.match for o in study.overrides), *(r.match for r in study.resources)]
+    matched = {key for rule in [*rules, *study.exclude] for key in rule}
+    for section, names in (("axes", study.axes), ("defaults", study.defaults)):
+        for name in names:
+            if name in CORE_AXES or "." in name or name in matched:
+                continue
+            near = difflib.get_close_matches(name, CORE_AXES, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(CORE_AXES)}"
+            problems.append(
+                f"{loaded.source.where((section, name))}: {section}.{name}: unknown axis; {hint}"
+                " (a stage field is written like wsp.lr; a label needs an override that matches it)"
+            )
+    known = {*study.axes, *study.defaults, *CORE_AXES, *(k for i in study.include for k in i)}
+    for section, found in (
+        ("overrides", [o.match for o in study.overrides]),
+        ("resources", [r.match for r in study.resources]),
+        ("exclude", study.exclude),
+    ):
+        for i, rule in enumerate(found):
+            for key in rule:
+                if key not in known and not (section == "resources" and key == "stage"):
+                    where = loaded.source.where((section, i))
+                    problems.append(
+                        f"{where}: {section} matches on '{key}', which is not an axis;"
+                        f" axes: {', '.join(study.axes)}"
+                    )
+    return problems
+
+
+def normalise(point: Point, loaded: LoadedStudy, problems: list[str]) -> Point:
+    """Core axes checked and spelled one way; what is wrong is added to `problems`."""
+    values = dict(point.values)
+
+    def bad(axis: str, message: str) -> None:
+        origin = point.origin.get(axis, ("axes", axis))
+        where = "--set" if origin == ("--set",) else loaded.source.where(origin)
+        problems.append(f"{where}: {axis} {point.values.get(axis)!r}: {message}")
+
+    values.setdefault("seed", 0)
+    values.setdefault("dataset", "scenes")
+    for axis in ("size", "data", "init"):
+        if axis not in values:
+            problems.append(
+                f"{loaded.source.path}: no value for '{axis}'; add it to axes or defaults"
+            )
+    size = str(values.get("size", "b")).lower()
+    if size not in SIZES:
+        near = difflib.get_close_matches(size, SIZES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        bad("size", f"unknown{hint} known sizes: {', '.join(SIZES)}")
+    values["size"] = size
+    if values.get("init", "random") not in INITS:
+        bad("init", f"unknown; known: {', '.join(INITS)}")
+    if values.get("data", "full") != "full":
+        values["data"] = _whole(values["data"], "data", bad)
+    for axis in ("image_size", "patch"):
+        if axis in values:
+            values[axis] = _whole(values[axis], axis, bad)
+    seed = values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        bad("seed", "expected a whole number, 0 or more")
+    return Point(values=values, origin=point.origin)
+
+
+def _whole(value: Any, axis: str, bad: Any) -> Any:
+    try:
+        return parse_count(value)
+    except UserError as error:
+        bad(axis, str(error) + (" or 'full'" if axis == "data" else ""))
+        return value
+
+
+def _show(rule: dict[str, Any]) -> str:
+    return "{" + ", ".join(f"{k}: {v}" for k, v in rule.items()) + "}"

@@ -1,0 +1,61 @@
+"""Closed-form parameter counts and FLOPs of the encoder, the MAE and the classifier.
+
+One multiply-add is two FLOPs; matrix products are counted, attention included, elementwise work
+is not. Training costs three forward passes (forward, gradient of the inputs, gradient of the
+weights), less the input gradient of the first layer, which nobody needs. A test checks all of it
+against PyTorch's counter on the real modules.
+
+n is the number of patches, d the width, p the patch side.
+"""
+
+from __future__ import annotations
+
+from harness.study.recipes import MaeRecipe, Model
+
+
+def encoder_params(model: Model) -> int:
+    """Parameters of the ViT encoder: patch embedding, class token, positions, blocks, norm."""
+    d, n, p = model.width, model.num_patches, model.patch
+    embed = 3 * p * p * d + d
+    block = 12 * d * d + 13 * d
+    return embed + d + (n + 1) * d + model.depth * block + 2 * d
+
+
+def _patch_embed(model: Model) -> float:
+    return 2.0 * model.num_patches * 3 * model.patch**2 * model.width
+
+
+def _block(tokens: float, width: float) -> float:
+    """One transformer block: qkv, projection and a 4x MLP (24 n d^2), two attention products."""
+    return 24.0 * tokens * width**2 + 4.0 * tokens**2 * width
+
+
+def num_kept(model: Model, mask_ratio: float) -> int:
+    """Visible patches of one image (He et al. 2022: the integer part)."""
+    return int(model.num_patches * (1.0 - mask_ratio))
+
+
+def vit_forward(model: Model, num_classes: int = 0) -> float:
+    """FLOPs of one image through the encoder and a linear head."""
+    blocks = model.depth * _block(model.num_patches + 1, model.width)
+    return _patch_embed(model) + blocks + 2.0 * model.width * num_classes
+
+
+def vit_train(model: Model, num_classes: int) -> float:
+    """FLOPs of one image in supervised training."""
+    return 3.0 * vit_forward(model, num_classes) - _patch_embed(model)
+
+
+def mae_forward(model: Model, recipe: MaeRecipe) -> float:
+    """FLOPs of one image through a masked autoencoder: visible tokens only, then the decoder."""
+    n, d = model.num_patches, model.width
+    visible = num_kept(model, recipe.mask_ratio) + 1
+    width = recipe.decoder_width
+    encoder = _patch_embed(model) + model.depth * _block(visible, d)
+    decoder = 2.0 * visible * d * width + recipe.decoder_depth * _block(n + 1, width)
+    return encoder + decoder + 2.0 * (n + 1) * width * 3 * model.patch**2
+
+
+def mae_train(model: Model, recipe: MaeRecipe) -> float:
+    """FLOPs of one image in MAE pre-pretraining."""
+    return 3.0 * mae_forward(model, recipe) - _patch_embed(model)

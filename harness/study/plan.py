@@ -1,0 +1,158 @@
+"""A grid with the state of its stages: what is there, what is left, what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import UserError
+from harness.study.cells import Grid
+from harness.study.cost import Speeds, checkpoint_bytes, makespan
+from harness.units import format_seconds, format_si
+
+# The first of these that any stage of a cell is in is the state of the cell.
+_CELL_STATES = (
+    "failed",
+    "diverged",
+    "blocked",
+    "lost",
+    "running",
+    "submitted",
+    "preempted",
+    "timeout",
+    "cancelled",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """FLOPs of the study, and the time and disk that are still to be spent."""
+
+    flops_naive: float
+    """Every cell paying for all its stages."""
+    flops_shared: float
+    """Every stage once."""
+    flops_remaining: float
+    """Less what is done."""
+    seconds_remaining: float
+    """Wall time on this machine's slots, if every stage ran as estimated."""
+    process_hours_remaining: float
+    disk_bytes: float
+    measured_share: float
+    """Part of the remaining FLOPs whose speed was measured, not guessed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `harness grid FILE` shows."""
+
+    grid: Grid
+    states: Mapping[str, str]
+    totals: Totals
+    speeds: Speeds
+
+    def cell_state(self, stages: Mapping[str, str]) -> str:
+        """State of a cell, from its stages' states."""
+        return cell_state([self.states[s] for s in stages.values()])
+
+    def remaining(self) -> list[str]:
+        """Stages that are not done, in dependency order."""
+        return [s for s in self.grid.stages if self.states[s] != "done"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable plan (`--json`)."""
+        cells = [
+            {
+                "id": c.id,
+                "name": c.name,
+                "axes": c.axes,
+                "stages": c.stages,
+                "state": self.cell_state(c.stages),
+                "params": c.params,
+                "images": c.images,
+                "samples": sum(self.grid.stages[s].config.samples for s in c.stages.values()),
+                "flops": c.flops,
+                "seconds": sum(self.speeds.seconds(self.grid.stages[s]) for s in c.stages.values()),
+                "tag": c.tag,
+                "parent": c.parent,
+            }
+            for c in self.grid.cells
+        ]
+        stages = [
+            {
+                "id": s.id,
+                "kind": s.kind,
+                "name": s.name,
+                "feeds": self.grid.feeds[s.id],
+                "samples": s.config.samples,
+                "flops": s.flops,
+                "params": s.params,
+                "seconds": self.speeds.seconds(s),
+                "state": self.states[s.id],
+            }
+            for s in self.grid.stages.values()
+        ]
+        totals = self.totals
+        return {
+            "schema": 1,
+            "study": self.grid.loaded.study.name,
+            "cells": cells,
+            "stages": stages,
+            "totals": {
+                "flops_naive": totals.flops_naive,
+                "flops_shared": totals.flops_shared,
+                "flops_remaining": totals.flops_remaining,
+                "seconds_remaining": totals.seconds_remaining,
+                "process_hours_remaining": totals.process_hours_remaining,
+                "disk_bytes": totals.disk_bytes,
+                "measured_share": totals.measured_share,
+            },
+        }
+
+
+def cell_state(states: list[str]) -> str:
+    """One word for a cell: done when all its stages are, else the worst thing that happened."""
+    if all(s == "done" for s in states):
+        return "done"
+    for state in _CELL_STATES:
+        if state in states:
+            return state
+    return "waiting" if "done" in states else "planned"
+
+
+def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int) -> Plan:
+    """Adds up what is shared, done and left."""
+    stages = list(grid.stages.values())
+    left = [s for s in stages if states[s.id] != "done"]
+    flops_left = sum(s.flops for s in left)
+    measured = sum(s.flops for s in left if speeds.is_measured(s))
+    seconds = [speeds.seconds(s) for s in left]
+    totals = Totals(
+        flops_naive=sum(c.flops for c in grid.cells),
+        flops_shared=sum(s.flops for s in stages),
+        flops_remaining=flops_left,
+        seconds_remaining=makespan(seconds, slots),
+        process_hours_remaining=sum(
+            t * s.execution.ranks / 3600 for t, s in zip(seconds, left, strict=True)
+        ),
+        disk_bytes=sum(map(checkpoint_bytes, stages)),
+        measured_share=measured / flops_left if flops_left else 1.0,
+    )
+    return Plan(grid=grid, states=states, totals=totals, speeds=speeds)
+
+
+def check_budget(plan: Plan) -> None:
+    """Raises UserError if the remaining work exceeds the study's budget."""
+    budget, totals = plan.grid.loaded.study.budget, plan.totals
+    path = plan.grid.loaded.source.path
+    if budget.flops is not None and totals.flops_remaining > budget.flops:
+        raise UserError(
+            f"{path}: {format_si(totals.flops_remaining, 'FLOPs')} still to run, budget.flops is"
+            f" {format_si(budget.flops, 'FLOPs')}; raise it, or submit part with --only"
+        )
+    if budget.hours is not None and totals.process_hours_remaining > budget.hours:
+        raise UserError(
+            f"{path}: about {format_seconds(totals.process_hours_remaining * 3600)} of process time"
+            f" still to run, budget.hours is {budget.hours:g}; raise it, or submit part with --only"
+        )

@@ -1,0 +1,245 @@
+"""What a stage is: model shape, data, recipe. The semantic fields, those that change the numbers.
+
+Every default lives here and nowhere else. A field at its default does not enter a stage's
+identity, so a new field with a default keeps old ids; changing a default is a new recipe and
+needs a bump of `identity.VERSION`.
+
+"paper" marks a value from Singh et al. 2023 (arXiv 2303.13496) or the MAE paper it follows
+(He et al. 2022, arXiv 2111.06377); "ours" marks a choice of this project.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from harness.errors import UserError
+from harness.units import parse_count
+
+
+class Frozen(BaseModel):
+    """Base of all configs: immutable, keyword-only, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _count(value: Any) -> int:
+    try:
+        return parse_count(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+"""A whole number of at least 1, written 4000, 4k or 3B."""
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Duration(Frozen):
+    """How long a stage trains, in exactly one unit; converted by `harness.units.steps_of`."""
+
+    samples: Count | None = None
+    epochs: Positive | None = None
+    steps: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Duration:
+        given = [name for name in ("samples", "epochs", "steps") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of samples, epochs, steps; found {found}")
+        return self
+
+    @property
+    def unit(self) -> Literal["samples", "epochs", "steps"]:
+        """The unit that was given."""
+        return next(u for u in ("samples", "epochs", "steps") if getattr(self, u) is not None)  # type: ignore[return-value]
+
+    @property
+    def amount(self) -> float:
+        """The number that was given, in that unit."""
+        return float(getattr(self, self.unit))
+
+
+class Optimization(Frozen):
+    """AdamW, its schedule and its batch; shared by every gradient stage."""
+
+    duration: Duration
+    batch: Count = 128
+    """Images per optimizer step over all ranks and accumulation steps."""
+    lr: Positive = 1e-3
+    """Peak learning rate, as it is: not scaled by the batch."""
+    lr_min: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.05
+    """Linear warm-up from 0, as a fraction of the duration."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    cooldown: Fraction = 0.2
+    """Linear decay at the end of `wsd`, as a fraction of the duration."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class Augmentation(Frozen):
+    """Random resized crop and horizontal flip (He et al. 2022, sec. 4)."""
+
+    crop_scale: tuple[Fraction, Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
+    """Smallest and largest area of the crop, as a fraction of the image."""
+    flip: bool = True
+
+
+class MaeRecipe(Optimization):
+    """Masked autoencoder pre-pretraining (He et al. 2022, sec. 3)."""
+
+    kind: Literal["mae"] = "mae"
+    data: Literal["full", "same"] | Count = "full"
+    """Which images MAE sees: all of the pretraining split, the cell's own subset, or N of them."""
+    lr: Positive = 1.5e-3
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    norm_target: bool = True
+    """Standardise the pixels of each target patch (paper)."""
+    decoder_width: Count = 512
+    decoder_depth: Count = 8
+    decoder_heads: Count = 16
+    clip: Annotated[float, Field(ge=0)] = 0.0
+    augment: Augmentation = Augmentation()
+
+
+class WspRecipe(Optimization):
+    """Weakly supervised pretraining on hashtags (Singh et al. 2023, sec. 3)."""
+
+    kind: Literal["wsp"] = "wsp"
+    drop_path: Fraction = 0.0
+    pool: Literal["cls", "mean"] = "cls"
+    augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+
+
+class LinearProbe(Frozen):
+    """Logistic regression on frozen features; the penalty is chosen on a split of the train set."""
+
+    protocol: Literal["linear_probe"] = "linear_probe"
+    train_images: Count | None = None
+    """Use at most this many labelled training images; none means all."""
+    penalties: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    """L2 penalties tried, per image (ours)."""
+    pool: Literal["cls", "mean"] = "cls"
+
+
+class FewShot(Frozen):
+    """Logistic regression on K labelled images a class, over several splits (paper sec. 4.4)."""
+
+    protocol: Literal["few_shot"] = "few_shot"
+    shots: tuple[Count, ...] = (1, 5, 10)
+    splits: Count = 5
+    penalty: Positive = 1e-3
+    pool: Literal["cls", "mean"] = "cls"
+
+
+class FineTune(Optimization):
+    """Every weight trained on the labelled set, with layer-wise learning-rate decay."""
+
+    protocol: Literal["fine_tune"] = "fine_tune"
+    train_images: Count | None = None
+    lr: Positive = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    drop_path: Fraction = 0.0
+    label_smoothing: Fraction = 0.1
+    pool: Literal["cls", "mean"] = "cls"
+    augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+
+
+TransferRecipe = Annotated[LinearProbe | FewShot | FineTune, Field(discriminator="protocol")]
+Recipe = MaeRecipe | WspRecipe | LinearProbe | FewShot | FineTune
+
+
+class Model(Frozen):
+    """Shape of the encoder at the resolution it is trained at."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    image_size: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, the class token not counted."""
+        return (self.image_size // self.patch) ** 2
+
+
+class Images(Frozen):
+    """Which images a stage reads. `fingerprint` stands for their content; paths never enter."""
+
+    dataset: str
+    """Readable name; not semantic (the fingerprint is), left out of the identity."""
+    fingerprint: str
+    split: str
+    images: int
+    """Distinct images: the nested subset of the split with this many members."""
+
+
+class StageConfig(Frozen):
+    """Everything that decides the numbers of one stage. Its hash is the stage's identity."""
+
+    kind: Literal["mae", "wsp", "linear_probe", "few_shot", "fine_tune"]
+    size: str
+    """Readable name of `model`; not semantic."""
+    model: Model
+    images: Images
+    """Training images. Evaluation reads the split `val` (wsp) or `test` (transfer) of the set."""
+    num_classes: int = 0
+    """Outputs of the head: hashtags for wsp, classes for transfer, 0 for mae."""
+    recipe: Recipe
+    steps: int = 0
+    """Optimizer steps; 0 for protocols that train by a solver."""
+    seed: int = 0
+    upstream: dict[str, str] = {}
+    """Role -> stage id. The only role so far is `encoder`: where the weights come from."""
+
+    @property
+    def samples(self) -> int:
+        """Images shown to the model during training, repeats counted."""
+        return self.steps * self.recipe.batch if isinstance(self.recipe, Optimization) else 0
+
+
+class Execution(Frozen):
+    """How a stage is run: never part of its identity, may differ between attempts."""
+
+    ranks: int = 1
+    """Processes of one stage; one GPU each on CUDA."""
+    threads: int = 1
+    """CPU threads of one rank."""
+    micro_batch: int | None = None
+    """Images per forward pass of one rank; none means the whole share of the rank."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    zero_config: str | None = None
+    """Name or path of a DeepSpeed config; none picks ds_configs/ by device."""
+    checkpoint_every_s: float = 60.0
+    eval_points: int = 8
+    """How often val_loss is measured during wsp, evenly spaced, the last at the end."""
+    dataset_path: str
+    """Where the shards are: 'scenes', 'scenes-64k' or a directory."""
+
+
+class StageFile(Frozen):
+    """Content of stage.json: the identity, its full config, and how to run it."""
+
+    schema_version: int = Field(default=1, alias="schema")
+    id: str
+    kind: str
+    name: str
+    config: StageConfig
+    upstream_kinds: dict[str, str] = {}
+    """Stage id -> kind, to find the folder of an upstream stage."""
+    params: int
+    """Parameters of the encoder, without head or decoder."""
+    flops: float
+    """Training FLOPs of the whole stage, by `harness.study.flops`."""
+    execution: Execution
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

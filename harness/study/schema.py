@@ -1,0 +1,234 @@
+"""The study file: every key it may have, checked all at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+
+from harness.errors import UserError
+from harness.study import source as study_source
+from harness.study.recipes import Count, Frozen, MaeRecipe, Positive, TransferRecipe, WspRecipe
+from harness.units import parse_seconds
+
+CORE_AXES = ("size", "data", "init", "seed", "dataset", "image_size", "patch")
+INITS = ("random", "mae")
+
+# Names become folders, job names and parts of shell lines; a dot first would hide the folder.
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")
+
+
+def check_name(name: str) -> str:
+    """A name that is safe as a folder and in a job name. Raises ValueError otherwise."""
+    if not _NAME.match(name) or ".." in name:
+        raise ValueError(
+            f"{name!r} is not a usable name; letters, digits, _ . + - only, at most 64,"
+            " not starting with a sign"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+def _seconds(value: Any) -> float:
+    try:
+        return parse_seconds(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+class Stages(Frozen):
+    """The recipes. A cell passes through mae (if init is mae), wsp, then every transfer task."""
+
+    mae: MaeRecipe | None = None
+    wsp: WspRecipe | None = None
+    transfer: dict[Name, TransferRecipe] = {}
+
+
+class MatchSet(Frozen):
+    """For the cells that `match`, set these fields: `{match: {size: l}, set: {wsp.lr: 1e-3}}`."""
+
+    match: dict[str, Any] = {}
+    set: dict[str, Any]
+
+
+class Resources(Frozen):
+    """How stages run; never part of a stage's identity."""
+
+    ranks: Count = 1
+    """Processes of a stage; one GPU each on CUDA."""
+    nodes: Count = 1
+    threads: Count = 1
+    """CPU threads of one rank."""
+    micro_batch: Count | None = None
+    time: Seconds | None = None
+    """Time limit handed to a scheduler."""
+    memory_gib: Positive | None = None
+    zero: str | None = None
+    """DeepSpeed config: a name in ds_configs/ or a path; none picks one by device."""
+    checkpoint_every: Seconds = 60.0
+    eval_points: Count = 8
+
+
+class ResourceRule(Frozen):
+    """Resources for the stages that `match` (keys: stage, size, or any axis)."""
+
+    match: dict[str, Any] = {}
+    set: dict[str, Any]
+
+
+Tries = Annotated[int, Field(ge=0)]
+
+
+class Retry(Frozen):
+    """How often a stage is tried again, by the cause of its end."""
+
+    preempted: Tries = 100
+    timeout: Tries = 20
+    killed: Tries = 2
+    """Ended by a signal nobody here sent: out of memory, a node failure, `kill -9`."""
+    data: Tries = 0
+    code: Tries = 0
+    diverged: Tries = 0
+
+
+class Budget(Frozen):
+    """`--submit` refuses a study whose remaining work exceeds any of these."""
+
+    flops: Positive | None = None
+    hours: Positive | None = None
+
+
+class Study(Frozen):
+    """One study file."""
+
+    name: Name
+    question: str | None = None
+    version: Literal[1] = 1
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    zip: list[Annotated[list[str], Field(min_length=2)]] = []
+    include: list[dict[str, Any]] = []
+    exclude: list[dict[str, Any]] = []
+    defaults: dict[str, Any] = {}
+    overrides: list[MatchSet] = []
+    stages: Stages
+    resources: list[ResourceRule] = []
+    retry: Retry = Retry()
+    budget: Budget = Budget()
+
+
+class LoadedStudy(Frozen):
+    """A study with the file it came from; `raw_stages` is what overrides are applied to."""
+
+    model_config = {**Frozen.model_config, "arbitrary_types_allowed": True}
+
+    study: Study
+    raw_stages: dict[str, Any]
+    base: Path
+    """Folder that relative dataset paths are taken from: where the command runs."""
+    source: study_source.Source
+
+
+def load_study(path: Path, base: Path | None = None) -> LoadedStudy:
+    """Reads and checks a study file. Raises UserError listing every problem with file:line."""
+    source = study_source.load(path)
+    data = dict(source.data)
+    if isinstance(data.get("resources"), dict):
+        # `resources: {ranks: 2}` is the common case; the list form is for rules.
+        data["resources"] = [{"set": data["resources"]}]
+    try:
+        study = Study.model_validate(data)
+    except ValidationError as error:
+        raise UserError(*problems_of(error, Study, source)) from None
+    return LoadedStudy(
+        study=study, raw_stages=data["stages"], base=base or Path.cwd(), source=source
+    )
+
+
+def problems_of(
+    error: ValidationError,
+    model: type[BaseModel],
+    source: study_source.Source | None = None,
+    prefix: study_source.Location = (),
+) -> list[str]:
+    """One line per problem: `file:line: path: what was found, what was expected`."""
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        # Tags of unions ("linear_probe", "int") are in pydantic's path but not in the file.
+        location = _in_file(item["loc"])
+        where = f"{source.where((*prefix, *location))}: " if source else ""
+        name = ".".join(str(p) for p in (*prefix, *location))
+        lines.append(f"{where}{name}: {_describe(item, model, item['loc'])}")
+    return list(dict.fromkeys(lines))
+
+
+def _in_file(location: study_source.Location) -> study_source.Location:
+    """pydantic's path without the parts that only name a member of a union."""
+    kept = []
+    for i, part in enumerate(location):
+        protocol_tag = i >= 2 and location[i - 2] == "transfer"
+        type_tag = str(part).startswith(("literal[", "function-", "constrained-"))
+        if not protocol_tag and not type_tag:
+            kept.append(part)
+    return tuple(kept)
+
+
+def _describe(item: Any, model: type[BaseModel], location: tuple[str | int, ...]) -> str:
+    kind, found = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        return unknown_key(str(location[-1]), _fields_at(model, location[:-1]))
+    if kind == "missing":
+        return "is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if repr(found) in message or isinstance(found, (dict, list)):
+        return message
+    return f"{message}; found {found!r}"
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """'unknown key' with the nearest known one, or all of them when none is near."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key; did you mean '{near[0]}'?"
+    return f"unknown key; known: {', '.join(known)}"
+
+
+def _fields_at(model: Any, location: tuple[str | int, ...]) -> list[str]:
+    """Field names of the model that stands at `location` below `model`."""
+    for part in location:
+        model = _step(model, part)
+    found = [m for m in _models_in(model)]
+    return list(dict.fromkeys(name for m in found for name in m.model_fields))
+
+
+def _step(annotation: Any, part: str | int) -> Any:
+    for model in _models_in(annotation):
+        if str(part) in model.model_fields:
+            return model.model_fields[str(part)].annotation
+        tags = [f.default for n, f in model.model_fields.items() if n in ("protocol", "kind")]
+        if part in tags:
+            return model
+    if typing.get_origin(annotation) in (dict, list, tuple):
+        return typing.get_args(annotation)[-1]
+    return annotation
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
+    if origin is Annotated:
+        return _models_in(typing.get_args(annotation)[0])
+    return []

@@ -1,0 +1,63 @@
+"""Which cells a command means: `--only 'size=d64x4|d32x3,init=mae'`, or a cell's name or id."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from harness.errors import NotFoundError, UserError
+from harness.study.cells import Cell
+from harness.study.expand import same
+
+
+def parse_filter(text: str) -> dict[str, list[str]]:
+    """'a=1|2,b=x' -> {'a': ['1', '2'], 'b': ['x']}. Raises UserError for other shapes."""
+    rule: dict[str, list[str]] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise UserError(f"--only {text!r}: '{part}' is not axis=value[|value]")
+        rule.setdefault(key.strip(), []).extend(v.strip() for v in value.split("|"))
+    if not rule:
+        raise UserError("--only is empty; expected axis=value[|value],axis=value")
+    return rule
+
+
+def select(cells: list[Cell], text: str | None) -> list[Cell]:
+    """The cells a filter matches. Raises NotFoundError if it matches none."""
+    if text is None:
+        return cells
+    rule = parse_filter(text)
+    known = {k for c in cells for k in c.axes}
+    for key in rule:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"axes: {', '.join(sorted(known))}"
+            raise UserError(f"--only: no axis '{key}'; {hint}")
+    found = [c for c in cells if all(_any(c.axes.get(k), v) for k, v in rule.items())]
+    if not found:
+        values = {k: sorted({str(c.axes.get(k)) for c in cells}) for k in rule}
+        shown = "; ".join(f"{k} has {', '.join(v)}" for k, v in values.items())
+        raise NotFoundError(f"--only {text!r} matches no cell; {shown}")
+    return found
+
+
+def find_cell(cells: list[dict[str, Any]], text: str) -> dict[str, Any]:
+    """The one cell row with this id, name, or unique beginning of either.
+
+    Raises NotFoundError if there is none, UserError if there are several.
+    """
+    exact = [c for c in cells if text in (c["id"], c["name"])]
+    found = exact or [c for c in cells if c["id"].startswith(text)]
+    if not found:
+        near = difflib.get_close_matches(text, [c["name"] for c in cells], n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise NotFoundError(f"no cell '{text}'{hint}")
+    if len(found) > 1:
+        shown = ", ".join(c["id"] for c in found[:4]) + (" ..." if len(found) > 4 else "")
+        raise UserError(f"'{text}' means {len(found)} cells: {shown}; give more of the id")
+    return found[0]
+
+
+def _any(value: Any, wanted: list[str]) -> bool:
+    return any(same(value, w) for w in wanted)

@@ -1,0 +1,380 @@
+"""The process that runs one stage: takes the lease, opens the record, trains, writes the result.
+
+Started once per rank, as `python -m harness.worker` by a scheduler or forked by the local pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from harness import __version__, record, transfer
+from harness.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    DataError,
+    DivergedError,
+    HarnessError,
+    LeaseLostError,
+    PreemptedError,
+    UserError,
+)
+from harness.ledger import store
+from harness.ledger.context import StageContext, StageResult
+from harness.ledger.files import JsonlWriter, read_json, write_json
+from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
+from harness.ledger.tree import StageFolder, Tree
+from harness.study.recipes import StageFile
+from harness.train import loop
+
+EXIT_BUSY = 76
+"""Another process owns the stage; nothing was done."""
+
+_STATUS_EVERY_S = 1.0
+
+
+class _Stop:
+    """Set by TERM, USR2 or INT: the loop saves a checkpoint and ends in good order."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class _Status:
+    """status.json of the stage: written at changes of state, and now and then while running."""
+
+    def __init__(self, folder: StageFolder, stage: StageFile, attempt: int) -> None:
+        self.folder = folder
+        self.base: dict[str, Any] = {
+            "schema": 1,
+            "state": "running",
+            "attempt": attempt,
+            "steps": stage.config.steps,
+            "host": this_host(),
+            "pid": os.getpid(),
+            "pid_started": process_started(os.getpid()),
+            "started": time.time(),
+        }
+        self.last: dict[str, Any] = {}
+        self._written = 0.0
+        self._first: tuple[float, int] | None = None
+
+    def report(self, *, step: int, samples: int, **scalars: float | None) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, samples)
+        if now - self._written < _STATUS_EVERY_S:
+            return
+        self._written = now
+        since, seen = now - self._first[0], samples - self._first[1]
+        self.last = {
+            "step": step,
+            "samples": samples,
+            "samples_per_s": seen / since if since > 0 else None,
+            **{k: v for k, v in scalars.items() if v is None or _finite(v)},
+        }
+        self.write("running")
+
+    def write(self, state: str, reason: str | None = None, message: str | None = None) -> None:
+        final = {} if state == "running" else {"ended": time.time()}
+        about = {"state": state, "reason": reason, "message": message}
+        row = {**self.base, **self.last, "updated": time.time(), **final, **about}
+        write_json(self.folder.status, row)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
+
+
+class _Rows:
+    """metrics.jsonl, mirrored into the sacred run as scalars."""
+
+    def __init__(self, path: Path, log_scalar: record.LogScalar) -> None:
+        self.writer = JsonlWriter(path)
+        self.log_scalar = log_scalar
+
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        self.writer.append(row)
+        for name, value in row.items():
+            if value is not None and name not in ("step", "samples", "wall_s"):
+                self.log_scalar(name, float(value), int(row["step"] or 0))
+
+    def rewind(self, step: int) -> None:
+        self.writer.rewind(step)
+
+
+class _NoRows:
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        """Ranks other than 0 write nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Ranks other than 0 write nothing."""
+
+
+def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
+    """Runs one rank of one stage; returns the exit code."""
+    stop = _Stop()
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    tree = Tree(root)
+    folder = tree.stage(kind, stage_id)
+    stage = store.read_stage(folder)
+    torch.set_num_threads(stage.execution.threads)
+    if rank != 0:
+        return _guarded(lambda: _run_rank(tree, folder, stage, rank, ranks, stop), folder, attempt)
+    try:
+        lease = Lease.acquire(folder.lease)
+    except LeaseHeldError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BUSY
+    try:
+        if _is_done(tree, folder, stage):
+            return EXIT_OK
+        lease.start_beating()
+        job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
+        return _guarded(job.run, folder, attempt, job)
+    finally:
+        lease.release()
+
+
+def _upstream_uids(tree: Tree, stage: StageFile) -> dict[str, str]:
+    uids = {}
+    for upstream in stage.config.upstream.values():
+        kind = stage.upstream_kinds[upstream]
+        result = read_json(tree.stage(kind, upstream).result)
+        if result is None:
+            raise UserError(f"{stage.id}: upstream stage {upstream} has no result; submit again")
+        uids[upstream] = result["uid"]
+    return uids
+
+
+def _is_done(tree: Tree, folder: StageFolder, stage: StageFile) -> bool:
+    result = read_json(folder.result)
+    return result is not None and result["upstream_uids"] == _upstream_uids(tree, stage)
+
+
+def _upstream_weights(tree: Tree, stage: StageFile) -> Path | None:
+    encoder = stage.config.upstream.get("encoder")
+    return tree.stage(stage.upstream_kinds[encoder], encoder).weights if encoder else None
+
+
+def _call(stage: StageFile, context: StageContext) -> StageResult:
+    run = loop.train if stage.kind in ("mae", "wsp") else transfer.run
+    return run(stage, context)
+
+
+def _run_rank(
+    tree: Tree, folder: StageFolder, stage: StageFile, rank: int, ranks: int, stop: _Stop
+) -> int:
+    context = StageContext(
+        rank=rank,
+        ranks=ranks,
+        folder=folder.path,
+        root=tree.root,
+        upstream_weights=_upstream_weights(tree, stage),
+        metrics=_NoRows(),
+        report=lambda **_: None,
+        should_stop=lambda: stop.asked,
+        check_lease=lambda: None,
+    )
+    _call(stage, context)
+    return EXIT_OK
+
+
+class _RankZero:
+    """The rank that owns the lease and writes the stage's files."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        folder: StageFolder,
+        stage: StageFile,
+        attempt: int,
+        ranks: int,
+        lease: Lease,
+        stop: _Stop,
+    ) -> None:
+        self.tree, self.folder, self.stage = tree, folder, stage
+        self.attempt, self.ranks, self.lease, self.stop = attempt, ranks, lease, stop
+        self.status = _Status(folder, stage, attempt)
+        self.began = time.time()
+
+    def run(self) -> int:
+        uids = _upstream_uids(self.tree, self.stage)
+        self._start_clean_if_stale(uids)
+        self.status.write("running")
+        self._write_attempt(None)
+        store.add_event(self.folder, "started", attempt=self.attempt, pid=os.getpid())
+        record_id = f"{self.stage.id}-a{self.attempt}"
+        about = read_json(self._attempt_file) or {}
+        result = record.run_recorded(self.tree.sacred, record_id, self.stage, about, self._train)
+        self.lease.check()
+        self._write_result(result, uids)
+        self.finish("done")
+        return EXIT_OK
+
+    def _start_clean_if_stale(self, uids: dict[str, str]) -> None:
+        """Leftovers of an earlier upstream run, or of a finished run, are not this run's."""
+        lineage = self.folder.path / "lineage.json"
+        known = read_json(lineage)
+        if self.folder.result.exists() or (known is not None and known["upstream_uids"] != uids):
+            store.set_aside(self.folder)
+        write_json(lineage, {"schema": 1, "upstream_uids": uids})
+
+    def _train(self, log_scalar: record.LogScalar) -> StageResult:
+        context = StageContext(
+            rank=0,
+            ranks=self.ranks,
+            folder=self.folder.path,
+            root=self.tree.root,
+            upstream_weights=_upstream_weights(self.tree, self.stage),
+            metrics=_Rows(self.folder.metrics, log_scalar),
+            report=self.status.report,
+            should_stop=lambda: self.stop.asked,
+            check_lease=self.lease.check,
+        )
+        return _call(self.stage, context)
+
+    def _write_result(self, result: StageResult, uids: dict[str, str]) -> None:
+        total = time.time() - self.began
+        threads = 1 if self.stage.execution.device == "cuda" else self.stage.execution.threads
+        busy = result.wall_s.get("train", 0.0) + result.wall_s.get("eval", 0.0)
+        metrics = {k: v if _finite(v) else None for k, v in result.metrics.items()}
+        write_json(
+            self.folder.result,
+            {
+                "schema": 1,
+                "uid": uuid.uuid4().hex,
+                "stage": self.stage.id,
+                "kind": self.stage.kind,
+                "size": self.stage.config.size,
+                "metrics": metrics,
+                "samples": result.samples,
+                "steps": result.steps,
+                "images": self.stage.config.images.images,
+                "flops": result.flops,
+                "wall_s": {**result.wall_s, "total": total, "harness": total - busy},
+                "device": self.stage.execution.device,
+                "processes": self.ranks * threads,
+                "attempts": self.attempt,
+                "upstream_uids": uids,
+                "harness_version": __version__,
+            },
+        )
+
+    @property
+    def _attempt_file(self) -> Path:
+        return self.folder.attempt(self.attempt) / "attempt.json"
+
+    def _write_attempt(self, ended: str | None, message: str | None = None) -> None:
+        before = read_json(self._attempt_file) or {}
+        row = {
+            **before,
+            "schema": 1,
+            "attempt": self.attempt,
+            "host": this_host(),
+            "pid": os.getpid(),
+            "started": self.began,
+            "ranks": self.ranks,
+            "threads": self.stage.execution.threads,
+            "device": self.stage.execution.device,
+            "versions": {"harness": __version__, "torch": torch.__version__},
+            "last_step": self.status.last.get("step"),
+            "end": ended,
+            "message": message,
+            "ended": time.time() if ended else None,
+        }
+        write_json(self._attempt_file, row)
+
+    def finish(self, state: str, reason: str | None = None, message: str | None = None) -> None:
+        """Notes how the attempt ended. Nothing is written once the lease is lost."""
+        self.lease.check()
+        self._write_attempt(reason or state, message)
+        store.add_event(self.folder, state, attempt=self.attempt, reason=reason, message=message)
+        self.status.write(state, reason, message)
+
+
+def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None = None) -> int:
+    """Runs and turns every way to end into a state, a reason and an exit code."""
+    try:
+        return run()
+    except LeaseLostError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BUSY
+    except PreemptedError as error:
+        return _end(folder, attempt, job, "preempted", "stopped", error, EXIT_REQUEUE)
+    except DivergedError as error:
+        return _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
+    except DataError as error:
+        return _end(folder, attempt, job, "failed", "data", error, EXIT_FAILED)
+    except UserError as error:
+        return _end(folder, attempt, job, "failed", "config", error, EXIT_FAILED)
+    except torch.OutOfMemoryError as error:
+        return _end(folder, attempt, job, "failed", "oom", error, EXIT_FAILED)
+    except HarnessError as error:
+        return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
+    except Exception as error:
+        # The one place where everything is caught: the process ends here, and its reason must
+        # reach the status file; the traceback goes to the attempt's stderr.log.
+        traceback.print_exc()
+        return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
+
+
+def _end(
+    folder: StageFolder,
+    attempt: int,
+    job: _RankZero | None,
+    state: str,
+    reason: str,
+    error: BaseException,
+    code: int,
+) -> int:
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else type(error).__name__
+    if reason == "code":
+        message = f"{type(error).__name__}: {message}"
+    print(f"{state} ({reason}): {message}", file=sys.stderr)
+    if job is not None:
+        try:
+            job.finish(state, reason, message)
+        except LeaseLostError as lost:
+            print(lost, file=sys.stderr)
+            return EXIT_BUSY
+    else:
+        rank = os.environ.get("RANK", "0")
+        write_json(
+            folder.attempt(attempt) / f"error.rank{rank}.json",
+            {"schema": 1, "state": state, "reason": reason, "message": f"rank {rank}: {message}"},
+        )
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: `python -m harness.worker --root R --kind K --stage ID --attempt N`."""
+    parser = argparse.ArgumentParser(prog="harness.worker")
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--kind", required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    given = parser.parse_args(arguments)
+    return run_stage(given.root, given.kind, given.stage, given.attempt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
