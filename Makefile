@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install study test check format chaos clean
+.PHONY: install study test test-system check format clean
 
 install: $(STAMP)
 
@@ -20,8 +20,14 @@ study: install
 	$(BIN)/harness grid grids/scale_study.yaml --submit
 	$(BIN)/harness report scale_study --out reports/
 
+# Fast tests first, so that a mistake shows early.
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not slurm and not browser"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not system"
+
+# Tests that need packages of the operating system: real Fashion-MNIST files, chromium.
+test-system: install
+	$(BIN)/python -m pytest -m "browser or system" -rs
 
 check: install
 	$(BIN)/ruff check .

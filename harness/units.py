@@ -9,6 +9,7 @@ from harness.errors import UserError
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _COUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([kmbgt]?)\s*$", re.IGNORECASE)
+_SI_POWERS = (("Y", 24), ("Z", 21), ("E", 18), ("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3))
 _TIME = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -43,7 +44,7 @@ def format_count(number: int) -> str:
 
 def format_si(number: float, unit: str = "") -> str:
     """Three significant digits with a decimal multiple: 1.23e12 -> '1.23 T'."""
-    for suffix, power in (("E", 18), ("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3)):
+    for suffix, power in _SI_POWERS:
         factor = 10.0**power
         if abs(number) >= factor:
             return f"{number / factor:.3g} {suffix}{unit}"

@@ -7,15 +7,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Pack and inspect datasets.", no_args_is_help=True, rich_markup_mode=None)
+
+def data() -> None:
+    """Pack datasets."""
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `pack` a sub-command while it is the only one."""
-
-
-@app.command("pack")
 def pack(
     src: Annotated[
         str, typer.Argument(help="IDX folder, image folder, or `digits` (scikit-learn's own).")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from harness.cli import shared, show
+from harness.errors import UserError
 from harness.launch.driver import Mode
 from harness.study.cells import build_grid, only
 from harness.study.plan import check_budget
 from harness.study.schema import load_study
 from harness.study.select import select
+
+Device = Literal["cpu", "cuda"]
 
 _EXAMPLE = """Example:
 
@@ -37,19 +40,28 @@ def grid(
         ),
     ] = "cached",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    device: Annotated[
+        Device | None, typer.Option(help="Estimate times for this device, not for this machine.")
+    ] = None,
     root: shared.Root = None,
 ) -> int:
     """Plan a study file: cells, shared stages, cost. With --submit, run what is missing."""
     tree = shared.tree(root)
-    loaded = load_study(file)
+    loaded = load_study(shared.study_file(file))
     ablations = shared.known_ablations(tree, loaded.study.name)
     full = build_grid(loaded, ablations)
     grid = only(full, select(full.cells, selection)) if selection else full
-    machine, plan = shared.plan(tree, grid)
+    if device and submit:
+        raise UserError("--device is for estimates; where stages run is the machine's own matter")
+    machine, plan = shared.plan(tree, grid, device)
     if not submit:
-        print(json.dumps(plan.to_json(), indent=1)) if as_json else show.plan(plan, tree)
+        if as_json:
+            print(json.dumps(plan.to_json(), indent=1))
+        else:
+            show.plan(plan, tree, len(machine.slots))
         return 0
     check_budget(plan)
+    shared.check_images(grid)
     shared.check_drift(tree, grid)
     return shared.submit(tree, full, ablations, grid, machine, plan, mode)
 

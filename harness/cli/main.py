@@ -1,15 +1,16 @@
-"""`harness`: entry point, and what every verb shares."""
+"""`harness`: entry point, and how a verb's answer becomes an exit code."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any
 
-import click
 import typer
 
 from harness.cli import data, grid, logs, report, run, status
-from harness.errors import EXIT_FAILED, HarnessError, UserError
+from harness.errors import EXIT_FAILED, HarnessError
 
 app = typer.Typer(
     name="harness",
@@ -20,39 +21,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("grid")(grid.grid)
-app.command("status")(status.status)
-app.command("logs")(logs.logs)
-app.command("run")(run.run)
-app.command("report")(report.report)
-app.add_typer(data.app, name="data")
 
 
-def main() -> NoReturn:
-    """Runs a verb; a user's mistake is one line per problem on stderr and exit code 2 or 4."""
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except HarnessError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # `harness status | head`: the reader has what it wanted.
-        sys.stderr.close()
-        sys.exit(EXIT_FAILED)
-    sys.exit(code if isinstance(code, int) else 0)
+def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
+    """A verb that ends the process with the code it returns, a user's mistake in one line each."""
+
+    @functools.wraps(verb)
+    def run_verb(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = verb(*args, **kwargs)
+            sys.stdout.flush()
+        except HarnessError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        except BrokenPipeError:
+            # `harness status | head`: the reader has what it wanted. Nothing more can be said.
+            sys.stdout = sys.stderr = None  # type: ignore[assignment]
+            code = EXIT_FAILED
+        raise typer.Exit(code)
+
+    return run_verb
+
+
+app.command("grid")(_exiting(grid.grid))
+app.command("status")(_exiting(status.status))
+app.command("logs")(_exiting(logs.logs))
+app.command("run")(_exiting(run.run))
+app.command("report")(_exiting(report.report))
+
+data_app = typer.Typer(help="Pack datasets.", no_args_is_help=True, rich_markup_mode=None)
+data_app.callback()(data.data)
+data_app.command("pack")(_exiting(data.pack))
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Runs a verb. Exit codes: 0 ok, 1 something failed, 2 usage or config, 4 not found."""
+    app()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def run(
     """
     tree = shared.tree(root)
     name, row = find_in_studies(tree, cell, study)
-    loaded = load_study(tree.study(name) / "study.yaml", store.base_folder(tree, name))
+    loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
     ablations = store.read_ablations(tree, name)
     wanted = row["id"]
     if changes or tag:

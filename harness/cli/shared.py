@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+import harness
 from harness.cli import show
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 from harness.launch.driver import Driver, Mode
@@ -32,12 +33,38 @@ def known_ablations(tree: Tree, study: str) -> list[Ablation]:
     return store.read_ablations(tree, study)
 
 
-def plan(tree: Tree, grid: Grid) -> tuple[Machine, Plan]:
-    """The grid with states and cost on this machine."""
+def plan(
+    tree: Tree, grid: Grid, device: Literal["cpu", "cuda"] | None = None
+) -> tuple[Machine, Plan]:
+    """The grid with states and cost on this machine, or on one just large enough of a device."""
     machine = detect()
+    if device is not None and device != machine.device:
+        most = max(s.execution.ranks for s in grid.stages.values())
+        machine = Machine(device=device, slots=tuple(map(str, range(most))))
     found = {k: v.state for k, v in states.read_states(tree, grid.stages).items()}
     speeds = states.measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))
+
+
+def study_file(path: Path) -> Path:
+    """The file itself, or the shipped study of that name (`grids/smoke.yaml`)."""
+    package = Path(harness.__file__).parent
+    # Inside the package when installed from a wheel, beside it in a checkout.
+    for folder in (package, package.parent):
+        shipped = folder / "grids" / path.name
+        if not path.exists() and path.parent.name == "grids" and shipped.is_file():
+            return shipped
+    return path
+
+
+def check_images(grid: Grid) -> None:
+    """Raises UserError if the study's images are only described, not here."""
+    for spec, meta in grid.datasets.items():
+        if meta.is_planned:
+            raise UserError(
+                f"{spec}: describes {meta.name} for planning; pack your own images with"
+                " `harness data pack SRC --out DIR` and set `dataset: DIR`"
+            )
 
 
 def check_drift(tree: Tree, grid: Grid) -> None:

@@ -48,7 +48,7 @@ def state_text(state: str) -> str:
     return f"[{colour}]{state}[/]" if colour else state
 
 
-def plan(plan: Plan, tree: Tree) -> None:
+def plan(plan: Plan, tree: Tree, slots: int) -> None:
     """The plan: cells, stages by what they feed, totals."""
     out, grid = console(), plan.grid
     study = grid.loaded.study
@@ -57,7 +57,7 @@ def plan(plan: Plan, tree: Tree) -> None:
         out.print(escape(study.question.strip()))
     out.print(_cell_table(plan))
     out.print(_stage_table(plan))
-    _print_totals(out, plan, tree)
+    _print_totals(out, plan, tree, slots)
 
 
 def _cell_table(plan: Plan) -> Table:
@@ -115,7 +115,7 @@ def _stage_table(plan: Plan) -> Table:
     return table
 
 
-def _print_totals(out: Console, plan: Plan, tree: Tree) -> None:
+def _print_totals(out: Console, plan: Plan, tree: Tree, slots: int) -> None:
     totals = plan.totals
     saved = 1 - totals.flops_shared / totals.flops_naive if totals.flops_naive else 0.0
     out.print(
@@ -126,9 +126,10 @@ def _print_totals(out: Console, plan: Plan, tree: Tree) -> None:
     basis = f"{totals.measured_share:.0%} of it at speeds measured in {tree.root}"
     if totals.measured_share == 0:
         basis = "speed guessed: nothing was measured here yet"
+    unit = "GPU hours" if plan.speeds.device == "cuda" else "core hours"
     out.print(
-        f"time: about {format_seconds(totals.seconds_remaining)} on this machine,"
-        f" {totals.process_hours_remaining:.3g} process hours ({escape(basis)});"
+        f"time: about {format_seconds(totals.seconds_remaining)} on {slots} x"
+        f" {plan.speeds.device}, {totals.process_hours_remaining:.3g} {unit} ({escape(basis)});"
         f" disk: at most {format_si(totals.disk_bytes, 'B')}"
     )
 

@@ -28,7 +28,7 @@ def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
             "schema": 1,
             "name": study.name,
             "question": study.question,
-            "base": str(grid.loaded.base),
+            "bases": [str(b) for b in grid.loaded.bases],
             "dataset": dataset,
             "axes": _jsonable(study.axes),
             "study": study.model_dump(mode="json"),
@@ -124,10 +124,10 @@ def set_aside(folder: StageFolder) -> None:
         shutil.rmtree(target / "checkpoints", ignore_errors=True)
 
 
-def base_folder(tree: Tree, study: str) -> Path:
-    """Folder that the study's relative dataset paths are taken from."""
+def base_folders(tree: Tree, study: str) -> list[Path]:
+    """Where the study's relative dataset paths are looked for."""
     resolved = read_json(tree.study(study) / "resolved.json") or {}
-    return Path(resolved.get("base", "."))
+    return [Path(b) for b in resolved.get("bases", ["."])]
 
 
 def _jsonable(value: Any) -> Any:

@@ -32,7 +32,6 @@ from harness.study.schema import (
     LoadedStudy,
     Resources,
     Stages,
-    check_name,
     problems_of,
 )
 from harness.study.sizes import SIZES
@@ -137,7 +136,7 @@ class _Builder:
 
     def _add(self, point: Point, ablation: Ablation | None) -> None:
         values = point.values
-        meta = self._dataset(str(values["dataset"]))
+        meta = self.dataset(str(values["dataset"]))
         recipes = self._recipes(point)
         if recipes is None:
             return
@@ -179,9 +178,9 @@ class _Builder:
             return "--set: "
         return f"{self.loaded.source.where(origin)}: " if origin else ""
 
-    def _dataset(self, spec: str) -> DatasetMeta:
+    def dataset(self, spec: str) -> DatasetMeta:
         if spec not in self.datasets:
-            self.datasets[spec] = describe(spec, self.loaded.base)
+            self.datasets[spec] = describe(spec, self.loaded.bases)
         return self.datasets[spec]
 
     def _model(self, point: Point, meta: DatasetMeta) -> Model:
@@ -328,15 +327,15 @@ class _Chain:
         )
 
     def _transfer(self, task: str, recipe: Any, encoder: str | None) -> None:
-        check_name(task)
         if task in ("mae", "wsp"):
             raise UserError(f"stages.transfer.{task}: a task cannot be called mae or wsp")
-        if not self.meta.classes:
+        meta = self.builder.dataset(recipe.dataset) if recipe.dataset else self.meta
+        if not meta.num_classes:
             raise UserError(
-                f"dataset {self.meta.name} has no class labels; remove stages.transfer.{task}"
+                f"stages.transfer.{task}: dataset {meta.name} has no class labels; set its `dataset`"
             )
-        classes = len(self.meta.classes)
-        train, test = self.meta.count("train"), self.meta.count("test")
+        classes = meta.num_classes
+        train, test = meta.count("train"), meta.count("test")
         images = train
         if isinstance(recipe, (LinearProbe, FineTune)) and recipe.train_images:
             images = min(train, recipe.train_images)
@@ -344,10 +343,10 @@ class _Chain:
         if isinstance(recipe, FineTune):
             per_image = count_flops.vit_train(self.model, classes)
             self._gradient(
-                task, "fine_tune", recipe, "train", images, classes, per_image, encoder, label
+                task, "fine_tune", recipe, "train", images, classes, per_image, encoder, label, meta
             )
             return
-        config = self._config(recipe.protocol, recipe, "train", images, classes, 0, encoder)
+        config = self._config(recipe.protocol, recipe, "train", images, classes, 0, encoder, meta)
         flops = count_flops.vit_forward(self.model) * (images + test)
         self._put(task, config, flops, encoder, label)
 
@@ -362,10 +361,11 @@ class _Chain:
         flops_per_image: float,
         encoder: str | None,
         label: str,
+        meta: DatasetMeta | None = None,
     ) -> str:
         duration = recipe.duration
         steps = steps_of(duration.unit, duration.amount, images, recipe.batch)
-        config = self._config(kind, recipe, split, images, classes, steps, encoder)
+        config = self._config(kind, recipe, split, images, classes, steps, encoder, meta)
         return self._put(role, config, flops_per_image * config.samples, encoder, label)
 
     def _config(
@@ -377,15 +377,17 @@ class _Chain:
         classes: int,
         steps: int,
         encoder: str | None,
+        meta: DatasetMeta | None,
     ) -> StageConfig:
+        meta = meta or self.meta
         return StageConfig(
             kind=kind,
             size=self.axes["size"],
             model=self.model,
             images=Images(
-                dataset=self.meta.name,
-                fingerprint=self.meta.fingerprint,
-                split=self.meta.split_for(split),
+                dataset=meta.name,
+                fingerprint=meta.fingerprint,
+                split=meta.split_for(split),
                 images=images,
             ),
             num_classes=classes,
@@ -417,9 +419,9 @@ class _Chain:
 
     def _execution(self, role: str, config: StageConfig) -> Execution:
         wanted = self.builder.resources(role, self.axes)
-        spec = str(self.axes["dataset"])
+        spec = getattr(config.recipe, "dataset", None) or str(self.axes["dataset"])
         if scenes_count(spec) is None:
-            spec = str(dataset_folder(spec, self.builder.loaded.base))
+            spec = str(dataset_folder(spec, self.builder.loaded.bases))
         batch = getattr(config.recipe, "batch", None)
         if batch is not None:
             chunk = wanted.ranks * (wanted.micro_batch or 1)

@@ -43,13 +43,12 @@ class Speeds:
         return _GUESS_FLOPS_PER_S[self.device]
 
 
-def makespan(seconds: list[float], slots: int) -> float:
-    """Wall time of independent stages on `slots` slots, longest first; a lower bound for graphs."""
-    ends = [0.0] * max(1, slots)
-    for item in sorted(seconds, reverse=True):
-        ends.sort()
-        ends[0] += item
-    return max(ends)
+def makespan(work: list[tuple[float, int]], slots: int) -> float:
+    """Least wall time of (seconds, slots needed) items: no less than the longest, nor the area."""
+    if not work:
+        return 0.0
+    area = sum(seconds * width for seconds, width in work)
+    return max(max(seconds for seconds, _ in work), area / max(1, slots))
 
 
 def checkpoint_bytes(stage: StageFile) -> float:

@@ -1,7 +1,8 @@
 """What a study knows of its images before any is read: counts, labels, fingerprint.
 
-A dataset is named by a string: `scenes` or `scenes-<count>` for the built-in procedural set, or a
-directory that `harness data pack` wrote. Only dataset.json is read here, never a shard.
+A dataset is named by a string: `scenes` or `scenes-<count>` for the built-in procedural set, a
+directory that `harness data pack` wrote, or a JSON file that describes images which are not here:
+enough to plan and cost a study, not to run it. No shard is ever read here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -37,10 +39,16 @@ class DatasetMeta(Frozen):
     image_size: int
     """Side in pixels; for sets of mixed sizes the size views are made for by default."""
     channels: int = 3
-    hashtags: list[str]
-    classes: list[str]
+    hashtags: list[str] = []
+    classes: list[str] = []
     splits: dict[str, int]
     shards: dict[str, list[dict[str, str | int]]] = {}
+    planned_hashtags: int = 0
+    """Number of hashtags of a set that is only described."""
+    planned_classes: int = 0
+    """Number of classes of a set that is only described."""
+    is_planned: bool = False
+    """The images are not here: studies on it can be planned, not submitted."""
 
     def split_for(self, role: Role) -> str:
         """The split that serves `role`. Raises UserError if the set has none."""
@@ -59,7 +67,12 @@ class DatasetMeta(Frozen):
     @property
     def num_hashtags(self) -> int:
         """Outputs of a WSP head; a set without hashtags uses its classes."""
-        return len(self.hashtags) or len(self.classes)
+        return len(self.hashtags) or self.planned_hashtags or self.num_classes
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of a transfer head; 0 if the set has no clean labels."""
+        return len(self.classes) or self.planned_classes
 
 
 def scenes_count(spec: str) -> int | None:
@@ -70,8 +83,8 @@ def scenes_count(spec: str) -> int | None:
     return parse_count(match[1]) if match else None
 
 
-def describe(spec: str, base: Path | None = None) -> DatasetMeta:
-    """Metadata of a dataset. Relative directories are taken from `base`.
+def describe(spec: str, bases: Sequence[Path] = ()) -> DatasetMeta:
+    """Metadata of a dataset. Relative directories are looked for in each of `bases`.
 
     Raises NotFoundError if there is no such dataset, UserError if its dataset.json is unusable.
     """
@@ -86,7 +99,9 @@ def describe(spec: str, base: Path | None = None) -> DatasetMeta:
             classes=list(scenes_spec.CLASSES),
             splits=splits,
         )
-    file = dataset_folder(spec, base) / "dataset.json"
+    folder = dataset_folder(spec, bases)
+    planned = folder.suffix == ".json"
+    file = folder if planned else folder / "dataset.json"
     if not file.is_file():
         raise NotFoundError(
             f"dataset '{spec}': no {file}; expected 'scenes', 'scenes-<count>' or a directory"
@@ -94,16 +109,17 @@ def describe(spec: str, base: Path | None = None) -> DatasetMeta:
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return DatasetMeta.model_validate(raw)
+        return DatasetMeta.model_validate({**raw, "is_planned": planned})
     except (OSError, ValueError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{file}: not a dataset description: {first}; pack it again") from None
 
 
-def dataset_folder(spec: str, base: Path | None = None) -> Path:
-    """Absolute folder of a packed dataset; relative ones are taken from `base`."""
+def dataset_folder(spec: str, bases: Sequence[Path] = ()) -> Path:
+    """Absolute folder of a packed dataset: the first of `bases` that has it, else in the first."""
     path = Path(spec).expanduser()
-    return path if path.is_absolute() else ((base or Path.cwd()) / path).absolute()
+    options = [(base / path).absolute() for base in bases or (Path.cwd(),)]
+    return next((o for o in options if o.exists()), options[0])
 
 
 def _scenes_fingerprint(splits: dict[str, int]) -> str:

@@ -26,6 +26,7 @@ def semantic_fields(config: StageConfig) -> dict[str, Any]:
     recipe = fields["recipe"]
     # Discriminators are at their default in their own class, but they say which class it is.
     recipe.pop("duration", None)
+    recipe.pop("dataset", None)  # its fingerprint is in `images`
     if isinstance(config.recipe, MaeRecipe):
         # `full`, `same` and N only select images; what they selected is in `images`.
         recipe.pop("data", None)

@@ -132,7 +132,9 @@ def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int)
         flops_naive=sum(c.flops for c in grid.cells),
         flops_shared=sum(s.flops for s in stages),
         flops_remaining=flops_left,
-        seconds_remaining=makespan(seconds, slots),
+        seconds_remaining=makespan(
+            [(t, s.execution.ranks) for t, s in zip(seconds, left, strict=True)], slots
+        ),
         process_hours_remaining=sum(
             t * s.execution.ranks / 3600 for t, s in zip(seconds, left, strict=True)
         ),

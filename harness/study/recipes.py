@@ -118,7 +118,14 @@ class WspRecipe(Optimization):
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
 
 
-class LinearProbe(Frozen):
+class OnDataset(Frozen):
+    """A task on labelled images of its own."""
+
+    dataset: str | None = None
+    """A dataset as in a study's `dataset`; none means the pretraining set's own labelled split."""
+
+
+class LinearProbe(OnDataset):
     """Logistic regression on frozen features; the penalty is chosen on a split of the train set."""
 
     protocol: Literal["linear_probe"] = "linear_probe"
@@ -129,7 +136,7 @@ class LinearProbe(Frozen):
     pool: Literal["cls", "mean"] = "cls"
 
 
-class FewShot(Frozen):
+class FewShot(OnDataset):
     """Logistic regression on K labelled images a class, over several splits (paper sec. 4.4)."""
 
     protocol: Literal["few_shot"] = "few_shot"
@@ -139,7 +146,7 @@ class FewShot(Frozen):
     pool: Literal["cls", "mean"] = "cls"
 
 
-class FineTune(Optimization):
+class FineTune(Optimization, OnDataset):
     """Every weight trained on the labelled set, with layer-wise learning-rate decay."""
 
     protocol: Literal["fine_tune"] = "fine_tune"

@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,12 +134,12 @@ class LoadedStudy(Frozen):
 
     study: Study
     raw_stages: dict[str, Any]
-    base: Path
-    """Folder that relative dataset paths are taken from: where the command runs."""
+    bases: tuple[Path, ...]
+    """Where relative dataset paths are looked for: where the command runs, beside the file."""
     source: study_source.Source
 
 
-def load_study(path: Path, base: Path | None = None) -> LoadedStudy:
+def load_study(path: Path, bases: Sequence[Path] | None = None) -> LoadedStudy:
     """Reads and checks a study file. Raises UserError listing every problem with file:line."""
     source = study_source.load(path)
     data = dict(source.data)
@@ -149,9 +150,8 @@ def load_study(path: Path, base: Path | None = None) -> LoadedStudy:
         study = Study.model_validate(data)
     except ValidationError as error:
         raise UserError(*problems_of(error, Study, source)) from None
-    return LoadedStudy(
-        study=study, raw_stages=data["stages"], base=base or Path.cwd(), source=source
-    )
+    found = tuple(bases or (Path.cwd(), path.absolute().parent))
+    return LoadedStudy(study=study, raw_stages=data["stages"], bases=found, source=source)
 
 
 def problems_of(

@@ -1,0 +1,78 @@
+"""Fixtures shared by all tests: a small study in a folder of its own, a command-line runner."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SMALL = """\
+name: small
+axes:
+  size: [d16x2, d32x3]
+  data: [1k, 4k]
+  init: [random, mae]
+defaults:
+  dataset: scenes-4k
+  image_size: 24
+stages:
+  mae:
+    duration: {samples: 2k}
+    decoder_width: 32
+    decoder_depth: 1
+    decoder_heads: 2
+  wsp:
+    duration: {samples: 2k}
+  transfer:
+    probe: {protocol: linear_probe}
+"""
+
+Harness = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a study file and returns its path."""
+
+    def write(text: str = SMALL, name: str = "study.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    """Runs the command line as a user does: another process, its own run root."""
+
+    def run(
+        *arguments: object,
+        check: int | None = 0,
+        env: dict[str, str] | None = None,
+        **options: object,
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "harness.cli.main", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "HARNESS_ROOT": str(tmp_path / "runs"),
+                "HARNESS_DEVICE": "cpu",
+                "NO_COLOR": "1",
+                **(env or {}),
+            },
+            check=False,
+            **options,  # type: ignore[arg-type]
+        )
+        if check is not None:
+            assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

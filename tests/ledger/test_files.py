@@ -1,0 +1,68 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UserError
+from harness.ledger.files import JsonlWriter, read_json, read_jsonl, write_json
+
+
+def test_json_round_trip_and_absence(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "none.json") is None
+    write_json(tmp_path / "deep" / "a.json", {"x": [1, 2.5, None, "ü"]})
+    assert read_json(tmp_path / "deep" / "a.json") == {"x": [1, 2.5, None, "ü"]}
+    assert os.listdir(tmp_path / "deep") == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_json(tmp_path / "a.json", {"new": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+
+
+def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_writer(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    writer = JsonlWriter(path)
+    for step in range(5):
+        writer.append({"step": step, "loss": 1 / (step + 1)})
+    whole = path.read_bytes()
+    for cut in range(1, 20):
+        path.write_bytes(whole[:-cut])
+        rows = read_jsonl(path)
+        assert [r["step"] for r in rows] == [0, 1, 2, 3]
+        JsonlWriter(path).append({"step": 4, "loss": 0.2})
+        assert path.read_bytes() == whole
+
+
+def test_rewind_drops_later_rows_and_keeps_the_rest_to_the_byte(tmp_path: Path) -> None:
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    for step in (10, 20, 30):
+        writer.append({"step": step, "loss": 0.1 * step})
+    whole = writer.path.read_bytes()
+    writer.rewind(20)
+    assert [r["step"] for r in read_jsonl(writer.path)] == [10, 20]
+    writer.append({"step": 30, "loss": 0.1 * 30})
+    assert writer.path.read_bytes() == whole
+
+
+def test_rubbish_in_a_json_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json: not JSON"):
+        read_json(tmp_path / "a.json")

@@ -1,0 +1,126 @@
+"""One owner per stage."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.errors import LeaseLostError
+from harness.ledger import lease as leases
+from harness.ledger.lease import Lease, LeaseHeldError, owner_is_dead, read_lease
+
+
+def test_a_held_lease_is_refused_and_a_released_one_is_free(tmp_path: Path) -> None:
+    first = Lease.acquire(tmp_path / "lease")
+    with pytest.raises(LeaseHeldError, match="held by process"):
+        Lease.acquire(tmp_path / "lease")
+    first.check()
+    first.release()
+    assert not (tmp_path / "lease").exists()
+    Lease.acquire(tmp_path / "lease").release()
+
+
+def test_the_lease_of_a_dead_process_on_this_host_is_taken_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    code = f"from harness.ledger.lease import Lease; Lease.acquire(__import__('pathlib').Path({str(path)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    held = read_lease(path)
+    assert held is not None and owner_is_dead(held) is True
+    Lease.acquire(path).check()
+
+
+def test_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    Lease.acquire(path)
+    held = json.loads(path.read_text())
+    assert owner_is_dead(held) is False
+    assert owner_is_dead({**held, "started": "1"}) is True
+
+
+def test_a_silent_owner_on_another_host_expires_by_our_clock(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    Lease.acquire(path)
+    foreign = {**json.loads(path.read_text()), "host": "elsewhere:1", "token": "theirs"}
+    path.write_text(json.dumps(foreign))
+    # Its clock may be an hour off in either direction: file times do not count.
+    os.utime(path, (time.time() + 3600, time.time() + 3600))
+    taken = Lease.acquire(path, expiry_s=0.3)
+    taken.check()
+
+
+def test_a_beating_owner_on_another_host_keeps_its_lease(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    Lease.acquire(path)
+    foreign = {**json.loads(path.read_text()), "host": "elsewhere:1", "token": "theirs"}
+    path.write_text(json.dumps(foreign))
+    beat = (
+        "import json,sys,time,os\n"
+        "p=sys.argv[1]; d=json.load(open(p))\n"
+        "for i in range(40):\n"
+        "    d['beat']=i+1; open(p+'.n','w').write(json.dumps(d)); os.replace(p+'.n',p); time.sleep(.1)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", beat, str(path)])
+    try:
+        with pytest.raises(LeaseHeldError, match="elsewhere"):
+            Lease.acquire(path, expiry_s=2.0)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_an_owner_that_lost_its_lease_notices(tmp_path: Path) -> None:
+    first = Lease.acquire(tmp_path / "lease")
+    (tmp_path / "lease").unlink()
+    second = Lease.acquire(tmp_path / "lease")
+    with pytest.raises(LeaseLostError, match="lost the lease"):
+        first.check()
+    first.release()  # must not remove the new owner's
+    second.check()
+
+
+def _race(path: Path, start: float, wins: "multiprocessing.Queue[int]") -> None:
+    while time.time() < start:
+        pass
+    try:
+        Lease.acquire(path)
+        wins.put(os.getpid())
+        time.sleep(1.0)
+    except LeaseHeldError:
+        pass
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_at_once_exactly_one_gets_it(tmp_path: Path, stale: bool) -> None:
+    path = tmp_path / "lease"
+    if stale:
+        Lease.acquire(path)
+        dead = {**json.loads(path.read_text()), "started": "1", "token": "dead"}
+        path.write_text(json.dumps(dead))
+    context = multiprocessing.get_context("fork")
+    wins: multiprocessing.Queue[int] = context.Queue()
+    start = time.time() + 0.3
+    racers = [context.Process(target=_race, args=(path, start, wins)) for _ in range(8)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert wins.qsize() == 1
+
+
+def test_the_heartbeat_counts_up_and_stops_when_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.02)
+    lease = Lease.acquire(tmp_path / "lease")
+    lease.start_beating()
+    deadline = time.monotonic() + 10
+    while (read_lease(lease.path) or {})["beat"] < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (read_lease(lease.path) or {})["beat"] >= 3
+    lease.release()
+    assert not lease.path.exists()

@@ -1,0 +1,224 @@
+"""Which cells and stages a study file stands for, and what they are called."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.errors import NotFoundError, UserError
+from harness.study.cells import Ablation, Grid, build_grid
+from harness.study.cost import Speeds, makespan
+from harness.study.flops import mae_train, vit_forward, vit_train
+from harness.study.plan import cell_state, check_budget, make_plan
+from harness.study.recipes import MaeRecipe
+from harness.study.schema import load_study
+from harness.study.select import find_cell, parse_filter, select
+from tests.conftest import SMALL
+
+Write = Callable[..., Path]
+
+
+def grid_of(study_file: Write, text: str = SMALL) -> Grid:
+    return build_grid(load_study(study_file(text)))
+
+
+def ids(grid: Grid, kind: str) -> set[str]:
+    return {s.id for s in grid.stages.values() if s.kind == kind}
+
+
+def test_one_mae_run_feeds_every_data_size(study_file: Write) -> None:
+    grid = grid_of(study_file)
+    assert len(grid.cells) == 8
+    mae = ids(grid, "mae")
+    assert len(mae) == 2  # one per model size
+    assert {grid.feeds[m] for m in mae} == {2}
+    assert len(ids(grid, "wsp")) == 8 and len(ids(grid, "linear_probe")) == 8
+
+
+def test_mae_on_the_cells_own_images_is_not_shared(study_file: Write) -> None:
+    grid = grid_of(study_file, SMALL.replace("  mae:\n", "  mae:\n    data: same\n"))
+    assert len(ids(grid, "mae")) == 4
+    # `full` of a 4k set and `same` at 4k are the same 4k images: the same stage.
+    full = grid_of(study_file)
+    assert ids(full, "mae") < ids(grid, "mae")
+
+
+def test_naive_and_shared_flops_by_hand(study_file: Write) -> None:
+    grid = grid_of(study_file)
+    naive = shared = 0.0
+    for cell in grid.cells:
+        wsp, probe = grid.stages[cell.stages["wsp"]], grid.stages[cell.stages["probe"]]
+        model, classes = wsp.config.model, wsp.config.num_classes
+        # 2000 samples are 16 steps of 128: 2048 samples.
+        own = vit_train(model, classes) * 2048
+        test = grid.datasets["scenes-4k"].splits["test"]
+        own += vit_forward(model) * (probe.config.images.images + test)
+        shared += own
+        naive += own
+        if "mae" in cell.stages:
+            recipe = grid.stages[cell.stages["mae"]].config.recipe
+            assert isinstance(recipe, MaeRecipe)
+            naive += mae_train(model, recipe) * 2048
+            shared += mae_train(model, recipe) * 2048 / 2
+    plan = make_plan(grid, dict.fromkeys(grid.stages, "planned"), Speeds(), 2)
+    assert plan.totals.flops_naive == pytest.approx(naive)
+    assert plan.totals.flops_shared == pytest.approx(shared)
+    assert plan.totals.flops_remaining == pytest.approx(shared)
+
+
+def test_equal_durations_in_other_units_are_the_same_stage(study_file: Write) -> None:
+    a = grid_of(study_file)
+    b = grid_of(study_file, SMALL.replace("samples: 2k", "steps: 16"))
+    assert list(a.stages) == list(b.stages)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "resources: {ranks: 2, threads: 3, micro_batch: 32, checkpoint_every: 5m}\n",
+        "retry: {killed: 9}\n",
+        "budget: {hours: 1000}\n",
+        "question: What else?\n",
+    ],
+)
+def test_execution_never_enters_identity(study_file: Write, extra: str) -> None:
+    before = grid_of(study_file)
+    after = grid_of(study_file, SMALL + extra)
+    assert list(before.stages) == list(after.stages)
+    assert [c.id for c in before.cells] == [c.id for c in after.cells]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        (
+            "decoder_depth: 1",
+            "decoder_depth: 1\n    mask_ratio: 0.6",
+            {"mae", "wsp", "linear_probe"},
+        ),
+        ("protocol: linear_probe", "protocol: linear_probe, pool: mean", {"linear_probe"}),
+        ("decoder_depth: 1", "decoder_depth: 1\n    mask_ratio: 0.75", set()),  # the default
+        ("scenes-4k", "scenes-5k", {"mae", "wsp", "linear_probe"}),
+    ],
+)
+def test_a_change_renames_its_stage_and_all_below(
+    study_file: Write, old: str, new: str, changed: set[str]
+) -> None:
+    before, after = grid_of(study_file), grid_of(study_file, SMALL.replace(old, new))
+    for cell_before, cell_after in zip(before.cells, after.cells, strict=True):
+        if "mae" not in cell_before.stages:
+            continue
+        for role, stage in cell_before.stages.items():
+            kind = before.stages[stage].kind
+            assert (stage != cell_after.stages[role]) == (kind in changed), (role, kind)
+
+
+def test_the_random_arm_does_not_know_of_the_mae_recipe(study_file: Write) -> None:
+    before = grid_of(study_file)
+    after = grid_of(study_file, SMALL.replace("decoder_depth: 1", "decoder_depth: 2"))
+    for a, b in zip(before.cells, after.cells, strict=True):
+        assert (a.stages == b.stages) == (a.axes["init"] == "random")
+
+
+def test_ids_are_pinned(study_file: Write) -> None:
+    """A change here orphans every run tree: bump identity.VERSION on purpose, never by accident."""
+    text = SMALL.replace("dataset: scenes-4k", "dataset: pinned").replace(
+        "size: [d16x2, d32x3]", "size: [d16x2]"
+    )
+    folder = study_file("x").parent / "pinned"
+    folder.mkdir()
+    (folder / "dataset.json").write_text(
+        '{"schema": 1, "name": "pinned", "fingerprint": "abc", "image_size": 32, "hashtags": ["a"],'
+        ' "classes": ["x", "y"], "splits": {"pretrain": 4000, "val": 10, "train": 10, "test": 10}}'
+    )
+    grid = build_grid(load_study(study_file(text), [folder.parent]))
+    assert list(grid.stages)[:3] == PINNED
+
+
+PINNED: list[str] = []
+
+
+def test_axes_zip_include_exclude(study_file: Write) -> None:
+    text = SMALL.replace("init: [random, mae]", "init: [random, mae]\n  wsp.lr: [1e-3, 2e-3]")
+    text += "zip: [[size, wsp.lr]]\nexclude: [{size: d32x3, data: 1k}]\n"
+    text += "include: [{size: d48x4, data: full, init: mae, wsp.lr: 5e-4}]\n"
+    grid = grid_of(study_file, text)
+    found = {(c.axes["size"], c.axes["data"], c.axes["init"], c.axes["wsp.lr"]) for c in grid.cells}
+    assert found == {
+        ("d16x2", 1000, "random", 1e-3),
+        ("d16x2", 1000, "mae", 1e-3),
+        ("d16x2", 4000, "random", 1e-3),
+        ("d16x2", 4000, "mae", 1e-3),
+        ("d32x3", 4000, "random", 2e-3),
+        ("d32x3", 4000, "mae", 2e-3),
+        ("d48x4", 4000, "mae", 5e-4),
+    }
+    lrs = {c.axes["size"]: grid.stages[c.stages["wsp"]].config.recipe.lr for c in grid.cells}
+    assert lrs == {"d16x2": 1e-3, "d32x3": 2e-3, "d48x4": 5e-4}
+
+
+def test_overrides_apply_to_matching_cells_only(study_file: Write) -> None:
+    text = SMALL + "overrides:\n- {match: {size: d32x3, data: 4000}, set: {wsp.lr: 3e-4}}\n"
+    grid = grid_of(study_file, text)
+    for cell in grid.cells:
+        special = cell.axes["size"] == "d32x3" and cell.axes["data"] == 4000
+        assert (grid.stages[cell.stages["wsp"]].config.recipe.lr == 3e-4) == special
+
+
+def test_an_ablation_reuses_what_it_does_not_touch(study_file: Write) -> None:
+    loaded = load_study(study_file())
+    parent = next(c for c in build_grid(loaded).cells if c.name == "d32x3-4k-mae-s0")
+    ablation = Ablation(parent=parent.id, values=parent.axes, set={"wsp.lr": 3e-4}, tag="low-lr")
+    grid = build_grid(loaded, [ablation])
+    child = next(c for c in grid.cells if c.parent == parent.id)
+    assert child.tag == "low-lr" and child.name.endswith("low_lr") or "low-lr" in child.name
+    assert child.stages["mae"] == parent.stages["mae"]
+    assert child.stages["wsp"] != parent.stages["wsp"]
+    assert child.stages["probe"] != parent.stages["probe"]
+
+
+def test_only_selects_by_axes_and_says_what_there_is(study_file: Write) -> None:
+    cells = grid_of(study_file).cells
+    assert len(select(cells, "size=d32x3,init=mae")) == 2
+    assert len(select(cells, "data=1k|4000")) == 8
+    assert len(select(cells, "data=4k, data=1k")) == 8
+    with pytest.raises(UserError, match="did you mean 'size'"):
+        select(cells, "sise=d32x3")
+    with pytest.raises(NotFoundError, match="size has d16x2, d32x3"):
+        select(cells, "size=b")
+    with pytest.raises(UserError, match="is not axis=value"):
+        parse_filter("size")
+
+
+def test_a_cell_is_found_by_name_id_or_beginning(study_file: Write) -> None:
+    rows = [{"id": c.id, "name": c.name} for c in grid_of(study_file).cells]
+    assert find_cell(rows, rows[3]["id"]) == rows[3] == find_cell(rows, rows[3]["name"])
+    assert find_cell(rows, rows[3]["id"][:-3]) == rows[3]
+    with pytest.raises(UserError, match="means 4 cells"):
+        find_cell(rows, "d32x3")
+    with pytest.raises(NotFoundError, match="did you mean"):
+        find_cell(rows, "d32x3-4k-mea-s0")
+
+
+def test_cell_state_is_the_worst_of_its_stages() -> None:
+    assert cell_state(["done", "done"]) == "done"
+    assert cell_state(["done", "planned"]) == "waiting"
+    assert cell_state(["planned", "waiting"]) == "planned"
+    assert cell_state(["done", "running", "waiting"]) == "running"
+    assert cell_state(["done", "diverged", "blocked"]) == "diverged"
+    assert cell_state(["failed", "running"]) == "failed"
+
+
+def test_the_budget_stops_a_submission(study_file: Write) -> None:
+    grid = grid_of(study_file, SMALL + "budget: {flops: 1e9}\n")
+    plan = make_plan(grid, dict.fromkeys(grid.stages, "planned"), Speeds(), 2)
+    with pytest.raises(UserError, match="budget.flops is 1 GFLOPs"):
+        check_budget(plan)
+    check_budget(make_plan(grid, dict.fromkeys(grid.stages, "done"), Speeds(), 2))
+
+
+def test_makespan_is_bounded_by_the_longest_and_by_the_area() -> None:
+    assert makespan([(5, 1), (3, 1), (3, 1), (1, 1)], 2) == 6
+    assert makespan([(10, 1), (3, 1)], 2) == 10
+    assert makespan([(4, 8), (4, 8)], 8) == 8
+    assert makespan([], 2) == 0
