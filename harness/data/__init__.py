@@ -1,0 +1,1 @@
+"""With which images: shards and their index, order, subsets, labels, augmentation, packing."""

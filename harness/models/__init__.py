@@ -1,0 +1,1 @@
+"""The networks: ViT encoder, masked autoencoder, classifier; their weights in and out."""

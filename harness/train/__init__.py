@@ -1,0 +1,1 @@
+"""How a gradient stage trains: one loop, its objectives, the DeepSpeed engine, checkpoints."""

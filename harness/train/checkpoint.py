@@ -1,0 +1,104 @@
+"""Resume checkpoints: written aside, renamed, marked complete; only the last one is kept.
+
+    checkpoints/step_<N>/deepspeed/...   weights and optimizer, one pair of files a rank
+    checkpoints/step_<N>/progress.json   where the run stood, by rank 0
+    checkpoints/step_<N>/COMPLETE        written last; a folder without it is ignored
+
+Every random choice of a run is a function of (seed, step), so no generator state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.train.engine import Engine
+
+SCHEMA = 1
+
+
+@dataclass
+class Progress:
+    """What the loop carries from step to step besides weights and optimizer state."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    loss_sum: float = 0.0
+    """Sum of the losses since the last metrics row."""
+    loss_count: int = 0
+    wall_s: dict[str, float] = field(
+        default_factory=lambda: {"setup": 0.0, "train": 0.0, "eval": 0.0, "checkpoint": 0.0}
+    )
+    """Seconds by part, over all attempts that led here."""
+
+
+def save(folder: Path, engine: Engine, progress: Progress) -> Path:
+    """Write a checkpoint of the stage in `folder`, then remove the older ones."""
+    final = folder / "checkpoints" / f"step_{progress.step}"
+    partial = final.with_name(f"{final.name}.partial")
+    if engine.rank == 0:
+        # Left by an attempt that was killed here, or complete and about to be replaced.
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.mkdir(parents=True)
+    engine.barrier()
+    engine.save(partial)
+    engine.barrier()
+    if engine.rank == 0:
+        content = {"schema": SCHEMA, "ranks": engine.ranks, **asdict(progress)}
+        (partial / "progress.json").write_text(json.dumps(content))
+        for file in partial.rglob("*"):
+            _sync(file)
+        partial.replace(final)
+        _sync(final.parent)
+        (final / "COMPLETE").write_text("")
+        _sync(final / "COMPLETE")
+        _sync(final)
+        for other in final.parent.iterdir():
+            if other != final:
+                shutil.rmtree(other)
+    engine.barrier()
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step; None if there is none."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / "COMPLETE").exists()
+    ]
+    return max(found)[1] if found else None
+
+
+def load(path: Path, engine: Engine) -> Progress:
+    """Restore `engine` from a complete checkpoint, and return where the run stood.
+
+    UserError if it was written by another number of ranks.
+    """
+    content = json.loads((path / "progress.json").read_text())
+    ranks = content.pop("ranks")
+    schema = content.pop("schema")
+    if schema != SCHEMA:
+        raise UserError(f"{path}: checkpoint has schema {schema}, this version reads {SCHEMA}")
+    if ranks != engine.ranks:
+        raise UserError(
+            f"{path}: checkpoint was written by {ranks} rank{'s' * (ranks != 1)}, this attempt"
+            f" has {engine.ranks}; resume with resources.ranks: {ranks}, or remove the checkpoint"
+            " to start the stage again"
+        )
+    engine.load(path)
+    return Progress(**content)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

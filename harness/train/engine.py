@@ -1,0 +1,341 @@
+"""DeepSpeed, and nothing else of it anywhere: set-up, one training step, state in and out.
+
+What a run is comes from the recipe; a JSON in ds_configs/ says only how DeepSpeed does it.
+Importing this module imports DeepSpeed whole and starts no thread and no CUDA context, so a
+process may import it once and fork a worker for each stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+import harness
+from harness.errors import UserError
+from harness.study.recipes import Execution, Optimization
+
+# DeepSpeed picks its accelerator when imported. device_count asks NVML and creates no context.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import (  # noqa: E402
+    TorchCheckpointEngine,
+)
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    logger,
+    safe_get_full_fp32_param,
+    set_z3_leaf_modules,
+)
+from timm.models.vision_transformer import Block  # noqa: E402
+
+# deepspeed.initialize imports this module lazily, and with it the whole of torch._inductor:
+# 1.0 to 1.7 s in every worker, where here it is paid once by the process that forks them.
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+logger.setLevel(logging.WARNING)
+
+# Debug aids that DeepSpeed runs some 700 times a step for a small model, to no effect: profiler
+# ranges, and messages that only rank 0 would print if asked to. 2 ms of a 50 ms step.
+importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False
+for _module in ("partition_parameters", "partitioned_param_coordinator", "parameter_offload"):
+    _module = importlib.import_module(f"deepspeed.runtime.zero.{_module}")
+    if hasattr(_module, "print_rank_0"):
+        _module.print_rank_0 = lambda *args, **kwargs: None
+
+OWNED_KEYS = {
+    "train_batch_size": "stages.<stage>.batch",
+    "train_micro_batch_size_per_gpu": "resources.micro_batch",
+    "gradient_accumulation_steps": "resources.micro_batch",
+    "optimizer": "the recipe (lr, betas, weight_decay)",
+    "scheduler": "stages.<stage>.schedule",
+    "gradient_clipping": "stages.<stage>.clip",
+}
+"""DeepSpeed settings that the harness derives, and what to change instead."""
+
+DEFAULT_CONFIGS = {"cpu": "zero3_fp32", "cuda": "zero3_bf16"}
+
+
+# --- configuration ------------------------------------------------------------------------
+
+
+def config_path(name: str | None, device: str) -> Path:
+    """The DeepSpeed JSON of `name`: a path, or a name in ds_configs/; None picks by device."""
+    wanted = name or DEFAULT_CONFIGS[device]
+    if wanted.endswith(".json"):
+        path = Path(wanted)
+        if not path.is_file():
+            raise UserError(f"{path}: no such DeepSpeed config")
+        return path
+    package = Path(harness.__file__).parent
+    # Beside the package in a checkout, inside it when installed from a wheel.
+    folders = [package.parent / "ds_configs", package / "ds_configs"]
+    for folder in folders:
+        if (folder / f"{wanted}.json").is_file():
+            return folder / f"{wanted}.json"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise UserError(f"zero_config {wanted!r}: unknown; known: {', '.join(known)}, or a .json path")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON of `path`. UserError if it is no JSON object or sets what the harness owns."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, expected a JSON object")
+    problems = [
+        f"{path}: sets {key}; the harness owns it: remove it and set {instead}"
+        for key, instead in OWNED_KEYS.items()
+        if key in config
+    ]
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def batch_plan(batch: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:
+    """(images per forward pass of a rank, accumulation steps). UserError if not whole."""
+    if batch % ranks:
+        raise UserError(f"batch {batch} is not a multiple of {ranks} ranks")
+    share = batch // ranks
+    micro = min(micro_batch or share, share)
+    if share % micro:
+        raise UserError(
+            f"batch {batch} is not a multiple of {ranks * micro} ({ranks} ranks x micro-batch"
+            f" {micro}); use a micro_batch that divides {share}"
+        )
+    return micro, share // micro
+
+
+# --- processes ----------------------------------------------------------------------------
+
+
+def connect(execution: Execution, rank: int, ranks: int) -> torch.device:
+    """Join the process group of this stage; the device of this rank.
+
+    Several ranks meet at MASTER_ADDR:MASTER_PORT. One rank uses a store inside the process:
+    no port, so nothing to collide with.
+    """
+    torch.set_num_threads(execution.threads)
+    cuda = execution.device == "cuda"
+    if get_accelerator().device_name().split(":")[0] != execution.device:
+        set_accelerator(_accelerator(execution.device))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        # Unset, DeepSpeed starts the program numactl in every step to count devices.
+        os.environ.setdefault("LOCAL_SIZE", str(ranks))
+        # DeepSpeed would compile a shared-memory all-reduce here: half a minute, and if killed
+        # it leaves a lock at which every later run waits forever. Gloo does the same work.
+        # (By name: deepspeed.comm.torch as an attribute is torch itself.)
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    if not dist.is_initialized():
+        where: dict[str, Any] = (
+            {"store": dist.HashStore()} if ranks == 1 else {"init_method": "env://"}
+        )
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=rank,
+            world_size=ranks,
+            device_id=device if cuda else None,
+            **where,
+        )
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def _accelerator(device: str) -> Any:
+    name = {"cpu": "CPU_Accelerator", "cuda": "CUDA_Accelerator"}[device]
+    module = importlib.import_module(f"deepspeed.accelerator.{device}_accelerator")
+    return getattr(module, name)()
+
+
+# --- the engine ---------------------------------------------------------------------------
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step; whole tensors in and out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        recipe: Optimization,
+        execution: Execution,
+        *,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        """Shard `model`, which already holds its initial weights on the CPU in float32."""
+        self.rank, self.ranks = rank, ranks
+        self.device = connect(execution, rank, ranks)
+        self.micro_batch, self.accumulation = batch_plan(recipe.batch, ranks, execution.micro_batch)
+        path = config_path(execution.zero_config, execution.device)
+        config = read_config(path) | {
+            "train_batch_size": recipe.batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": recipe.clip,
+            "steps_per_print": 10**9,
+        }
+        config["checkpoint"] = config.get("checkpoint", {}) | {"tag_validation": "Ignore"}
+        self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+        if config.get("zero_optimization", {}).get("stage") == 3:
+            # Hooks on whole Blocks only. Measured on two cores, one rank: the step costs 1.08
+            # to 1.18 times a plain loop, against 1.30 to 1.58 with hooks on every Linear.
+            set_z3_leaf_modules(model, [Block])
+        with _quick_collection():
+            self._engine = deepspeed.initialize(
+                model=model,
+                optimizer=_optimizer(groups, recipe, config, self.device),
+                config=config,
+                dist_init_required=False,
+            )[0]
+        self._engine.checkpoint_engine = _SafeCheckpoints(self._engine._config)
+
+    # One training step is: set_lr; then forward and backward `accumulation` times; then step.
+
+    def set_lr(self, lr: float) -> None:
+        """Set each group's learning rate to lr times the group's scale."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def forward(self, *args: Tensor | None) -> Any:
+        """The model's forward, through its root, as ZeRO-3 needs."""
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of loss / accumulation; reduces over ranks."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """End of a micro step; clips and updates the weights after the last one."""
+        self._engine.step()
+
+    def grad_norm(self) -> Tensor | float:
+        """Norm over all gradients before clipping, of the last step; may lie on the device."""
+        norm = self._engine.get_global_grad_norm()
+        assert norm is not None, "grad_norm is known only after the first step"
+        return norm
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside: no gradients, no drop path. `forward` is used as in training."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 value on the CPU) of each parameter; every rank must iterate."""
+        for name, param in self._engine.module.named_parameters():
+            full = safe_get_full_fp32_param(param) if hasattr(param, "ds_id") else param
+            if full is None:  # stage 0: parameters are whole already
+                full = param
+            yield name, full.detach().float().cpu().clone()
+
+    # --- ranks ---
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on all ranks if `flag` is true on one of them."""
+        if self.ranks == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks, on every rank."""
+        return values if self.ranks == 1 else self.total(values) / self.ranks
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on every rank."""
+        if self.ranks > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.ranks > 1:
+            dist.barrier()
+
+    # --- checkpoints ---
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's weights and optimizer state below `folder`; all ranks must call."""
+        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote with the same number of ranks."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model. The process group stays: it is the process's."""
+        self._engine.destroy()
+
+
+def _optimizer(
+    groups: list[dict[str, Any]],
+    recipe: Optimization,
+    config: Mapping[str, Any],
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's fused kernel on CUDA, torch's fused one elsewhere."""
+    offloaded = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    settings: dict[str, Any] = {
+        "lr": recipe.lr,
+        "betas": recipe.betas,
+        "weight_decay": recipe.weight_decay,
+    }
+    if device.type == "cuda" and offloaded.get("device", "none") == "none":
+        try:
+            from deepspeed.ops.adam import FusedAdam
+
+            return FusedAdam(groups, adam_w_mode=True, **settings)
+        except Exception as error:  # a compiler's failure has no one type
+            print(f"FusedAdam cannot be built here, using torch's fused AdamW: {error}", flush=True)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+class _SafeCheckpoints(TorchCheckpointEngine):
+    """DeepSpeed's reader and writer of files; reading runs no code found in the file."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The content of a checkpoint file: tensors, plain values, two classes of DeepSpeed."""
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@contextmanager
+def _quick_collection() -> Iterator[None]:
+    """DeepSpeed calls gc.collect in its set-up; do not let it walk the imported modules.
+
+    0.2 s of 0.3 s with torch, timm and DeepSpeed loaded.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

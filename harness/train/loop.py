@@ -1,0 +1,226 @@
+"""The training loop: one for MAE, weakly supervised pretraining and fine-tuning.
+
+Everything random is a function of (seed, step): the images and their views, the masks, drop
+path. A run that was stopped and resumed therefore goes on with the same bits, and the number
+of ranks changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.data import loader
+from harness.data.dataset import open_dataset
+from harness.errors import DivergedError, PreemptedError
+from harness.ledger.context import StageContext, StageResult
+from harness.models.init import seed_of
+from harness.study.recipes import Optimization, StageFile
+from harness.train import checkpoint
+from harness.train.checkpoint import Progress
+from harness.train.engine import Engine
+from harness.train.objectives import OBJECTIVES, Objective, part, to_device
+from harness.train.schedule import lr_at
+
+NUM_ROWS = 50
+"""Rows of metrics.jsonl a run, about; more would only draw the same curve."""
+
+
+def train(stage: StageFile, ctx: StageContext) -> StageResult:
+    """Run the stage (kinds mae and wsp) to its end, from its last checkpoint if it has one.
+
+    Leaves metrics rows, weights.safetensors and, for mae, reconstructions.npz.
+    Raises DivergedError on a non-finite loss, PreemptedError when asked to stop.
+    """
+    started = time.perf_counter()
+    data = open_dataset(stage.execution.dataset_path, ctx.root)
+    objective = OBJECTIVES[stage.config.kind](stage.config, ctx, data)
+    return run(objective, stage, ctx, data.split(stage.config.images.split), started)
+
+
+def run(
+    objective: Objective,
+    stage: StageFile,
+    ctx: StageContext,
+    split: loader.Split,
+    started: float,
+) -> StageResult:
+    """Train `objective` on the stage's subset of `split`; `started` is when set-up began."""
+    # --- set-up ---
+    config, recipe, execution = stage.config, stage.config.recipe, stage.execution
+    assert isinstance(recipe, Optimization), f"stage {stage.id} has no gradient recipe"
+    steps, batch = config.steps, recipe.batch
+    with ExitStack() as on_exit:  # whatever ends the run
+        model, groups = objective.build()
+        engine = Engine(model, groups, recipe, execution, rank=ctx.rank, ranks=ctx.ranks)
+        on_exit.callback(engine.close)
+        progress = Progress()
+        found = checkpoint.latest(ctx.folder)
+        if found is not None:
+            progress = checkpoint.load(found, engine)
+            ctx.metrics.rewind(progress.step)
+        train_before_s = progress.wall_s["train"]
+        row_every = max(1, steps // NUM_ROWS)
+        points = execution.eval_points if objective.evaluated_on_the_way else 1
+        eval_steps = {round(steps * point / points) for point in range(1, points + 1)} | {steps}
+        # On CUDA one step late: reading the newest loss would wait for the device to go idle.
+        reader = _LossReader(engine, progress, batch, lag=1 if engine.device.type == "cuda" else 0)
+        progress.wall_s["setup"] += time.perf_counter() - started
+        train_started = last_checkpoint = time.perf_counter()
+        other_s = 0.0  # evaluation and checkpoints, within the training time
+        last_row: dict[str, float] = {}
+
+        batches = loader.train_batches(
+            split,
+            split.subset(config.images.images),
+            seed=config.seed,
+            batch=batch,
+            start_step=progress.step,
+            num_steps=steps - progress.step,
+            rank=ctx.rank,
+            ranks=ctx.ranks,
+            image_size=config.model.image_size,
+            augment=objective.augment,
+        )
+        on_exit.callback(batches.close)  # ends its reading thread
+        for step, rank_batch in enumerate(batches, start=progress.step):
+            # --- one optimizer step ---
+            engine.set_lr(lr_at(recipe, step, steps))
+            share = batch // ctx.ranks
+            losses = []
+            for start in range(0, share, engine.micro_batch):
+                first = ctx.rank * share + start
+                torch.manual_seed(seed_of(config.seed, "forward", step, first))
+                micro = part(rank_batch, start, start + engine.micro_batch)
+                micro = to_device(micro, engine.device)
+                loss = objective.loss(engine, micro, step, first)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach())
+
+            # --- what all ranks must agree on: the loss, and whether to stop or save ---
+            due = time.perf_counter() - last_checkpoint >= execution.checkpoint_every_s
+            done = step + 1
+            signals = reader.put(
+                done,
+                torch.stack(losses).mean(),
+                stop=ctx.should_stop(),
+                save=due and ctx.rank == 0,
+            )
+            progress.step = done
+
+            # --- metrics row, with held-out metrics at the evaluation points ---
+            if done % row_every == 0 or done in eval_steps:
+                reader.drain()
+                last_row = {
+                    "loss": progress.loss_sum / progress.loss_count,
+                    "lr": lr_at(recipe, step, steps),
+                    "grad_norm": float(engine.grad_norm()),
+                    "flops": stage.flops * done / steps,
+                }
+                progress.loss_sum, progress.loss_count = 0.0, 0
+                if done in eval_steps:
+                    with _timed(progress, "eval") as eval_time:
+                        last_row |= objective.evaluate(engine)
+                    other_s += eval_time.seconds
+                wall_s = train_before_s + time.perf_counter() - train_started - other_s
+                row = {"step": done, "samples": done * batch, "wall_s": wall_s, **last_row}
+                ctx.metrics.append(row)
+            ctx.report(step=done, samples=done * batch, loss=reader.last_loss)
+
+            # --- checkpoint; never after the last step, so that a resumed run has one to do ---
+            if (signals.stop or signals.save) and done < steps:
+                reader.drain()
+                ctx.check_lease()
+                now = time.perf_counter()
+                progress.wall_s["train"] = train_before_s + now - train_started - other_s
+                with _timed(progress, "checkpoint") as checkpoint_time:
+                    checkpoint.save(ctx.folder, engine, progress)
+                other_s += checkpoint_time.seconds
+                last_checkpoint = time.perf_counter()
+                if signals.stop:
+                    raise PreemptedError(f"asked to stop; checkpoint saved at step {done}")
+
+        # --- the end ---
+        assert progress.step == steps, f"the loader ended at step {progress.step} of {steps}"
+        progress.wall_s["train"] = train_before_s + time.perf_counter() - train_started - other_s
+        ctx.check_lease()
+        with _timed(progress, "eval"):
+            finished = objective.finish(engine)
+        metrics: dict[str, float | None] = {
+            name: value
+            for name, value in last_row.items()
+            if name not in ("lr", "grad_norm", "flops")
+        }
+        wall_s = progress.wall_s | {"total": sum(progress.wall_s.values())}
+        return StageResult(
+            metrics=metrics | finished,
+            steps=steps,
+            samples=steps * batch,
+            flops=stage.flops,
+            wall_s=wall_s,
+        )
+
+
+@dataclass(frozen=True)
+class _Signals:
+    """What all ranks agreed on after a step."""
+
+    stop: bool
+    save: bool
+
+
+class _LossReader:
+    """Losses of finished steps, read `lag` steps late; adds them up in `progress`."""
+
+    def __init__(self, engine: Engine, progress: Progress, batch: int, lag: int) -> None:
+        self.engine, self.progress, self.batch, self.lag = engine, progress, batch, lag
+        self.last_loss = math.nan
+        self._pending: deque[tuple[int, Tensor]] = deque()
+
+    def put(self, step: int, loss: Tensor, *, stop: bool, save: bool) -> _Signals:
+        """Queue the loss of `step` (counted from 1) and this rank's wishes; all must call.
+
+        The answer is that of the step `lag` before. Raises DivergedError for its loss.
+        """
+        flags = torch.tensor([stop, save], dtype=torch.float32)
+        flags = flags.to(loss.device, non_blocking=True)
+        # One small reduction a step carries all three.
+        self._pending.append((step, self.engine.total(torch.cat([loss.float()[None], flags]))))
+        return self._read() if len(self._pending) > self.lag else _Signals(False, False)
+
+    def drain(self) -> None:
+        """Read everything queued, waiting for the device. Wishes read here come up again."""
+        while self._pending:
+            self._read()
+
+    def _read(self) -> _Signals:
+        step, values = self._pending.popleft()
+        loss, stop, save = values.tolist()
+        loss /= self.engine.ranks
+        if not math.isfinite(loss):
+            raise DivergedError(step, step * self.batch, loss)
+        self.last_loss = loss
+        self.progress.loss_sum += loss
+        self.progress.loss_count += 1
+        return _Signals(stop > 0, save > 0)
+
+
+class _Elapsed:
+    seconds = 0.0
+
+
+@contextmanager
+def _timed(progress: Progress, kind: str) -> Iterator[_Elapsed]:
+    """Add the time spent inside to progress.wall_s[kind]."""
+    elapsed, start = _Elapsed(), time.perf_counter()
+    yield elapsed
+    elapsed.seconds = time.perf_counter() - start
+    progress.wall_s[kind] += elapsed.seconds

@@ -1,0 +1,95 @@
+"""Linear probe: logistic regression on frozen features, its penalty chosen on held-out images.
+
+Shapes: M images, D width, Q classes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.ledger.context import StageContext, StageResult
+from harness.study.recipes import LinearProbe, StageFile
+from harness.transfer import logistic
+from harness.transfer.features import extract
+from harness.transfer.predictions import write_predictions
+
+HELD_OUT = 5
+"""One training image in so many, of each class, chooses the penalty."""
+
+
+def linear_probe(stage: StageFile, ctx: StageContext) -> StageResult:
+    """acc1 on the test split, and the penalty that was chosen."""
+    started = time.perf_counter()
+    recipe = stage.config.recipe
+    assert isinstance(recipe, LinearProbe), f"{recipe} is no linear probe"
+    num_classes = stage.config.num_classes
+    train, test = extract(stage, ctx, recipe.pool, recipe.train_images)
+    extracted = time.perf_counter()
+
+    shift_D, scale_D = train.values_MD.mean(dim=0), train.values_MD.std(dim=0) + 1e-6
+    train_MD = (train.values_MD - shift_D) / scale_D
+    test_MD = (test.values_MD - shift_D) / scale_D
+    penalty, weights = choose_penalty(train_MD, train.class_M, num_classes, recipe.penalties)
+    weights = logistic.fit(train_MD, train.class_M, num_classes, penalty, start=weights)
+    pred_M = logistic.logits(weights, test_MD).argmax(dim=1)
+
+    ctx.check_lease()
+    if ctx.rank == 0:
+        write_predictions(ctx.folder, test.keys, test.class_M, pred_M)
+    ended = time.perf_counter()
+    return StageResult(
+        metrics={
+            "acc1": (pred_M == test.class_M).double().mean().item(),
+            "penalty": penalty,
+            "n_test": float(len(pred_M)),
+        },
+        steps=0,
+        samples=0,
+        flops=stage.flops,
+        wall_s={
+            "setup": 0.0,
+            "train": ended - extracted,
+            "eval": extracted - started,
+            "checkpoint": 0.0,
+            "total": ended - started,
+        },
+    )
+
+
+def choose_penalty(
+    features_MD: Tensor, class_M: Tensor, num_classes: int, penalties: tuple[float, ...]
+) -> tuple[float, Tensor]:
+    """The penalty with the best accuracy on held-out images, and its weights.
+
+    The path is walked from strong to weak, each fit starting where the last one ended. Of equal
+    accuracies the lower held-out loss decides.
+    """
+    held_M = held_out(class_M)
+    fit_MD, fit_class_M = features_MD[~held_M], class_M[~held_M]
+    held_MD, held_class_M = features_MD[held_M], class_M[held_M]
+    best: tuple[tuple[float, float], float, Tensor] | None = None
+    weights: Tensor | None = None
+    for penalty in sorted(penalties, reverse=True):
+        weights = logistic.fit(fit_MD, fit_class_M, num_classes, penalty, start=weights)
+        if len(held_MD) == 0:  # one image a class: nothing to choose on, so the strongest
+            return penalty, weights
+        logits_MQ = logistic.logits(weights, held_MD)
+        accuracy = (logits_MQ.argmax(dim=1) == held_class_M).double().mean().item()
+        loss = F.cross_entropy(logits_MQ, held_class_M).item()
+        if best is None or (accuracy, -loss) > best[0]:
+            best = (accuracy, -loss), penalty, weights
+    assert best is not None, "no penalties to choose from"
+    return best[1], best[2]
+
+
+def held_out(class_M: Tensor) -> Tensor:
+    """Mask of the images kept for the choice: every fifth of each class, in the order given."""
+    held_M = torch.zeros(len(class_M), dtype=torch.bool)
+    for cls in class_M.unique():
+        members = (class_M == cls).nonzero()[:, 0]
+        held_M[members[HELD_OUT - 1 :: HELD_OUT]] = True
+    return held_M

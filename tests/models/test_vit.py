@@ -1,0 +1,98 @@
+"""The encoder against timm's own forward, published counts and hand-made position tables."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from harness.models.heads import Classifier, pool_tokens
+from harness.models.init import initialize
+from harness.models.vit import VisionEncoder, sincos_positions
+from harness.study.recipes import Model
+from harness.study.sizes import SIZES
+
+SMALL = Model(width=32, depth=2, heads=2, patch=4, image_size=16)
+
+
+def model_of(size: str, image_size: int = 224) -> Model:
+    s = SIZES[size]
+    return Model(width=s.width, depth=s.depth, heads=s.heads, patch=s.patch, image_size=image_size)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "bare", "with_head"),
+    [
+        ("b", 85_798_656, 86_567_656),
+        ("l", 303_301_632, 304_326_632),
+        ("h", 630_764_800, 632_045_800),
+        ("2b", 1_890_408_960, 1_892_969_960),
+        ("6.5b", 6_447_632_384, 6_451_729_384),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(size: str, bare: int, with_head: int) -> None:
+    with torch.device("meta"):
+        encoder = VisionEncoder(model_of(size))
+        assert count(encoder) == bare
+        assert count(Classifier(encoder, 1000, "cls")) == with_head
+
+
+def test_timm_weights_load_strictly_and_give_timms_features() -> None:
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).eval()
+    ours = VisionEncoder(model_of("ti", 32)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.forward_features(images))
+
+
+def test_kept_patches_are_what_timm_would_see_with_the_others_removed() -> None:
+    encoder = VisionEncoder(SMALL)
+    initialize(encoder, 0)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([[3, 0, 7], [15, 2, 1]])
+    with torch.no_grad():
+        got = encoder(images, keep)
+        weight, bias = encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias
+        tokens = torch.conv2d(images, weight, bias, stride=4).flatten(2).transpose(1, 2)
+        tokens = tokens + encoder.pos_embed[:, 1:]
+        for b in range(2):
+            cls = encoder.cls_token[0] + encoder.pos_embed[0, :1]
+            rows = torch.cat([cls, tokens[b, keep[b]]])[None]
+            expected = encoder.norm(encoder.blocks(rows))
+            torch.testing.assert_close(got[b : b + 1], expected)
+
+
+def test_positions_are_sines_of_column_and_row_and_zero_for_the_class_token() -> None:
+    table = sincos_positions(3, 8)
+    assert table.shape == (1, 10, 8)
+    assert torch.equal(table[0, 0], torch.zeros(8))
+    row, column = 2, 1
+    frequencies = [1.0, 10000 ** (-1 / 2)]
+    expected = [
+        f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in frequencies
+    ]
+    torch.testing.assert_close(table[0, 1 + row * 3 + column], torch.tensor(expected))
+
+
+def test_positions_are_trained_in_supervised_stages_and_a_buffer_in_mae() -> None:
+    trained = VisionEncoder(SMALL)
+    fixed = VisionEncoder(SMALL, train_positions=False)
+    assert "pos_embed" in dict(trained.named_parameters())
+    assert "pos_embed" in dict(fixed.named_buffers())
+    assert trained.state_dict().keys() == fixed.state_dict().keys()
+
+
+def test_a_wrong_image_size_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"images are 20x20, the encoder takes \(16, 16\)"):
+        VisionEncoder(SMALL)(torch.zeros(1, 3, 20, 20))
+
+
+def test_pooling_takes_the_class_token_or_the_mean_of_the_patches() -> None:
+    tokens = torch.tensor([[[9.0, 9.0], [1.0, 2.0], [3.0, 6.0]]])
+    assert pool_tokens(tokens, "cls").tolist() == [[9.0, 9.0]]
+    assert pool_tokens(tokens, "mean").tolist() == [[2.0, 4.0]]

@@ -1,0 +1,148 @@
+"""The DeepSpeed engine: what it refuses, and that sharding changes no weight."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import standin
+import torch
+
+from harness.errors import UserError
+from harness.models.heads import Classifier
+from harness.models.init import initialize
+from harness.models.vit import VisionEncoder
+from harness.study.recipes import Duration, Execution, WspRecipe
+from harness.train import engine as engine_room
+from harness.train.engine import Engine, batch_plan, config_path, read_config
+from harness.train.groups import parameter_groups
+
+
+def small_engine(**execution: object) -> tuple[Engine, dict[str, torch.Tensor]]:
+    model = Classifier(VisionEncoder(standin.MODEL), 5, "cls")
+    initialize(model, 0)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    engine = Engine(
+        model,
+        parameter_groups(model, depth=2, weight_decay=0.05),
+        WspRecipe(duration=Duration(steps=4), batch=8),
+        Execution.model_validate({"dataset_path": "stand-in", **execution}),
+        rank=0,
+        ranks=1,
+    )
+    return engine, before
+
+
+@pytest.mark.parametrize("name", ["zero3_fp32", "zero3_bf16", "zero3_offload"])
+def test_shipped_configs_are_stage_3_and_leave_the_harness_its_keys(name: str) -> None:
+    config = read_config(config_path(name, "cpu"))
+    assert config["zero_optimization"]["stage"] == 3
+
+
+def test_device_picks_the_config() -> None:
+    assert config_path(None, "cpu").name == "zero3_fp32.json"
+    assert config_path(None, "cuda").name == "zero3_bf16.json"
+
+
+def test_a_config_that_sets_what_the_harness_owns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"train_batch_size": 8, "gradient_clipping": 1.0, "bf16": {}}))
+    with pytest.raises(UserError) as error:
+        read_config(path)
+    assert error.value.problems == (
+        f"{path}: sets train_batch_size; the harness owns it: remove it and set"
+        " stages.<stage>.batch",
+        f"{path}: sets gradient_clipping; the harness owns it: remove it and set"
+        " stages.<stage>.clip",
+    )
+
+
+def test_unknown_and_unreadable_configs_say_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'zero9': unknown; known: .*zero3_fp32.*, or a .json path"):
+        config_path("zero9", "cpu")
+    torn = tmp_path / "torn.json"
+    torn.write_text("{")
+    with pytest.raises(UserError, match="torn.json: cannot be read as JSON"):
+        read_config(torn)
+
+
+def test_batch_is_split_over_ranks_and_accumulation() -> None:
+    assert batch_plan(128, 1, None) == (128, 1)
+    assert batch_plan(128, 2, None) == (64, 1)
+    assert batch_plan(128, 2, 16) == (16, 4)
+    assert batch_plan(8, 1, 100) == (8, 1)
+
+
+def test_a_batch_that_does_not_divide_is_a_users_error() -> None:
+    with pytest.raises(UserError, match="batch 100 is not a multiple of 8 ranks"):
+        batch_plan(100, 8, None)
+    with pytest.raises(UserError, match=r"not a multiple of 96 \(8 ranks x micro-batch 12\)"):
+        batch_plan(4096, 8, 12)
+
+
+def test_sharding_changes_no_weight() -> None:
+    engine, before = small_engine()
+    after = dict(engine.tensors())
+    engine.close()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_evaluation_leaves_training_bits_alone() -> None:
+    def trained(evaluate: bool) -> dict[str, torch.Tensor]:
+        engine, _ = small_engine()
+        images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            if evaluate:
+                with engine.evaluating():
+                    logits = engine.forward(images[:5])
+                    assert not logits.requires_grad
+            engine.backward(engine.forward(images).logsumexp(dim=1).mean())
+            engine.step()
+        tensors = dict(engine.tensors())
+        engine.close()
+        return tensors
+
+    plain, evaluated = trained(False), trained(True)
+    for name, value in plain.items():
+        assert torch.equal(value, evaluated[name]), name
+
+
+def test_lower_zero_stages_train_the_same(tmp_path: Path) -> None:
+    """The stage is an execution choice: same weights to rounding."""
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for stage in (0, 1, 3):
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        engine, _ = small_engine(zero_config=str(path))
+        for _ in range(3):
+            engine.backward(engine.forward(images).logsumexp(dim=1).mean())
+            engine.step()
+        results.append(standin.without_key_bias(dict(engine.tensors())))
+        engine.close()
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_one_rank_opens_no_port() -> None:
+    engine, _ = small_engine()
+    engine.close()
+    assert torch.distributed.get_world_size() == 1
+    assert "MASTER_PORT" not in os.environ
+
+
+def test_importing_the_engine_starts_no_thread() -> None:
+    """A process that imported it forks workers; a thread would be lost in them."""
+    import subprocess
+    import sys
+
+    code = (
+        "import os, harness.train.engine, torch;"
+        "print(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"], done.stdout
+    assert engine_room.deepspeed is not None
