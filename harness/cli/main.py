@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from harness.cli import data, grid, logs, report, run, status
+from harness.cli import data, grid, logs, report, run, status, tune
 from harness.errors import EXIT_FAILED, HarnessError
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command("grid")(_exiting(grid.grid))
 app.command("status")(_exiting(status.status))
 app.command("logs")(_exiting(logs.logs))
 app.command("run")(_exiting(run.run))
+app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
 
 data_app = typer.Typer(help="Pack datasets.", no_args_is_help=True, rich_markup_mode=None)

@@ -40,6 +40,8 @@ class Index:
     """int32 [n]: place in the split's list of shards."""
     starts: np.ndarray
     """int64 [n]: first byte of the sample."""
+    stops: np.ndarray
+    """int64 [n]: first byte after the sample."""
     offsets: np.ndarray
     """int64 [n]: first byte of the image."""
     sizes: np.ndarray
@@ -49,7 +51,7 @@ class Index:
     class_ids: np.ndarray
     """int64 [n]; -1 where there is none."""
     label_offsets: np.ndarray
-    """int64 [n + 1]: the hashtags of sample i are label_ids[label_offsets[i]:label_offsets[i+1]]."""
+    """int64 [n + 1]: sample i has label_ids[label_offsets[i] : label_offsets[i + 1]]."""
     label_ids: np.ndarray
     """int32 [label_offsets[-1]]."""
     sources: np.ndarray
@@ -95,6 +97,7 @@ def build_index(
         key_hashes=np.array([key_hash(sample.key) for _, sample in samples], dtype=np.uint64),
         shards=np.array([place for place, _ in samples], dtype=np.int32),
         starts=np.array([sample.start for _, sample in samples], dtype=np.int64),
+        stops=np.array([sample.stop for _, sample in samples], dtype=np.int64),
         offsets=np.array([sample.offset for _, sample in samples], dtype=np.int64),
         sizes=np.array([sample.size for _, sample in samples], dtype=np.int64),
         crcs=np.array([sample.crc for _, sample in samples], dtype=np.uint32),
@@ -187,7 +190,7 @@ def check_size(path: Path, entry: ShardEntry, place: int, index: Index | None) -
         return
     lost = ""
     if index is not None:
-        beyond = (index.shards == place) & (index.starts >= found - 512)
+        beyond = (index.shards == place) & (index.stops > found)
         lost = f" ({int(beyond.sum())} samples lost)" if found < expected else ""
     what = "truncated" if found < expected else "grown"
     raise DataError(
@@ -204,10 +207,9 @@ def check_content(path: Path, entry: ShardEntry, place: int, index: Index | None
     if index is not None:
         rows = np.flatnonzero(index.shards == place)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            for row, following in zip(rows, [*rows[1:], None], strict=True):
-                start = int(index.starts[row])
-                stop = int(index.starts[following]) if following is not None else _end(index, row)
-                if following is None or zlib.crc32(view[start:stop]) == index.crcs[row]:
+            for row in rows.tolist():
+                start, stop = int(index.starts[row]), int(index.stops[row])
+                if zlib.crc32(view[start:stop]) == index.crcs[row]:
                     continue
                 key = index.keys[row].decode()
                 where = (
@@ -215,7 +217,3 @@ def check_content(path: Path, entry: ShardEntry, place: int, index: Index | None
                 )
                 break
     raise DataError(f"{path}: {where}; restore it, or remove the dataset and make it again")
-
-
-def _end(index: Index, row: int) -> int:
-    return int(index.offsets[row] + index.sizes[row])

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import webdataset
+from webdataset.writer import TarWriter
 
 from harness.errors import DataError
 
@@ -46,12 +46,14 @@ class Listed:
     key: str
     start: int
     """Byte where the sample's first tar header begins."""
+    stop: int
+    """Byte after the sample, padding included."""
     offset: int
     """Byte where the image's content begins."""
     size: int
     """Bytes of the image's content."""
     crc: int
-    """CRC-32 of everything from `start` to the next sample, tar headers included."""
+    """CRC-32 of the bytes from `start` to `stop`, tar headers included."""
     hashtags: tuple[str, ...]
     cls: str | None
     """Content of .cls: an integer, or a class name in sets that others wrote."""
@@ -62,7 +64,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(path, "wb") as file,
-        webdataset.TarWriter(
+        TarWriter(
             file, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
         ) as writer,
     ):
@@ -139,6 +141,7 @@ def _listed(
     return Listed(
         key=key,
         start=start,
+        stop=stop,
         offset=image.offset_data,
         size=image.size,
         crc=zlib.crc32(view[start:stop]),

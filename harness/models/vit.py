@@ -64,7 +64,7 @@ class Patches(PatchEmbed):
     def forward(self, images_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:  # type: ignore[override]  # timm's forward takes the images only
         """[B, K, D]: projections of the kept patches, of all L when `keep_BK` is None."""
         batch, channels, height, width = images_BCHW.shape
-        patch = self.patch_size[0]
+        patch = int(self.patch_size[0])
         if (height, width) != self.img_size:
             raise ValueError(f"images are {height}x{width}, the encoder takes {self.img_size}")
         grid = images_BCHW.reshape(batch, channels, height // patch, patch, width // patch, patch)
@@ -89,6 +89,7 @@ class VisionEncoder(VisionTransformer):
     Weights are those of torch's constructors; `harness.models.init.initialize` sets them.
     """
 
+    cls_token: Tensor
     pos_embed: Tensor
 
     def __init__(

@@ -28,33 +28,38 @@ from harness.study.recipes import Execution, Optimization
 # DeepSpeed picks its accelerator when imported. device_count asks NVML and creates no context.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.accelerator import get_accelerator, set_accelerator  # noqa: E402
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import (  # noqa: E402
+import deepspeed
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import (
     TorchCheckpointEngine,
 )
-from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
     set_z3_leaf_modules,
 )
-from timm.models.vision_transformer import Block  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address
+from timm.models.vision_transformer import Block
+
+
+def _module(name: str) -> Any:
+    # By name: deepspeed.comm.torch as an attribute is torch itself.
+    return importlib.import_module(f"deepspeed.{name}")
+
 
 # deepspeed.initialize imports this module lazily, and with it the whole of torch._inductor:
 # 1.0 to 1.7 s in every worker, where here it is paid once by the process that forks them.
-importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+_module("runtime.zero.muon.muon_optimizer")
 
 logger.setLevel(logging.WARNING)
 
 # Debug aids that DeepSpeed runs some 700 times a step for a small model, to no effect: profiler
 # ranges, and messages that only rank 0 would print if asked to. 2 ms of a 50 ms step.
-importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False
-for _module in ("partition_parameters", "partitioned_param_coordinator", "parameter_offload"):
-    _module = importlib.import_module(f"deepspeed.runtime.zero.{_module}")
-    if hasattr(_module, "print_rank_0"):
-        _module.print_rank_0 = lambda *args, **kwargs: None
+_module("utils.nvtx").enable_nvtx = False
+for _name in ("partition_parameters", "partitioned_param_coordinator"):
+    _module(f"runtime.zero.{_name}").print_rank_0 = lambda *args, **kwargs: None
 
 OWNED_KEYS = {
     "train_batch_size": "stages.<stage>.batch",
@@ -133,8 +138,10 @@ def connect(execution: Execution, rank: int, ranks: int) -> torch.device:
     """
     torch.set_num_threads(execution.threads)
     cuda = execution.device == "cuda"
-    if get_accelerator().device_name().split(":")[0] != execution.device:
-        set_accelerator(_accelerator(execution.device))
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() != execution.device:
+        name = {"cpu": "CPU_Accelerator", "cuda": "CUDA_Accelerator"}[execution.device]
+        set_accelerator(getattr(_module(f"accelerator.{execution.device}_accelerator"), name)())
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -145,11 +152,12 @@ def connect(execution: Execution, rank: int, ranks: int) -> torch.device:
         os.environ.setdefault("LOCAL_SIZE", str(ranks))
         # DeepSpeed would compile a shared-memory all-reduce here: half a minute, and if killed
         # it leaves a lock at which every later run waits forever. Gloo does the same work.
-        # (By name: deepspeed.comm.torch as an attribute is torch itself.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        _module("comm.torch").build_shm_op = lambda: None
     if not dist.is_initialized():
         where: dict[str, Any] = (
-            {"store": dist.HashStore()} if ranks == 1 else {"init_method": "env://"}
+            {"store": torch.distributed.distributed_c10d.HashStore()}
+            if ranks == 1
+            else {"init_method": "env://"}
         )
         dist.init_process_group(
             "nccl" if cuda else "gloo",
@@ -160,12 +168,6 @@ def connect(execution: Execution, rank: int, ranks: int) -> torch.device:
         )
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
-
-
-def _accelerator(device: str) -> Any:
-    name = {"cpu": "CPU_Accelerator", "cuda": "CUDA_Accelerator"}[device]
-    module = importlib.import_module(f"deepspeed.accelerator.{device}_accelerator")
-    return getattr(module, name)()
 
 
 # --- the engine ---------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class Engine:
             # to 1.18 times a plain loop, against 1.30 to 1.58 with hooks on every Linear.
             set_z3_leaf_modules(model, [Block])
         with _quick_collection():
-            self._engine = deepspeed.initialize(
+            self._engine: Any = deepspeed.initialize(
                 model=model,
                 optimizer=_optimizer(groups, recipe, config, self.device),
                 config=config,
@@ -230,11 +232,13 @@ class Engine:
         """End of a micro step; clips and updates the weights after the last one."""
         self._engine.step()
 
-    def grad_norm(self) -> Tensor | float:
-        """Norm over all gradients before clipping, of the last step; may lie on the device."""
+    def grad_norm(self) -> float | None:
+        """Norm over all gradients before clipping, of the last step; waits for the device.
+
+        None where DeepSpeed measures none: before the first step, and with ZeRO stage 0.
+        """
         norm = self._engine.get_global_grad_norm()
-        assert norm is not None, "grad_norm is known only after the first step"
-        return norm
+        return None if norm is None else float(norm)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -323,8 +327,8 @@ class _SafeCheckpoints(TorchCheckpointEngine):
     """DeepSpeed's reader and writer of files; reading runs no code found in the file."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """The content of a checkpoint file: tensors, plain values, two classes of DeepSpeed."""
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+        """The content of a checkpoint file: tensors, plain values, three classes of DeepSpeed."""
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
 
 

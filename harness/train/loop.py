@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.data import loader
-from harness.data.dataset import open_dataset
+from harness.data.dataset import Split, open_dataset
 from harness.errors import DivergedError, PreemptedError
 from harness.ledger.context import StageContext, StageResult
 from harness.models.init import seed_of
@@ -49,7 +49,7 @@ def run(
     objective: Objective,
     stage: StageFile,
     ctx: StageContext,
-    split: loader.Split,
+    split: Split,
     started: float,
 ) -> StageResult:
     """Train `objective` on the stage's subset of `split`; `started` is when set-up began."""
@@ -75,7 +75,7 @@ def run(
         progress.wall_s["setup"] += time.perf_counter() - started
         train_started = last_checkpoint = time.perf_counter()
         other_s = 0.0  # evaluation and checkpoints, within the training time
-        last_row: dict[str, float] = {}
+        last_row: dict[str, float | None] = {}
 
         batches = loader.train_batches(
             split,
@@ -122,7 +122,7 @@ def run(
                 last_row = {
                     "loss": progress.loss_sum / progress.loss_count,
                     "lr": lr_at(recipe, step, steps),
-                    "grad_norm": float(engine.grad_norm()),
+                    "grad_norm": engine.grad_norm(),
                     "flops": stage.flops * done / steps,
                 }
                 progress.loss_sum, progress.loss_count = 0.0, 0

@@ -150,7 +150,7 @@ class MaeObjective:
             }
             write_atomically(
                 self.ctx.folder / "reconstructions.npz",
-                lambda path: np.savez_compressed(path, **arrays),
+                lambda path: np.savez_compressed(path, allow_pickle=False, **arrays),
             )
 
 

@@ -14,7 +14,7 @@ PROTOCOLS = {
 
 
 def run(stage: StageFile, ctx: StageContext) -> StageResult:
-    """Run a transfer stage to its end; leaves predictions.parquet (key, label, pred) of the test set.
+    """Run a transfer stage to its end; leaves predictions.parquet (key, label, pred).
 
     Without upstream weights the encoder is the one of initial weights, the honest lower bound.
     """

@@ -12,10 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import standin  # noqa: E402
+import standin
 
-from harness.errors import DivergedError, PreemptedError  # noqa: E402
-from harness.study.recipes import (  # noqa: E402
+from harness.errors import DivergedError, PreemptedError
+from harness.study.recipes import (
     Duration,
     FineTune,
     MaeRecipe,

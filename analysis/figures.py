@@ -1,0 +1,352 @@
+"""The figures of a report: convergence, transfer, gains, power laws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from analysis import gain, style
+from analysis.curves import wsp_curves
+from analysis.laws import AXIS_LABELS, Law
+from analysis.load import StudyData, axis_label
+from analysis.metrics import Metric
+from analysis.panels import Figure, Panel
+
+MAX_PANELS = 12
+"""Panels of one figure; what is beyond is in the CSV files, and the caption says so."""
+
+
+def slug(text: str) -> str:
+    """A name that is safe as a file and an anchor."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).strip("-")
+
+
+def _some(values: Iterable[float], num: int) -> list[float]:
+    """At most `num` of the values, evenly spread, the first and the last among them."""
+    found = sorted(set(values))
+    if len(found) <= num:
+        return found
+    return [found[round(i * (len(found) - 1) / (num - 1))] for i in range(num)]
+
+
+def _shade(values: list[float], value: float) -> float:
+    """Opacity of a line: the larger the level, the stronger."""
+    if len(values) < 2:
+        return 1.0
+    return 0.35 + 0.65 * values.index(value) / (len(values) - 1)
+
+
+# -- convergence ----------------------------------------------------------------------------
+
+
+def convergence(study: StudyData, variant: str) -> Figure | None:
+    """Held-out WSP loss against samples, a panel per data size."""
+    rows = wsp_curves(study)
+    rows = rows[rows["variant"] == variant]
+    if not len(rows):
+        return None
+    levels = _some(rows["data"], MAX_PANELS)
+    span = (float(rows["val_loss"].min()), float(rows["val_loss"].max()))
+    panels = tuple(_convergence_panel(rows[rows["data"] == d], d, span) for d in levels)
+    caption = (
+        "Held-out WSP loss over the images seen in WSP, for finished runs. Thick lines: mean over"
+        " seeds; thin lines: single seeds; stronger colour: larger model. The MAE stage comes"
+        " before sample 0 of the MAE runs; its cost is charged in the figure of gains."
+    )
+    if len(levels) < rows["data"].nunique():
+        caption += f" {rows['data'].nunique() - len(levels)} data sizes are in curves.csv only."
+    return Figure(name="convergence", title="Convergence", caption=caption, panels=panels)
+
+
+def _convergence_panel(rows: pd.DataFrame, data: float, span: tuple[float, float]) -> Panel:
+    params = sorted(rows["params"].unique())
+
+    def draw(ax: Axes) -> None:
+        labels = []
+        for (p, init), family in rows.groupby(["params", "init"], sort=True):
+            tone, alpha = style.colour(str(init)), _shade(params, float(p))  # type: ignore[arg-type]
+            runs = [g for _, g in family.groupby("cell", sort=False)]
+            for run in runs if len(runs) > 1 else []:
+                ax.plot(run["samples"], run["val_loss"], color=tone, alpha=alpha * 0.5, lw=0.7)
+            mean = family.groupby("samples")["val_loss"].mean()
+            full = family.groupby("samples")["val_loss"].count() == len(runs)
+            mean = mean[full]
+            if not len(mean):
+                continue
+            ax.plot(mean.index, mean.to_numpy(), color=tone, alpha=alpha)
+            name = f"{family['size'].iloc[0]} {'MAE' if init == 'mae' else init}"
+            labels.append((float(mean.iloc[-1]), name, tone))
+        margin = 0.04 * (span[1] - span[0]) + 1e-9
+        ax.set_ylim(span[0] - margin, span[1] + margin)
+        ax.set_xlim(0, float(rows["samples"].max()))
+        ax.xaxis.set_major_locator(style.MaxNLocator(4))
+        ax.xaxis.set_major_formatter(lambda x, _: style.short(x) if x else "0")
+        ax.set_xlabel("images seen in WSP")
+        ax.set_ylabel("validation loss")
+        style.end_labels(ax, labels, size=8.5)
+
+    last = rows.sort_values("samples").groupby("cell").tail(1)
+    ends = "; ".join(
+        f"{style.init_label(str(i))} {g['val_loss'].min():.3f} to {g['val_loss'].max():.3f}"
+        for i, g in last.groupby("init")
+    )
+    title = f"{axis_label(int(data))} images"
+    alt = f"WSP validation loss against images seen, {title}. Final loss over sizes: {ends}."
+    return Panel(title=title, alt=alt, draw=draw, width=4.6, height=3.6)
+
+
+# -- transfer -------------------------------------------------------------------------------
+
+
+def transfer(study: StudyData, metrics: list[Metric], variant: str, axis: str) -> Figure | None:
+    """Each metric against model size or data size, both inits, a line per level of the other."""
+    results = study.grid_results
+    rows = results[(results["variant"] == variant) & np.isfinite(results["value"])]
+    rows = rows[rows[axis].notna()]
+    shown = [m for m in metrics if len(m.rows(rows))][:MAX_PANELS]
+    if not shown or rows[axis].nunique() < 2:
+        return None
+    other = "data" if axis == "params" else "params"
+    panels = tuple(_transfer_panel(m, m.rows(rows), axis, other) for m in shown)
+    word = "pretraining images" if other == "data" else "model size"
+    caption = (
+        f"Dots: single seeds; lines: their mean, bars: smallest to largest seed. Stronger colour:"
+        f" larger {word}, labelled at the end of its line. Unfinished cells are left out."
+    )
+    title = f"Transfer against {AXIS_LABELS[axis]}"
+    return Figure(name=f"transfer-{axis}", title=title, caption=caption, panels=panels)
+
+
+def _transfer_panel(metric: Metric, rows: pd.DataFrame, axis: str, other: str) -> Panel:
+    levels = sorted(rows[other].unique())
+    kept = _some(levels, 4)
+
+    def draw(ax: Axes) -> None:
+        labels = []
+        style.log_x(ax, list(rows[axis]))
+        for (level, init), family in rows.groupby([other, "init"], sort=True):
+            if level not in kept:
+                continue
+            tone, alpha = style.colour(str(init)), _shade(levels, float(level))  # type: ignore[arg-type]
+            by_x = family.groupby(axis)["value"].agg(["mean", "min", "max"])
+            ax.plot(by_x.index, by_x["mean"], color=tone, alpha=alpha, lw=1.6)
+            ax.vlines(by_x.index, by_x["min"], by_x["max"], color=tone, alpha=alpha, lw=1.2)
+            ax.plot(
+                family[axis],
+                family["value"],
+                style.mark(str(init)),
+                color=tone,
+                alpha=alpha,
+                ms=4.5,
+                mec=style.PAPER,
+                mew=0.5,
+                ls="none",
+            )
+            name = axis_label(int(level)) if other == "data" else str(family["size"].iloc[0])  # type: ignore[arg-type]
+            labels.append((float(by_x["mean"].iloc[-1]), name, tone))
+        if metric.is_accuracy:
+            ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
+        else:
+            style.log_y(ax, rows["value"].to_numpy(float))
+        ax.set_xlabel(AXIS_LABELS[axis])
+        style.end_labels(ax, labels, size=8.5)
+
+    at = rows[rows[axis] == rows[axis].max()]
+    best = ", ".join(
+        f"{style.init_label(str(i))} {g['value'].mean():.3f}" for i, g in at.groupby("init")
+    )
+    alt = f"{metric.label} against {AXIS_LABELS[axis]}; mean at the largest: {best}."
+    return Panel(title=metric.label, alt=alt, draw=draw)
+
+
+# -- gains ----------------------------------------------------------------------------------
+
+
+def gains(
+    variant: str,
+    metric: Metric,
+    loss: Metric | None,
+    pairs: pd.DataFrame,
+    charged: pd.DataFrame,
+    charged_runs: pd.DataFrame,
+) -> Figure | None:
+    """Heat maps over size x data: equal samples, and equal total FLOPs with MAE charged."""
+    panels = []
+    for judged in [metric, *([loss] if loss and loss.key != metric.key else [])]:
+        rows = pairs[pairs["metric"] == judged.key]
+        title = f"Equal WSP samples: {judged.label}"
+        panels.append(_heat_map(gain.by_point(rows), variant, title, judged.gain_scale))
+    runs = charged_runs[charged_runs["metric"] == metric.key]
+    if len(runs):
+        points = gain.by_point(runs)
+        panels.append(
+            _heat_map(points, variant, f"Equal total FLOPs: {metric.label}", metric.gain_scale)
+        )
+    if len(charged):
+        points = gain.by_point(charged)
+        panels.append(_heat_map(points, variant, "Equal total FLOPs: WSP loss", 1.0))
+        ratio = charged.assign(why=charged["why_ratio"])
+        points = gain.by_point(ratio, "ratio")
+        panels.append(
+            _heat_map(points, variant, "FLOPs to random's final loss", 1.0, is_ratio=True)
+        )
+    panels = [p for p in panels if p is not None]
+    if not panels:
+        return None
+    caption = (
+        "Blue: MAE is better; orange: random is better. Equal WSP samples: MAE minus random (points"
+        " of accuracy; nats of loss, turned so that plus is better). Equal total FLOPs: the MAE"
+        " stage charged in full to each cell, WSP loss read off the MAE cell's curve where both"
+        " have cost the same. Last map: FLOPs the MAE cell has spent, MAE stage included, when it"
+        " stays at or below random's final loss, over random's; below 1 MAE is cheaper. Hatched:"
+        " missing or not comparable, with the reason in the table of gains."
+    )
+    return Figure(
+        name="gain", title="Gain of the MAE stage", caption=caption, panels=tuple(panels), columns=2
+    )
+
+
+def _heat_map(
+    points: pd.DataFrame, variant: str, title: str, scale: float, is_ratio: bool = False
+) -> Panel | None:
+    points = points[points["variant"] == variant]
+    if not len(points):
+        return None
+    sizes = points.sort_values("params")["size"].drop_duplicates().tolist()[::-1]
+    table = points.pivot_table(
+        index="size", columns="data", values="mean", sort=True, dropna=False, observed=False
+    ).reindex(sizes)
+    values = table.to_numpy(float) * scale
+    # On a ratio, twice as dear and half as dear are equally far from even; less is better.
+    tint = -np.log2(values) if is_ratio else values
+    finite = tint[np.isfinite(tint)]
+    reach = float(np.abs(finite).max()) if len(finite) and np.abs(finite).max() > 0 else 1.0
+    digits = 2 if is_ratio else 1 if scale == 100 else 3
+
+    def draw(ax: Axes) -> None:
+        ax.grid(False)
+        sns.heatmap(
+            pd.DataFrame(tint, index=table.index, columns=table.columns),
+            ax=ax,
+            cmap=style.GAIN_COLOURS,
+            vmin=-reach,
+            vmax=reach,
+            cbar=False,
+            linewidths=1.5,
+            linecolor=style.PAPER,
+        )
+        for i, j in np.ndindex(*values.shape):
+            value = values[i, j]
+            if math.isfinite(value):
+                text = f"{value:.2f}x" if is_ratio else f"{value:+.{digits}f}"
+                strong = abs(tint[i, j]) > 0.72 * reach
+                # Black and white, not ink: the cell keeps its colour in the dark.
+                tone = "#ffffff" if strong else "#111111"
+                ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=tone, fontsize=10)
+            else:
+                box = Rectangle((j, i), 1, 1, fill=False, hatch="////", ec=style.RULE, lw=0)
+                ax.add_patch(box)
+        ax.set_xticklabels([axis_label(int(d)) for d in table.columns], rotation=0)
+        ax.set_yticklabels([str(s) for s in table.index], rotation=0)
+        ax.set_xlabel("pretraining images")
+        ax.set_ylabel("model size")
+        ax.tick_params(length=0)
+        for side in ax.spines.values():
+            side.set_visible(False)
+
+    cells = [
+        f"{s} {axis_label(int(d))}: {'none' if math.isnan(v) else f'{v:.{digits}f}'}"
+        for s, row in zip(table.index, values, strict=True)
+        for d, v in zip(table.columns, row, strict=True)
+    ]
+    alt = f"{title}, by model size and pretraining images. {'; '.join(cells[:40])}."
+    height = min(9.0, 1.3 + 0.55 * len(sizes))
+    width = min(9.0, max(4.3, 1.6 + 0.75 * table.shape[1]))
+    return Panel(title=title, alt=alt, draw=draw, width=width, height=max(height, 2.4))
+
+
+# -- power laws -----------------------------------------------------------------------------
+
+
+def power_laws(laws: list[Law], variant: str, shown: list[Metric]) -> Figure | None:
+    """Fitted laws with bootstrap bands and the held-out point, a panel per metric and axis."""
+    panels = []
+    for metric in shown:
+        for axis in ("params", "data"):
+            own = [
+                w
+                for w in laws
+                if w.variant == variant and w.metric.key == metric.key and w.axis == axis
+            ]
+            if any(len(w.x) for w in own):
+                panels.append(_law_panel(own))
+    if not panels:
+        return None
+    caption = (
+        "y = E + A x^-alpha, log axes. Solid: fit to all points, with its 95 % bootstrap band over"
+        " runs. Dashed: fit without the largest x, ending in its prediction (cross) of the held-out"
+        " points (ringed). No line: the fit was refused, with the reason in the table of fits."
+    )
+    return Figure(
+        name="power-laws",
+        title="Power laws",
+        caption=caption,
+        panels=tuple(panels[:MAX_PANELS]),
+        columns=2,
+    )
+
+
+def _law_panel(laws: list[Law]) -> Panel:
+    first = laws[0]
+    xs = np.concatenate([w.x for w in laws])
+    ys = np.concatenate([w.y for w in laws])
+
+    def draw(ax: Axes) -> None:
+        style.log_x(ax, list(xs))
+        style.log_y(ax, ys)
+        labels = []
+        for law in laws:
+            if len(law.x):
+                _draw_law(ax, law)
+                mean = float(np.exp(np.log(law.y[law.x == law.x.max()]).mean()))
+                name = "MAE" if law.init == "mae" else law.init
+                labels.append((mean, name, style.colour(law.init)))
+        ax.set_xlabel(f"{AXIS_LABELS[first.axis]} ({first.fixed})")
+        style.end_labels(ax, labels)
+
+    alt = f"{first.metric.error_label} against {AXIS_LABELS[first.axis]}, {first.fixed}. " + " ".join(
+        f"{style.init_label(w.init)}: {_law_words(w)}." for w in laws
+    )
+    return Panel(title=first.metric.error_label, alt=alt, draw=draw, width=4.9, height=3.6)
+
+
+def _draw_law(ax: Axes, law: Law) -> None:
+    tone = style.colour(law.init)
+    line = np.geomspace(law.x.min(), law.x.max(), 80)
+    if law.fit.params:
+        band = law.fit.band(line)
+        if band is not None:
+            ax.fill_between(line, *band, color=tone, alpha=0.16, lw=0)
+        ax.plot(line, law.fit.predict(line), color=tone)
+    held = law.held_out
+    if "predicted" in held:
+        p = held["params"]
+        ax.plot(line, p["E"] + p["A"] * line ** -p["alpha"], color=tone, ls=(0, (4, 3)), lw=1.2)
+        ax.plot(held["x"], held["predicted"], "x", color=tone, ms=8, mew=2)
+        out = law.x == held["x"]
+        ax.plot(law.x[out], law.y[out], "o", mfc="none", mec=tone, ms=10, mew=1.0, ls="none")
+    mark = style.mark(law.init)
+    ax.plot(law.x, law.y, mark, color=tone, ms=5, mec=style.PAPER, mew=0.5, ls="none")
+
+
+def _law_words(law: Law) -> str:
+    if not law.fit.params:
+        return f"fit refused, {law.fit.reason}"
+    p = law.fit.params
+    return f"E {p['E']:.3g}, A {p['A']:.3g}, alpha {p['alpha']:.3g}, {law.fit.status}"
