@@ -35,6 +35,10 @@ def _some(values: Iterable[float], num: int) -> list[float]:
     return [found[round(i * (len(found) - 1) / (num - 1))] for i in range(num)]
 
 
+def _inits(rows: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(sorted(rows["init"].unique()))
+
+
 def _shade(values: list[float], value: float) -> float:
     """Opacity of a line: the larger the level, the stronger."""
     if len(values) < 2:
@@ -52,19 +56,25 @@ def convergence(study: StudyData, variant: str) -> Figure | None:
     if not len(rows):
         return None
     levels = _some(rows["data"], MAX_PANELS)
-    span = (float(rows["val_loss"].min()), float(rows["val_loss"].max()))
-    panels = tuple(_convergence_panel(rows[rows["data"] == d], d, span) for d in levels)
+    panels = tuple(_convergence_panel(rows[rows["data"] == d], d) for d in levels)
     caption = (
-        "Held-out WSP loss over the images seen in WSP, for finished runs. Thick lines: mean over"
+        "Held-out WSP loss over the images seen in WSP, for finished runs; each panel has its own"
+        " scale. Thick lines: mean over"
         " seeds; thin lines: single seeds; stronger colour: larger model. The MAE stage comes"
         " before sample 0 of the MAE runs; its cost is charged in the figure of gains."
     )
     if len(levels) < rows["data"].nunique():
         caption += f" {rows['data'].nunique() - len(levels)} data sizes are in curves.csv only."
-    return Figure(name="convergence", title="Convergence", caption=caption, panels=panels)
+    return Figure(
+        name="convergence",
+        title="Convergence",
+        caption=caption,
+        panels=panels,
+        inits=_inits(rows),
+    )
 
 
-def _convergence_panel(rows: pd.DataFrame, data: float, span: tuple[float, float]) -> Panel:
+def _convergence_panel(rows: pd.DataFrame, data: float) -> Panel:
     params = sorted(rows["params"].unique())
 
     def draw(ax: Axes) -> None:
@@ -82,8 +92,6 @@ def _convergence_panel(rows: pd.DataFrame, data: float, span: tuple[float, float
             ax.plot(mean.index, mean.to_numpy(), color=tone, alpha=alpha)
             name = f"{family['size'].iloc[0]} {'MAE' if init == 'mae' else init}"
             labels.append((float(mean.iloc[-1]), name, tone))
-        margin = 0.04 * (span[1] - span[0]) + 1e-9
-        ax.set_ylim(span[0] - margin, span[1] + margin)
         ax.set_xlim(0, float(rows["samples"].max()))
         ax.xaxis.set_major_locator(style.MaxNLocator(4))
         ax.xaxis.set_major_formatter(lambda x, _: style.short(x) if x else "0")
@@ -109,32 +117,38 @@ def transfer(study: StudyData, metrics: list[Metric], variant: str, axis: str) -
     results = study.grid_results
     rows = results[(results["variant"] == variant) & np.isfinite(results["value"])]
     rows = rows[rows[axis].notna()]
+    # All values of the axis, so that a line breaks where a cell has no number.
+    ticks = sorted(results.loc[results["variant"] == variant, axis].unique())
     shown = [m for m in metrics if len(m.rows(rows))][:MAX_PANELS]
     if not shown or rows[axis].nunique() < 2:
         return None
     other = "data" if axis == "params" else "params"
-    panels = tuple(_transfer_panel(m, m.rows(rows), axis, other) for m in shown)
+    panels = tuple(_transfer_panel(m, m.rows(rows), axis, other, ticks) for m in shown)
     word = "pretraining images" if other == "data" else "model size"
     caption = (
         f"Dots: single seeds; lines: their mean, bars: smallest to largest seed. Stronger colour:"
         f" larger {word}, labelled at the end of its line. Unfinished cells are left out."
     )
     title = f"Transfer against {AXIS_LABELS[axis]}"
-    return Figure(name=f"transfer-{axis}", title=title, caption=caption, panels=panels)
+    return Figure(
+        name=f"transfer-{axis}", title=title, caption=caption, panels=panels, inits=_inits(rows)
+    )
 
 
-def _transfer_panel(metric: Metric, rows: pd.DataFrame, axis: str, other: str) -> Panel:
+def _transfer_panel(
+    metric: Metric, rows: pd.DataFrame, axis: str, other: str, ticks: list[float]
+) -> Panel:
     levels = sorted(rows[other].unique())
     kept = _some(levels, 4)
 
     def draw(ax: Axes) -> None:
         labels = []
-        style.log_x(ax, list(rows[axis]))
+        style.log_x(ax, ticks)
         for (level, init), family in rows.groupby([other, "init"], sort=True):
             if level not in kept:
                 continue
             tone, alpha = style.colour(str(init)), _shade(levels, float(level))  # type: ignore[arg-type]
-            by_x = family.groupby(axis)["value"].agg(["mean", "min", "max"])
+            by_x = family.groupby(axis)["value"].agg(["mean", "min", "max"]).reindex(ticks)
             ax.plot(by_x.index, by_x["mean"], color=tone, alpha=alpha, lw=1.6)
             ax.vlines(by_x.index, by_x["min"], by_x["max"], color=tone, alpha=alpha, lw=1.2)
             ax.plot(
@@ -149,7 +163,7 @@ def _transfer_panel(metric: Metric, rows: pd.DataFrame, axis: str, other: str) -
                 ls="none",
             )
             name = axis_label(int(level)) if other == "data" else str(family["size"].iloc[0])  # type: ignore[arg-type]
-            labels.append((float(by_x["mean"].iloc[-1]), name, tone))
+            labels.append((float(by_x["mean"].dropna().iloc[-1]), name, tone))
         if metric.is_accuracy:
             ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
         else:
@@ -203,7 +217,7 @@ def gains(
         "Blue: MAE is better; orange: random is better. Equal WSP samples: MAE minus random (points"
         " of accuracy; nats of loss, turned so that plus is better). Equal total FLOPs: the MAE"
         " stage charged in full to each cell, WSP loss read off the MAE cell's curve where both"
-        " have cost the same. Last map: FLOPs the MAE cell has spent, MAE stage included, when it"
+        " have cost the same, before the end of its schedule, which speaks against MAE. Last map: FLOPs the MAE cell has spent, MAE stage included, when it"
         " stays at or below random's final loss, over random's; below 1 MAE is cheaper. Hatched:"
         " missing or not comparable, with the reason in the table of gains."
     )
@@ -299,6 +313,7 @@ def power_laws(laws: list[Law], variant: str, shown: list[Metric]) -> Figure | N
         caption=caption,
         panels=tuple(panels[:MAX_PANELS]),
         columns=2,
+        inits=tuple(dict.fromkeys(w.init for w in laws)),
     )
 
 
@@ -320,8 +335,9 @@ def _law_panel(laws: list[Law]) -> Panel:
         ax.set_xlabel(f"{AXIS_LABELS[first.axis]} ({first.fixed})")
         style.end_labels(ax, labels)
 
-    alt = f"{first.metric.error_label} against {AXIS_LABELS[first.axis]}, {first.fixed}. " + " ".join(
-        f"{style.init_label(w.init)}: {_law_words(w)}." for w in laws
+    alt = (
+        f"{first.metric.error_label} against {AXIS_LABELS[first.axis]}, {first.fixed}. "
+        + " ".join(f"{style.init_label(w.init)}: {_law_words(w)}." for w in laws)
     )
     return Panel(title=first.metric.error_label, alt=alt, draw=draw, width=4.9, height=3.6)
 

@@ -163,7 +163,9 @@ def _trends(metric: Metric, points: pd.DataFrame) -> list[str]:
             continue
         low, high = slope["interval"]
         per = f"per tenfold of {word}"
-        text = f"{amount(slope['slope'], metric)} {per}, 95 % interval {_range((low, high), metric)}"
+        text = (
+            f"{amount(slope['slope'], metric)} {per}, 95 % interval {_range((low, high), metric)}"
+        )
         if low > 0:
             out.append(f"The gain grows with {AXIS_LABELS[name]} ({text}).")
         elif high < 0:
@@ -256,9 +258,7 @@ def _exponents(metric: Metric, laws: list[Law]) -> list[str]:
             continue
         if len(fitted) < len(own):
             names = ", ".join(w.init for w in own if w not in fitted)
-            out.append(
-                f"A power law over {AXIS_LABELS[axis]} is not identified for {names} init."
-            )
+            out.append(f"A power law over {AXIS_LABELS[axis]} is not identified for {names} init.")
         if not fitted:
             continue
         parts = [

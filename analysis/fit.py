@@ -21,7 +21,10 @@ Array = NDArray[np.float64]
 Status = Literal["converged", "not_converged", "at_bound", "refused"]
 
 NUM_PARAMS = 3
-DELTA = 1e-3
+# Above the 1 % or so by which seeds differ: with two seeds a point and a delta far below their
+# noise, every curve that passes between the two is an optimum. Hoffmann et al. had one run a
+# point and 1e-3.
+DELTA = 0.02
 _ALPHA_RANGE = (1e-3, 5.0)
 _START_ALPHAS = (0.05, 0.15, 0.3, 0.5, 0.8, 1.2, 2.0)
 _START_FLOORS = (0.02, 0.3, 0.6, 0.9, 0.99)
@@ -96,8 +99,9 @@ def fit_power(
     """Fits the law; refuses when the points cannot identify it.
 
     `groups` names the resampling unit of each point (default: each its own): points of one run
-    are drawn together. Runs, not all seeds of a grid point at once: with four distinct x the
-    latter kept the truth inside its 95 % interval in 40 % of simulated studies, runs in 95 %.
+    are drawn together. Runs, not all seeds of a grid point at once: with four distinct x and
+    two seeds the latter kept the truth inside its 95 % interval in three of four simulated
+    studies, runs in 92 to 97 %.
     Draws with fewer than 3 distinct x are counted, not used.
     """
     x_P, y_P = np.asarray(x, float), np.asarray(y, float)
@@ -270,7 +274,9 @@ def _natural(theta_B3: Array, centre: float) -> Array:
 def _free_gradient(theta: Array, u_P: Array, ln_y_P: Array, delta: float) -> float:
     law = _log_law(theta[None], u_P)
     residual = law[0] - ln_y_P
-    return float(np.linalg.norm(np.clip(residual, -delta, delta) @ _jacobian(theta[None], u_P, law)[0]))
+    return float(
+        np.linalg.norm(np.clip(residual, -delta, delta) @ _jacobian(theta[None], u_P, law)[0])
+    )
 
 
 def _bounds(theta: Array, u_P: Array, ln_y_P: Array) -> list[str]:
@@ -319,7 +325,9 @@ def _bootstrap(
     if not len(usable):
         return np.zeros((0, 3)), counts
     floor_y = float(np.exp(ln_y_P.min()))
-    others = [(np.log(share * floor_y), theta[1], alpha) for share, alpha in ((0.1, 0.2), (0.8, 1.0))]
+    others = [
+        (np.log(share * floor_y), theta[1], alpha) for share, alpha in ((0.1, 0.2), (0.8, 1.0))
+    ]
     starts = np.array([theta, *others])
     solved, value = _solve(
         np.repeat(starts, len(usable), axis=0),
@@ -336,7 +344,12 @@ def _bootstrap(
 
 def _warnings(points: int, distinct: int, counts: dict[str, Any]) -> tuple[str, ...]:
     found = []
-    if distinct < 6:
+    if distinct == NUM_PARAMS:
+        found.append(
+            f"as many parameters as distinct x ({distinct}): the curve meets their means whatever"
+            " the law, so its shape is not tested"
+        )
+    elif distinct < 6:
         found.append(f"only {distinct} distinct x for {NUM_PARAMS} parameters; read with care")
     if counts["draws"] and counts["used"] < 0.8 * counts["draws"]:
         found.append(

@@ -137,9 +137,7 @@ def charged_curves(study: StudyData) -> pd.DataFrame:
         row |= {"pair": pair, "gain": math.nan, "why": ""}
         row |= {"share": math.nan, "ratio": math.nan, "is_upper_bound": False, "why_ratio": ""}
         sides = {i: group[group["init"] == i] for i in (WITH, WITHOUT)}
-        missing = [
-            i for i, s in sides.items() if not len(s) or s["cell"].iloc[0] not in curves
-        ]
+        missing = [i for i, s in sides.items() if not len(s) or s["cell"].iloc[0] not in curves]
         if missing:
             row["why"] = row["why_ratio"] = f"no finished WSP curve: {', '.join(missing)}"
         else:
@@ -179,7 +177,11 @@ def _compare(cells: Mapping[str, pd.Series], curves: Mapping[str, pd.DataFrame])
         return row
     at, is_bound = reached
     share = at / samples[-1]
-    return row | {"share": share, "ratio": (stage + wsp * share) / budget, "is_upper_bound": is_bound}
+    return row | {
+        "share": share,
+        "ratio": (stage + wsp * share) / budget,
+        "is_upper_bound": is_bound,
+    }
 
 
 # -- equal total FLOPs, among finished runs ---------------------------------------------------

@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MplFigure
+from matplotlib.lines import Line2D
 
 from analysis import style
 
@@ -42,6 +43,8 @@ class Figure:
     caption: str
     panels: tuple[Panel, ...]
     columns: int = 4
+    inits: tuple[str, ...] = ()
+    """Inits whose colours need a legend."""
 
 
 def _draw(panel: Panel, ax: Axes) -> None:
@@ -72,6 +75,14 @@ def save(figure: Figure, folder: Path) -> list[Path]:
             _draw(panel, ax)
         for ax in axes[len(figure.panels) :]:
             ax.set_axis_off()
+        handles = [
+            Line2D([], [], color=style.colour(i), marker=style.mark(i), label=style.init_label(i))
+            for i in figure.inits
+        ]
+        if handles:
+            drawing.legend(
+                handles=handles, loc="outside upper left", ncols=len(handles), frameon=False
+            )
         svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
         drawing.savefig(png)
         svg.write_text(_svg(drawing, transparent=False), encoding="utf-8")

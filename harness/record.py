@@ -60,5 +60,16 @@ def run_recorded(
         return results[0].metrics
 
     experiment.main(main)
-    experiment.run(options={"--id": record_id, "--loglevel": "WARNING"})
+    experiment.run(options={"--id": _free_id(folder, record_id), "--loglevel": "WARNING"})
     return results[0]
+
+
+def _free_id(folder: Path, record_id: str) -> str:
+    """`record_id`, or it with a number: a stage folder that was removed starts again at attempt 1,
+    and the record of its first life stays.
+    """
+    unique, life = record_id, 1
+    while (folder / unique).exists():
+        life += 1
+        unique = f"{record_id}.{life}"
+    return unique

@@ -222,7 +222,8 @@ class _RankZero:
         self._write_attempt(None)
         store.add_event(self.folder, "started", attempt=self.attempt, pid=os.getpid())
         record_id = f"{self.stage.id}-a{self.attempt}"
-        about = read_json(self._attempt_file) or {}
+        git = read_json(self.folder.attempt(self.attempt) / "git.json")
+        about = {**(read_json(self._attempt_file) or {}), "git": git}
         result = record.run_recorded(self.tree.sacred, record_id, self.stage, about, self._train)
         self.lease.check()
         self._write_result(result, uids)

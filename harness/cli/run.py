@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from harness.cli import shared
 from harness.errors import UserError
@@ -15,6 +14,7 @@ from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, build_grid, only
 from harness.study.schema import check_name, load_study
 from harness.study.select import find_cell
+from harness.study.source import parse_value
 
 
 def run(
@@ -84,8 +84,5 @@ def _parse(changes: list[str]) -> dict[str, Any]:
         key, equals, text = change.partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {change!r}: expected field=value, such as wsp.lr=3e-4")
-        try:
-            parsed[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {change!r}: {text!r} is not a value") from None
+        parsed[key.strip()] = parse_value(text)
     return parsed

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.data.index import ShardEntry, build_index, save_index, shard_entry
-from harness.data.shards import Sample, list_shard, write_shard
+from harness.data.shards import Listed, Sample, list_shard, write_shard
 from harness.data.sources import Refused, Source, find_source
 from harness.errors import UserError
 from harness.ledger.files import write_json
@@ -104,7 +104,7 @@ def _write(source: Source, folder: Path, name: str, progress: Progress) -> Datas
         (folder / "refused.txt").write_text(lines, encoding="utf-8")
     meta = DatasetMeta(
         name=name,
-        fingerprint=_fingerprint(files, source),
+        fingerprint=_fingerprint(files, listed, source),
         image_size=source.image_size,
         hashtags=hashtags,
         classes=source.classes,
@@ -142,13 +142,15 @@ def _write_split(
     return paths
 
 
-def _fingerprint(files: dict[str, list[Path]], source: Source) -> str:
+def _fingerprint(
+    files: dict[str, list[Path]], listed: dict[str, list[list[Listed]]], source: Source
+) -> str:
     """Hash over (split, key, SHA-256 of the image, labels), sorted: shards may be cut anew."""
     rows: list[str] = []
     for split, paths in files.items():
-        for path in paths:
+        for path, part in zip(paths, listed[split], strict=True):
             with open(path, "rb") as file:
-                for sample in list_shard(path):
+                for sample in part:
                     image = os.pread(file.fileno(), sample.size, sample.offset)
                     content = hashlib.sha256(image).hexdigest()
                     label = "" if sample.cls is None else sample.cls

@@ -83,6 +83,20 @@ def load(path: Path) -> Source:
     return source
 
 
+def parse_value(text: str) -> Any:
+    """One value as a study file would read it: 3e-4 is a number, [1, 2] a list.
+
+    Raises UserError for text that is no value.
+    """
+    source = Source(Path("--set"))
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else _Builder(source, loader).build(node, (), 0)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not a value") from None
+
+
 class _Builder:
     """Node tree -> plain data, noting lines, refusing duplicates and oversized expansions."""
 

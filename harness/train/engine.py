@@ -154,11 +154,10 @@ def connect(execution: Execution, rank: int, ranks: int) -> torch.device:
         # it leaves a lock at which every later run waits forever. Gloo does the same work.
         _module("comm.torch").build_shm_op = lambda: None
     if not dist.is_initialized():
-        where: dict[str, Any] = (
-            {"store": torch.distributed.distributed_c10d.HashStore()}
-            if ranks == 1
-            else {"init_method": "env://"}
-        )
+        where: dict[str, Any] = {"init_method": "env://"}
+        if ranks == 1:
+            # Documented, but left out of torch.distributed.__all__.
+            where = {"store": dist.HashStore()}  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             rank=rank,

@@ -143,7 +143,7 @@ def test_each_attempt_is_a_sacred_run_with_config_and_scalars(finished: tuple[Pa
         assert run["result"] == (read_json(folder / "result.json") or {})["metrics"]
         config = json.loads((record / "config.json").read_text())
         assert config["stage"]["id"] == name
-        assert "git" in config["attempt"] or "code" in config["attempt"]
+        assert config["attempt"]["git"] == read_json(folder / "attempts/1/git.json")
     wsp = next(root.glob("sacred/*random-s0-*"))
     scalars = json.loads((wsp / "metrics.json").read_text())
     assert scalars["loss"]["values"][-1] > 0

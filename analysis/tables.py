@@ -1,0 +1,312 @@
+"""The tables of a report, as rows of text: cells, results, gains, fits, ablations, provenance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import gain, style
+from analysis.fit import DELTA
+from analysis.laws import AXIS_LABELS, Law
+from analysis.load import StudyData, axis_label
+from analysis.metrics import Metric
+from harness.errors import UserError
+from harness.ledger.files import read_json
+from harness.units import format_seconds, format_si
+
+NONE = "–"  # noqa: RUF001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Text cells; columns in `numeric` are set to the right."""
+
+    name: str
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[int] = frozenset()
+    wide: frozenset[int] = frozenset()
+    """Columns of running text, which may break lines."""
+    state_column: int | None = None
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if math.isfinite(value) else NONE
+
+
+def cells(study: StudyData) -> Table:
+    """Every cell with its state and cost."""
+    rows = []
+    for _, c in study.cells.iterrows():
+        rows.append(
+            (
+                str(c["name"]),
+                str(c["state"]),
+                style.short(c["params"]),
+                axis_label(int(c["data"])),
+                str(c["init"]),
+                str(c["seed"]),
+                format_si(c["flops"], "FLOPs"),
+                format_si(c["flops_mae"], "FLOPs") if c["flops_mae"] else NONE,
+                format_seconds(c["wall_s"]) if c["wall_s"] else NONE,
+                str(c["attempts"]),
+                str(c["why"]),
+            )
+        )
+    return Table(
+        name="cells",
+        title="Every cell",
+        note="FLOPs and time of all stages of the cell; an MAE stage that several cells share is"
+        " counted in full in each.",
+        header=("cell", "state", "params", "images", "init", "seed", "FLOPs", "of it MAE", "time")
+        + ("attempts", "why"),
+        rows=tuple(rows),
+        numeric=frozenset({2, 3, 5, 6, 7, 8, 9}),
+        wide=frozenset({10}),
+        state_column=1,
+    )
+
+
+def results(study: StudyData, metrics: list[Metric]) -> Table:
+    """A row per cell, a column per judged metric; a state stands where there is no number."""
+    columns = []
+    for metric in metrics:
+        rows = metric.rows(study.results).drop_duplicates("cell").set_index("cell")
+        columns.append(
+            {
+                str(cell): _number(value) if math.isfinite(value) else str(state)
+                for cell, value, state in zip(rows.index, rows["value"], rows["state"], strict=True)
+            }
+        )
+    body = tuple(
+        (str(name), *(column.get(cell, NONE) for column in columns))
+        for cell, name in zip(study.cells["cell"], study.cells["name"], strict=True)
+    )
+    return Table(
+        name="results",
+        title="Results",
+        note="Accuracies as fractions, losses in nats. All numbers, also those not judged here,"
+        " are in results.csv.",
+        header=("cell", *(m.label for m in metrics)),
+        rows=body,
+        numeric=frozenset(range(1, len(metrics) + 1)),
+    )
+
+
+def gains(
+    metric: Metric,
+    loss: Metric | None,
+    pairs: pd.DataFrame,
+    charged: pd.DataFrame,
+    multipliers: pd.DataFrame,
+) -> Table:
+    """A row per grid point: gain at equal samples, at equal FLOPs, and what it is worth in data."""
+    points = gain.by_point(pairs[pairs["metric"] == metric.key])
+    own = {_key(r): r for _, r in points.iterrows()}
+    extra = []
+    if loss is not None and loss.key != metric.key:
+        of_loss = gain.by_point(pairs[pairs["metric"] == loss.key])
+        extra.append(
+            (f"{loss.label}, nats", {_key(r): _span(r, 1, 3) for _, r in of_loss.iterrows()})
+        )
+    equal = gain.by_point(charged)
+    extra.append(
+        ("loss, equal total FLOPs", {_key(r): _span(r, 1, 3) for _, r in equal.iterrows()})
+    )
+    ratio = gain.by_point(charged.assign(why=charged["why_ratio"]), "ratio")
+    extra.append(
+        (
+            "FLOPs to random's loss",
+            {_key(r): _span(r, 1, 2, "x", False) for _, r in ratio.iterrows()},
+        )
+    )
+    worth = gain.by_point(multipliers[multipliers["metric"] == metric.key], "multiplier")
+    extra.append(
+        ("worth in images", {_key(r): _span(r, 1, 2, "x", False) for _, r in worth.iterrows()})
+    )
+    digits = 1 if metric.is_accuracy else 3
+    rows = []
+    for key, row in own.items():
+        where = f"{row['size']}, {axis_label(int(row['data']))}"
+        where += f", {row['variant']}" if row["variant"] else ""
+        numbers = [_span(row, metric.gain_scale, digits)] + [c.get(key, NONE) for _, c in extra]
+        rows.append((where, f"{row['seeds']}/{row['expected']}", *numbers))
+    header = (
+        "size, images",
+        "pairs",
+        f"{metric.label}, {metric.gain_unit}",
+        *(n for n, _ in extra),
+    )
+    return Table(
+        name="gains",
+        title="Gains",
+        note="Mean over seeds [smallest to largest]. Positive gains mean that MAE helps. Worth in"
+        f" images: how many times the images a random-init run needs for the same {metric.label},"
+        " interpolated within the random arm and refused beyond it.",
+        header=header,
+        rows=tuple(rows),
+        numeric=frozenset({1}),
+        wide=frozenset(range(2, len(header))),
+    )
+
+
+def _key(row: pd.Series) -> tuple[object, ...]:
+    return tuple(row[k] for k in gain.POINT)
+
+
+def _span(row: pd.Series, scale: float, digits: int, unit: str = "", signed: bool = True) -> str:
+    if not row["seeds"]:
+        return str(row["why"]) or NONE
+    sign = "+" if signed else ""
+    mean, low, high = (f"{row[k] * scale:{sign}.{digits}f}" for k in ("mean", "low", "high"))
+    text = f"{mean}{unit}"
+    if row["seeds"] > 1:
+        text += f" [{low} to {high}]"
+    if row["seeds"] < row["expected"]:
+        text += f" ({row['seeds']} of {row['expected']} seeds)"
+    return text
+
+
+def fits(laws: Sequence[Law]) -> Table:
+    """Every law: parameters with intervals, what it rests on, its held-out error."""
+    rows = []
+    for law in laws:
+        fit, held = law.fit, law.held_out
+        used = f"{fit.rows_used} of {fit.rows_used + len(law.dropped)}"
+        if law.dropped:
+            reasons = pd.Series([r for _, r in law.dropped]).value_counts()
+            used += f" (dropped: {', '.join(f'{n} {r}' for r, n in reasons.items())})"
+        error = NONE
+        if "relative_error" in held:
+            base = held["baselines"]
+            error = (
+                f"{100 * held['relative_error']:+.1f} % (last value {100 * base['last_value']:+.1f} %,"
+                f" log-log line {100 * base['log_log_line']:+.1f} %)"
+            )
+        elif "reason" in held:
+            error = f"refused: {held['reason']}"
+        remarks = "; ".join(filter(None, [fit.reason, *fit.warnings]))
+        rows.append(
+            (
+                law.metric.error_label + (f" [{law.variant}]" if law.variant else ""),
+                f"{AXIS_LABELS[law.axis]} ({law.fixed})",
+                law.init,
+                fit.status.replace("_", " "),
+                *(_with_interval(law, name) for name in ("E", "A", "alpha")),
+                NONE if fit.log_rmse is None else f"{fit.log_rmse:.4f}",
+                used,
+                error,
+                remarks,
+            )
+        )
+    return Table(
+        name="fits",
+        title="Power laws",
+        note="y = E + A x^-alpha; Huber loss on log residuals, summed, delta"
+        f" {DELTA:g}; 95 % percentile intervals from 400 bootstrap draws over runs. Held out: the law fitted without the"
+        " largest x, its relative error there, beside two baselines. More in fits.json.",
+        header=("y", "over (held)", "init", "status", "E", "A", "alpha", "log RMSE", "rows")
+        + ("held-out error", "remarks"),
+        rows=tuple(rows),
+        numeric=frozenset({7}),
+        wide=frozenset({0, 1, 8, 9, 10}),
+        state_column=3,
+    )
+
+
+def _with_interval(law: Law, name: str) -> str:
+    if name not in law.fit.params:
+        return NONE
+    text = _number(law.fit.params[name], 3)
+    if name in law.fit.ci95:
+        low, high = law.fit.ci95[name]
+        text += f" [{_number(low, 3)} to {_number(high, 3)}]"
+    return text
+
+
+def ablations(study: StudyData, metric: Metric | None) -> Table | None:
+    """Cells that were run with a change, beside the cell they came from."""
+    found = study.cells[study.cells["parent"].notna()]
+    if not len(found):
+        return None
+    value = pd.Series(dtype=float)
+    if metric is not None:
+        value = metric.rows(study.results).drop_duplicates("cell").set_index("cell")["value"]
+    names = study.cells.set_index("cell")["name"]
+    rows = []
+    for _, c in found.iterrows():
+        own, other = (float(value.get(k, np.nan)) for k in (c["cell"], c["parent"]))
+        change = "; ".join(f"{k} = {v}" for k, v in c["set"].items())
+        parent = str(names.get(c["parent"], c["parent"]))
+        rows.append(
+            (str(c["name"]), parent, change, str(c["state"]), _number(own), _number(other))
+            + (_number(own - other, 3),)
+        )
+    label = metric.label if metric else "metric"
+    return Table(
+        name="ablations",
+        title="Ablations",
+        note=f"Judged by {label}. One run each: a difference says nothing about chance.",
+        header=("cell", "changed from", "set", "state", "value", "parent's value", "difference"),
+        rows=tuple(rows),
+        numeric=frozenset({4, 5, 6}),
+        wide=frozenset({2}),
+        state_column=3,
+    )
+
+
+def provenance(study: StudyData) -> list[tuple[str, str]]:
+    """Where the numbers come from, as name and value."""
+    versions: dict[str, set[str]] = {}
+    code: set[str] = set()
+    hosts: set[str] = set()
+    devices: set[str] = set()
+    attempts = done = 0
+    seconds = 0.0
+    for stage in study.stages.values():
+        attempts += stage.attempts
+        done += stage.state == "done"
+        version = stage.result.get("harness_version")
+        if version:
+            versions.setdefault("harness", set()).add(str(version))
+        if stage.result.get("device"):
+            devices.add(str(stage.result["device"]))
+        seconds += float(stage.result.get("wall_s", {}).get("total", 0.0))
+        for number in stage.folder.attempt_numbers():
+            about = _read(stage.folder.attempt(number) / "attempt.json")
+            hosts |= {str(about["host"])} if about.get("host") else set()
+            for name, text in (about.get("versions") or {}).items():
+                versions.setdefault(str(name), set()).add(str(text))
+            git = _read(stage.folder.attempt(number) / "git.json")
+            if git.get("sha"):
+                code.add(str(git["sha"])[:12] + (" with changes" if git.get("dirty") else ""))
+    dataset = study.resolved.get("dataset", {})
+    entries = [
+        ("run root", str(study.root)),
+        ("dataset", f"{dataset.get('name', NONE)}, {dataset.get('fingerprint', 'no fingerprint')}"),
+        ("stages", f"{done} of {len(study.stages)} done, {attempts} attempts"),
+        ("process time", format_seconds(seconds) if seconds else NONE),
+        *(
+            (f"{name} version", ", ".join(sorted(found)))
+            for name, found in sorted(versions.items())
+        ),
+        ("code", ", ".join(sorted(code)) or NONE),
+        ("device", ", ".join(sorted(devices)) or NONE),
+        ("hosts", ", ".join(sorted(hosts)) or NONE),
+    ]
+    return entries + [("while reading", text) for text in study.notes]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path) or {}
+    except UserError:
+        return {}
