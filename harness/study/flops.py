@@ -21,8 +21,10 @@ def encoder_params(model: Model) -> int:
     return embed + d + (n + 1) * d + model.depth * block + 2 * d
 
 
-def _patch_embed(model: Model) -> float:
-    return 2.0 * model.num_patches * 3 * model.patch**2 * model.width
+def _patch_embed(model: Model, patches: int | None = None) -> float:
+    """Projection of `patches` patches, of all when None."""
+    count = model.num_patches if patches is None else patches
+    return 2.0 * count * 3 * model.patch**2 * model.width
 
 
 def _block(tokens: float, width: float) -> float:
@@ -47,15 +49,19 @@ def vit_train(model: Model, num_classes: int) -> float:
 
 
 def mae_forward(model: Model, recipe: MaeRecipe) -> float:
-    """FLOPs of one image through a masked autoencoder: visible tokens only, then the decoder."""
+    """FLOPs of one image through a masked autoencoder: visible patches only, then the decoder.
+
+    Hidden patches are never projected, and pixels are predicted for patches, not the class token.
+    """
     n, d = model.num_patches, model.width
-    visible = num_kept(model, recipe.mask_ratio) + 1
+    kept = num_kept(model, recipe.mask_ratio)
     width = recipe.decoder_width
-    encoder = _patch_embed(model) + model.depth * _block(visible, d)
-    decoder = 2.0 * visible * d * width + recipe.decoder_depth * _block(n + 1, width)
-    return encoder + decoder + 2.0 * (n + 1) * width * 3 * model.patch**2
+    encoder = _patch_embed(model, kept) + model.depth * _block(kept + 1, d)
+    decoder = 2.0 * (kept + 1) * d * width + recipe.decoder_depth * _block(n + 1, width)
+    return encoder + decoder + 2.0 * n * width * 3 * model.patch**2
 
 
 def mae_train(model: Model, recipe: MaeRecipe) -> float:
     """FLOPs of one image in MAE pre-pretraining."""
-    return 3.0 * mae_forward(model, recipe) - _patch_embed(model)
+    kept = num_kept(model, recipe.mask_ratio)
+    return 3.0 * mae_forward(model, recipe) - _patch_embed(model, kept)

@@ -107,6 +107,8 @@ class MaeRecipe(Optimization):
     decoder_heads: Count = 16
     clip: Annotated[float, Field(ge=0)] = 0.0
     augment: Augmentation = Augmentation()
+    val_images: Count | None = None
+    """Held-out images that val_loss is measured on; none means all."""
 
 
 class WspRecipe(Optimization):
@@ -116,6 +118,8 @@ class WspRecipe(Optimization):
     drop_path: Fraction = 0.0
     pool: Literal["cls", "mean"] = "cls"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+    val_images: Count | None = None
+    """Held-out images that val_loss is measured on; none means all."""
 
 
 class OnDataset(Frozen):

@@ -65,7 +65,8 @@ def run(
         found = checkpoint.latest(ctx.folder)
         if found is not None:
             progress = checkpoint.load(found, engine)
-            ctx.metrics.rewind(progress.step)
+        # Without a checkpoint too: an attempt that was killed before its first one left rows.
+        ctx.metrics.rewind(progress.step)
         train_before_s = progress.wall_s["train"]
         row_every = max(1, steps // NUM_ROWS)
         points = execution.eval_points if objective.evaluated_on_the_way else 1

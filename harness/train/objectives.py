@@ -77,7 +77,7 @@ class MaeObjective:
         self.recipe, self.config, self.ctx = config.recipe, config, ctx
         self.augment = self.recipe.augment
         self.num_patches = config.model.num_patches
-        self.val = HeldOut(data.split(data.meta.split_for("val")), config.model.image_size)
+        self.val = _validation(config, data, self.recipe.val_images)
         self._noise: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def build(self) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -163,7 +163,7 @@ class WspObjective:
         assert isinstance(config.recipe, WspRecipe), f"{config.recipe} is no WSP recipe"
         self.recipe, self.config, self.ctx = config.recipe, config, ctx
         self.augment = self.recipe.augment
-        self.val = HeldOut(data.split(data.meta.split_for("val")), config.model.image_size)
+        self.val = _validation(config, data, self.recipe.val_images)
 
     def build(self) -> tuple[nn.Module, list[dict[str, Any]]]:
         """Encoder from `upstream_weights` or initial weights, and a head of zeros."""
@@ -201,6 +201,13 @@ def classifier(config: StageConfig, ctx: StageContext, drop_path: float, pool: A
     if ctx.upstream_weights is not None:
         load_encoder(encoder, ctx.upstream_weights)
     return model
+
+
+def _validation(config: StageConfig, data: Dataset, num_images: int | None) -> HeldOut:
+    """The held-out images of a stage: all of the split, or its nested subset of that many."""
+    split = data.split(data.meta.split_for("val"))
+    chosen = split.subset(min(num_images or split.num_samples, split.num_samples))
+    return HeldOut(split, config.model.image_size, chosen)
 
 
 class HeldOut:

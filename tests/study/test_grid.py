@@ -171,7 +171,7 @@ def test_an_ablation_reuses_what_it_does_not_touch(study_file: Write) -> None:
     ablation = Ablation(parent=parent.id, values=parent.axes, set={"wsp.lr": 3e-4}, tag="low-lr")
     grid = build_grid(loaded, [ablation])
     child = next(c for c in grid.cells if c.parent == parent.id)
-    assert child.tag == "low-lr" and child.name.endswith("low_lr") or "low-lr" in child.name
+    assert (child.tag == "low-lr" and child.name.endswith("low_lr")) or "low-lr" in child.name
     assert child.stages["mae"] == parent.stages["mae"]
     assert child.stages["wsp"] != parent.stages["wsp"]
     assert child.stages["probe"] != parent.stages["probe"]

@@ -143,6 +143,10 @@ def test_importing_the_engine_starts_no_thread() -> None:
         "import os, harness.train.engine, torch;"
         "print(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # As the local pool starts it: OpenBLAS would make its threads when numpy is imported.
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
     assert done.stdout.split() == ["1", "False"], done.stdout
     assert engine_room.deepspeed is not None
