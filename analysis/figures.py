@@ -194,7 +194,7 @@ def gains(
     panels = []
     for judged in [metric, *([loss] if loss and loss.key != metric.key else [])]:
         rows = pairs[pairs["metric"] == judged.key]
-        title = f"Equal WSP samples: {judged.label}"
+        title = f"Equal samples: {judged.label}"
         panels.append(_heat_map(gain.by_point(rows), variant, title, judged.gain_scale))
     runs = charged_runs[charged_runs["metric"] == metric.key]
     if len(runs):
@@ -217,8 +217,9 @@ def gains(
         "Blue: MAE is better; orange: random is better. Equal WSP samples: MAE minus random (points"
         " of accuracy; nats of loss, turned so that plus is better). Equal total FLOPs: the MAE"
         " stage charged in full to each cell, WSP loss read off the MAE cell's curve where both"
-        " have cost the same, before the end of its schedule, which speaks against MAE. Last map: FLOPs the MAE cell has spent, MAE stage included, when it"
-        " stays at or below random's final loss, over random's; below 1 MAE is cheaper. Hatched:"
+        " have cost the same, before the end of its schedule, which speaks against MAE. Last map:"
+        " FLOPs the MAE cell has spent, MAE stage included, when it stays at or below random's"
+        " final loss, over random's; below 1 MAE is cheaper. Hatched:"
         " missing or not comparable, with the reason in the table of gains."
     )
     return Figure(

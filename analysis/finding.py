@@ -117,7 +117,8 @@ def _effect(metric: Metric, good: pd.DataFrame) -> list[str]:
     mean, interval = float(values.mean()), gain.mean_interval(values)
     where = f"over {_plural(len(values), 'grid point')}"
     what = metric.label
-    worst, best = good.loc[good["mean"].idxmin()], good.loc[good["mean"].idxmax()]
+    order = good.sort_values("mean", kind="stable")
+    worst, best = order.iloc[0], order.iloc[-1]
     if interval is None:
         start = (
             f"At equal WSP samples, the MAE stage changed {what} by {amount(mean, metric)}"
@@ -146,10 +147,12 @@ def _effect(metric: Metric, good: pd.DataFrame) -> list[str]:
 
 def _stability(own: pd.DataFrame) -> list[str]:
     good = own[np.isfinite(own["gain"])]
-    signs = [np.sign(g["gain"]) for _, g in good.groupby(gain.POINT, dropna=False) if len(g) > 1]
+    signs = [
+        set(np.sign(g["gain"])) for _, g in good.groupby(gain.POINT, dropna=False) if len(g) > 1
+    ]
     if not signs:
         return []
-    same = sum(1 for s in signs if s.nunique() == 1)
+    same = sum(1 for s in signs if len(s) == 1)
     all_of = "all" if same == len(signs) else f"{same}"
     return [f"The seeds agree on its sign at {all_of} of the {len(signs)} repeated grid points."]
 
@@ -162,10 +165,8 @@ def _trends(metric: Metric, points: pd.DataFrame) -> list[str]:
         if "interval" not in slope:
             continue
         low, high = slope["interval"]
-        per = f"per tenfold of {word}"
-        text = (
-            f"{amount(slope['slope'], metric)} {per}, 95 % interval {_range((low, high), metric)}"
-        )
+        per = f"per tenfold of {word}, 95 % interval"
+        text = f"{amount(slope['slope'], metric)} {per} {_range((low, high), metric)}"
         if low > 0:
             out.append(f"The gain grows with {AXIS_LABELS[name]} ({text}).")
         elif high < 0:
@@ -223,9 +224,10 @@ def _charged(charged: pd.DataFrame) -> list[str]:
         middle = math.exp(float(np.log(reached["ratio"]).mean()))
         out.append(
             f"With the MAE stage charged in full to each cell, MAE cells come down to their random"
-            f" partner's final WSP validation loss in {len(reached)} of {_plural(total, 'pair')},"
-            f" at {middle:.2f} times its total training FLOPs (geometric mean, range"
-            f" {reached['ratio'].min():.2f} to {reached['ratio'].max():.2f}), cheaper in {cheaper}."
+            f" partner's final WSP validation loss in {len(reached)} of {_plural(total, 'pair')};"
+            f" where they do, they have spent {middle:.2f} times its total training FLOPs by then"
+            f" (geometric mean, range {reached['ratio'].min():.2f} to"
+            f" {reached['ratio'].max():.2f}), less than it in {_plural(cheaper, 'pair')}."
         )
     else:
         out.append(
@@ -248,6 +250,10 @@ def _charged(charged: pd.DataFrame) -> list[str]:
     return out
 
 
+def _name(law: Law) -> str:
+    return "MAE" if law.init == gain.WITH else law.init
+
+
 def _exponents(metric: Metric, laws: list[Law]) -> list[str]:
     """What the power laws of the headline metric can and cannot say."""
     out = []
@@ -257,12 +263,12 @@ def _exponents(metric: Metric, laws: list[Law]) -> list[str]:
         if not own:
             continue
         if len(fitted) < len(own):
-            names = ", ".join(w.init for w in own if w not in fitted)
+            names = " and ".join(_name(w) for w in own if w not in fitted)
             out.append(f"A power law over {AXIS_LABELS[axis]} is not identified for {names} init.")
         if not fitted:
             continue
         parts = [
-            f"{w.init} {w.fit.params['alpha']:.2f} ({w.fit.ci95['alpha'][0]:.2f} to"
+            f"{_name(w)} {w.fit.params['alpha']:.2f} ({w.fit.ci95['alpha'][0]:.2f} to"
             f" {w.fit.ci95['alpha'][1]:.2f})"
             for w in fitted
         ]

@@ -348,7 +348,7 @@ def _curves_frame(
             continue
         frame = pd.DataFrame(found)
         served = about.loc[serves[stage_id]]
-        shared = {
+        shared: dict[str, Any] = {
             "stage": stage_id,
             "kind": stage.kind,
             "task": roles[stage_id],

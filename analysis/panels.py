@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Figure:
 
 
 def _draw(panel: Panel, ax: Axes) -> None:
-    ax.set_title(panel.title)
+    ax.set_title(textwrap.fill(panel.title, round(9.2 * panel.width)))
     panel.draw(ax)
 
 

@@ -95,7 +95,8 @@ def settings() -> dict[str, Any]:
 
 def apply() -> Any:
     """Context in which figures are drawn and saved."""
-    return mpl.rc_context(settings())
+    rc: Any = settings()
+    return mpl.rc_context(rc)
 
 
 def short(number: float) -> str:

@@ -66,8 +66,10 @@ def cells(study: StudyData) -> Table:
         title="Every cell",
         note="FLOPs and time of all stages of the cell; an MAE stage that several cells share is"
         " counted in full in each.",
-        header=("cell", "state", "params", "images", "init", "seed", "FLOPs", "of it MAE", "time")
-        + ("attempts", "why"),
+        header=(
+            *("cell", "state", "params", "images", "init", "seed"),
+            *("FLOPs", "of it MAE", "time", "attempts", "why"),
+        ),
         rows=tuple(rows),
         numeric=frozenset({2, 3, 5, 6, 7, 8, 9}),
         wide=frozenset({10}),
@@ -111,27 +113,15 @@ def gains(
     """A row per grid point: gain at equal samples, at equal FLOPs, and what it is worth in data."""
     points = gain.by_point(pairs[pairs["metric"] == metric.key])
     own = {_key(r): r for _, r in points.iterrows()}
-    extra = []
+    ratios = charged.assign(why=charged["why_ratio"])
+    worth = multipliers[multipliers["metric"] == metric.key]
+    extra: list[tuple[str, dict[tuple[object, ...], str]]] = []
     if loss is not None and loss.key != metric.key:
-        of_loss = gain.by_point(pairs[pairs["metric"] == loss.key])
-        extra.append(
-            (f"{loss.label}, nats", {_key(r): _span(r, 1, 3) for _, r in of_loss.iterrows()})
-        )
-    equal = gain.by_point(charged)
-    extra.append(
-        ("loss, equal total FLOPs", {_key(r): _span(r, 1, 3) for _, r in equal.iterrows()})
-    )
-    ratio = gain.by_point(charged.assign(why=charged["why_ratio"]), "ratio")
-    extra.append(
-        (
-            "FLOPs to random's loss",
-            {_key(r): _span(r, 1, 2, "x", False) for _, r in ratio.iterrows()},
-        )
-    )
-    worth = gain.by_point(multipliers[multipliers["metric"] == metric.key], "multiplier")
-    extra.append(
-        ("worth in images", {_key(r): _span(r, 1, 2, "x", False) for _, r in worth.iterrows()})
-    )
+        of_loss = pairs[pairs["metric"] == loss.key]
+        extra.append((f"{loss.label}, nats", _spans(of_loss, "gain", 3)))
+    extra.append(("loss, equal total FLOPs", _spans(charged, "gain", 3)))
+    extra.append(("FLOPs to random's loss", _spans(ratios, "ratio", 2, "x", signed=False)))
+    extra.append(("worth in images", _spans(worth, "multiplier", 2, "x", signed=False)))
     digits = 1 if metric.is_accuracy else 3
     rows = []
     for key, row in own.items():
@@ -139,12 +129,8 @@ def gains(
         where += f", {row['variant']}" if row["variant"] else ""
         numbers = [_span(row, metric.gain_scale, digits)] + [c.get(key, NONE) for _, c in extra]
         rows.append((where, f"{row['seeds']}/{row['expected']}", *numbers))
-    header = (
-        "size, images",
-        "pairs",
-        f"{metric.label}, {metric.gain_unit}",
-        *(n for n, _ in extra),
-    )
+    first = f"{metric.label}, {metric.gain_unit}"
+    header = ("size, images", "pairs", first, *(name for name, _ in extra))
     return Table(
         name="gains",
         title="Gains",
@@ -156,6 +142,13 @@ def gains(
         numeric=frozenset({1}),
         wide=frozenset(range(2, len(header))),
     )
+
+
+def _spans(
+    rows: pd.DataFrame, value: str, digits: int, unit: str = "", signed: bool = True
+) -> dict[tuple[object, ...], str]:
+    points = gain.by_point(rows, value)
+    return {_key(r): _span(r, 1.0, digits, unit, signed) for _, r in points.iterrows()}
 
 
 def _key(row: pd.Series) -> tuple[object, ...]:
@@ -186,10 +179,9 @@ def fits(laws: Sequence[Law]) -> Table:
             used += f" (dropped: {', '.join(f'{n} {r}' for r, n in reasons.items())})"
         error = NONE
         if "relative_error" in held:
-            base = held["baselines"]
+            last, line = (held["baselines"][k] for k in ("last_value", "log_log_line"))
             error = (
-                f"{100 * held['relative_error']:+.1f} % (last value {100 * base['last_value']:+.1f} %,"
-                f" log-log line {100 * base['log_log_line']:+.1f} %)"
+                f"{held['relative_error']:+.1%} (last value {last:+.1%}, log-log line {line:+.1%})"
             )
         elif "reason" in held:
             error = f"refused: {held['reason']}"
@@ -210,11 +202,13 @@ def fits(laws: Sequence[Law]) -> Table:
     return Table(
         name="fits",
         title="Power laws",
-        note="y = E + A x^-alpha; Huber loss on log residuals, summed, delta"
-        f" {DELTA:g}; 95 % percentile intervals from 400 bootstrap draws over runs. Held out: the law fitted without the"
-        " largest x, its relative error there, beside two baselines. More in fits.json.",
-        header=("y", "over (held)", "init", "status", "E", "A", "alpha", "log RMSE", "rows")
-        + ("held-out error", "remarks"),
+        note=f"y = E + A x^-alpha; Huber loss on log residuals, summed, delta {DELTA:g}; 95 %"
+        " percentile intervals from 400 bootstrap draws over runs. Held out: the law fitted"
+        " without the largest x, its relative error there, beside two baselines. More in fits.json.",
+        header=(
+            *("y", "over (held)", "init", "status", "E", "A", "alpha"),
+            *("log RMSE", "rows", "held-out error", "remarks"),
+        ),
         rows=tuple(rows),
         numeric=frozenset({7}),
         wide=frozenset({0, 1, 8, 9, 10}),
@@ -246,10 +240,8 @@ def ablations(study: StudyData, metric: Metric | None) -> Table | None:
         own, other = (float(value.get(k, np.nan)) for k in (c["cell"], c["parent"]))
         change = "; ".join(f"{k} = {v}" for k, v in c["set"].items())
         parent = str(names.get(c["parent"], c["parent"]))
-        rows.append(
-            (str(c["name"]), parent, change, str(c["state"]), _number(own), _number(other))
-            + (_number(own - other, 3),)
-        )
+        numbers = (_number(own), _number(other), _number(own - other, 3))
+        rows.append((str(c["name"]), parent, change, str(c["state"]), *numbers))
     label = metric.label if metric else "metric"
     return Table(
         name="ablations",
@@ -294,10 +286,7 @@ def provenance(study: StudyData) -> list[tuple[str, str]]:
         ("dataset", f"{dataset.get('name', NONE)}, {dataset.get('fingerprint', 'no fingerprint')}"),
         ("stages", f"{done} of {len(study.stages)} done, {attempts} attempts"),
         ("process time", format_seconds(seconds) if seconds else NONE),
-        *(
-            (f"{name} version", ", ".join(sorted(found)))
-            for name, found in sorted(versions.items())
-        ),
+        *((f"{name} version", ", ".join(sorted(versions[name]))) for name in sorted(versions)),
         ("code", ", ".join(sorted(code)) or NONE),
         ("device", ", ".join(sorted(devices)) or NONE),
         ("hosts", ", ".join(sorted(hosts)) or NONE),

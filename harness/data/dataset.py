@@ -136,7 +136,7 @@ class Split:
         row = self._index
         shard, offset, size = int(row.shards[index]), int(row.offsets[index]), int(row.sizes[index])
         path = self._paths[shard]
-        where = f"{path}: byte {offset}: sample {self.keys[index]}"
+        where = f"{path}: byte offset {offset}: sample {self.keys[index]}"
         try:
             raw = os.pread(self._file(shard), size, offset)
         except OSError as error:

@@ -76,7 +76,7 @@ def build_index(
     label_ids: list[int] = []
     label_offsets = np.zeros(len(samples) + 1, dtype=np.int64)
     for row, (place, sample) in enumerate(samples):
-        where = f"{entries[place]['file']}: byte {sample.start}: sample {sample.key}"
+        where = f"{entries[place]['file']}: byte offset {sample.start}: sample {sample.key}"
         if sample.cls is not None:
             found = place_of_class.get(sample.cls)
             if found is None and sample.cls.isdecimal() and int(sample.cls) < len(classes):
@@ -184,7 +184,7 @@ def check_size(path: Path, entry: ShardEntry, place: int, index: Index | None) -
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: byte 0: the shard cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: byte offset 0: the shard cannot be read ({error.strerror})") from None
     expected = int(entry["bytes"])
     if found == expected:
         return
@@ -194,7 +194,7 @@ def check_size(path: Path, entry: ShardEntry, place: int, index: Index | None) -
         lost = f" ({int(beyond.sum())} samples lost)" if found < expected else ""
     what = "truncated" if found < expected else "grown"
     raise DataError(
-        f"{path}: byte {min(found, expected)}: the shard is {what}: found {found} bytes, expected"
+        f"{path}: byte offset {min(found, expected)}: the shard is {what}: found {found} bytes, expected"
         f" {expected}{lost}; restore it, or remove the dataset and make it again"
     )
 
@@ -203,7 +203,7 @@ def check_content(path: Path, entry: ShardEntry, place: int, index: Index | None
     """Raises DataError naming the first damaged byte range if the shard's checksum is wrong."""
     if sha256_of(path) == entry["sha256"]:
         return
-    where = "byte 0: the shard's bytes are not those that were written"
+    where = "byte offset 0: the shard's bytes are not those that were written"
     if index is not None:
         rows = np.flatnonzero(index.shards == place)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -213,7 +213,7 @@ def check_content(path: Path, entry: ShardEntry, place: int, index: Index | None
                     continue
                 key = index.keys[row].decode()
                 where = (
-                    f"byte {start}: sample {key} (image at byte {index.offsets[row]}) is damaged"
+                    f"byte offset {start}: sample {key} (image at byte {index.offsets[row]}) is damaged"
                 )
                 break
     raise DataError(f"{path}: {where}; restore it, or remove the dataset and make it again")

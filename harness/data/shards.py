@@ -89,7 +89,7 @@ def list_shard(path: Path) -> list[Listed]:
     """
     size = path.stat().st_size
     if size == 0:
-        raise DataError(f"{path}: byte 0: the shard is empty")
+        raise DataError(f"{path}: byte offset 0: the shard is empty")
     groups: list[tuple[str, int, list[tarfile.TarInfo]]] = []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         end = 0
@@ -105,9 +105,9 @@ def list_shard(path: Path) -> list[Listed]:
                         groups.append((match[1], start, []))
                     groups[-1][2].append(member)
         except tarfile.TarError as error:
-            raise DataError(f"{path}: byte {end}: not a whole tar ({error})") from None
+            raise DataError(f"{path}: byte offset {end}: not a whole tar ({error})") from None
         if end + 512 > size:
-            raise DataError(f"{path}: byte {size}: the tar is cut short: it has no end mark")
+            raise DataError(f"{path}: byte offset {size}: the tar is cut short: it has no end mark")
         starts = [start for _, start, _ in groups] + [end]
         return [
             _listed(path, view, key, start, starts[place + 1], members)
@@ -131,13 +131,13 @@ def _listed(
                 found_tags, found_cls = _labels(kind, content)
             except (ValueError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{path}: byte {member.offset_data}: {member.name} is not a label ({error})"
+                    f"{path}: byte offset {member.offset_data}: {member.name} is not a label ({error})"
                 ) from None
             hashtags += found_tags
             cls = found_cls if cls is None else cls
     if image is None:
         known = ", ".join(f".{kind}" for kind in IMAGE_TYPES)
-        raise DataError(f"{path}: byte {start}: sample {key} has no image; expected one of {known}")
+        raise DataError(f"{path}: byte offset {start}: sample {key} has no image; expected one of {known}")
     return Listed(
         key=key,
         start=start,

@@ -289,7 +289,7 @@ def _webdataset(folder: Path) -> Source:
                     try:
                         image, kind = _stored(raw)
                     except Exception as error:  # as for image folders
-                        name = f"{path.name}: byte {sample.offset}: {sample.key}"
+                        name = f"{path.name}: byte offset {sample.offset}: {sample.key}"
                         source.refused.append(Refused(name, f"not a readable image: {error}"))
                         continue
                     yield Sample(

@@ -106,7 +106,7 @@ def test_a_truncated_shard_is_named_with_its_offset_despite_the_cache(
     with pytest.raises(DataError) as caught:
         open_dataset(str(copied), tmp_path).split("pretrain")
     message = str(caught.value)
-    assert f"{shard_of(copied)}: byte 1000003: the shard is truncated" in message
+    assert f"{shard_of(copied)}: byte offset 1000003: the shard is truncated" in message
     assert f"expected {whole}" in message and "\n" not in message
     # Other splits do not suffer.
     assert open_dataset(str(copied), tmp_path).split("val").decode(0).shape == (32, 32, 3)
@@ -120,14 +120,14 @@ def test_a_flipped_byte_is_named_with_its_sample(copied: Path, tmp_path: Path) -
         byte = file.read(1)[0]
         file.seek(offset + 500)
         file.write(bytes([byte ^ 1]))
-    expected = rf"000000\.tar: byte {start}: sample {key} \(image at byte {offset}\) is damaged"
+    expected = rf"000000\.tar: byte offset {start}: sample {key} \(image at byte {offset}\) is damaged"
     with pytest.raises(DataError, match=expected):
         open_dataset(str(copied), tmp_path).split("pretrain")
 
 
 def test_a_missing_shard_is_named(copied: Path, tmp_path: Path) -> None:
     shard_of(copied).unlink()
-    with pytest.raises(DataError, match=r"000000\.tar: byte 0: the shard cannot be read"):
+    with pytest.raises(DataError, match=r"000000\.tar: byte offset 0: the shard cannot be read"):
         open_dataset(str(copied), tmp_path).split("pretrain")
 
 
@@ -139,7 +139,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_offset(
     with open(copied / "train" / "000000.tar", "r+b") as file:
         file.seek(offset)
         file.write(b"no image")
-    with pytest.raises(DataError, match=rf"byte {offset}: sample {split.keys[3]}: not a readable"):
+    with pytest.raises(DataError, match=rf"byte offset {offset}: sample {split.keys[3]}: not a readable"):
         split.prepare()
 
 
