@@ -15,7 +15,7 @@ def wsp_curves(study: StudyData) -> pd.DataFrame:
     """
     frame = study.curves
     rows = frame[(frame["kind"] == "wsp") & (frame["state"] == "done")]
-    rows = rows[np.isfinite(rows["val_loss"]) & np.isfinite(rows["samples"])]
+    rows = rows.dropna(subset=["val_loss", "samples"])
     rows = rows.drop(columns=["size", "params", "data", "init", "seed", "variant"])
     rows = rows.assign(cell=rows["cells"].str.split(";")).explode("cell")
     about = study.grid[["cell", "pair", "size", "params", "data", "init", "seed", "variant"]]

@@ -241,7 +241,9 @@ def _heat_map(
     # On a ratio, twice as dear and half as dear are equally far from even; less is better.
     tint = -np.log2(values) if is_ratio else values
     finite = tint[np.isfinite(tint)]
-    reach = float(np.abs(finite).max()) if len(finite) and np.abs(finite).max() > 0 else 1.0
+    # Never full colour for a trifle: at least 1 point, 0.02 nats, a tenth of a doubling.
+    least = 0.1 if is_ratio else 1.0 if scale == 100 else 0.02
+    reach = max(least, float(np.abs(finite).max()) if len(finite) else 0.0)
     digits = 2 if is_ratio else 1 if scale == 100 else 3
 
     def draw(ax: Axes) -> None:

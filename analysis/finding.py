@@ -147,9 +147,8 @@ def _effect(metric: Metric, good: pd.DataFrame) -> list[str]:
 
 def _stability(own: pd.DataFrame) -> list[str]:
     good = own[np.isfinite(own["gain"])]
-    signs = [
-        set(np.sign(g["gain"])) for _, g in good.groupby(gain.POINT, dropna=False) if len(g) > 1
-    ]
+    groups = [g["gain"] for _, g in good.groupby(gain.POINT, dropna=False) if len(g) > 1]
+    signs = [set(np.sign(g)) for g in groups]
     if not signs:
         return []
     same = sum(1 for s in signs if len(s) == 1)
@@ -227,7 +226,7 @@ def _charged(charged: pd.DataFrame) -> list[str]:
             f" partner's final WSP validation loss in {len(reached)} of {_plural(total, 'pair')};"
             f" where they do, they have spent {middle:.2f} times its total training FLOPs by then"
             f" (geometric mean, range {reached['ratio'].min():.2f} to"
-            f" {reached['ratio'].max():.2f}), less than it in {_plural(cheaper, 'pair')}."
+            f" {reached['ratio'].max():.2f}), cheaper in {cheaper or 'none'}."
         )
     else:
         out.append(

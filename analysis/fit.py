@@ -76,7 +76,8 @@ def why_not(x: Array, y: Array) -> str | None:
     """Why (x, y) cannot identify the law; None if it may."""
     distinct = np.unique(x)
     if len(x) < NUM_PARAMS + 2:
-        return f"{len(x)} points; at least {NUM_PARAMS + 2} needed for {NUM_PARAMS} parameters"
+        need = NUM_PARAMS + 2
+        return f"too few points ({len(x)}); at least {need} needed for {NUM_PARAMS} parameters"
     if len(distinct) < 3:
         return f"{len(distinct)} distinct x; at least 3 needed"
     span = np.log10(distinct[-1] / distinct[0])
@@ -126,7 +127,7 @@ def fit_power(
     gradient = _free_gradient(theta, u_P, ln_y_P, delta)
     params = _natural(theta[None], centre)[0]
     at_bound = _bounds(theta, u_P, ln_y_P)
-    converged = gradient < 1e-2 * delta or int(close.sum()) >= 3
+    converged = gradient < 1e-6
     status: Status = "at_bound" if at_bound else "converged" if converged else "not_converged"
     residual_P = _log_law(theta[None], u_P)[0] - ln_y_P
     draws, counts = _bootstrap(theta, u_P, ln_y_P, groups, delta, bootstrap, seed, centre)
@@ -312,10 +313,10 @@ def _bootstrap(
     group_P = np.array([ids[n] for n in names])
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, len(ids), size=(num, len(ids)))
-    times = np.stack([np.bincount(p, minlength=len(ids)) for p in picks]).astype(float)
-    weight_BP = times[:, group_P] if num else np.zeros((0, len(u_P)))
-    distinct = np.array([len(np.unique(u_P[w > 0])) for w in weight_BP])
-    usable = weight_BP[distinct >= 3] if num else weight_BP
+    times = (picks[:, :, None] == np.arange(len(ids))).sum(axis=1).astype(float)
+    weight_BP = times[:, group_P]
+    distinct = np.array([len(np.unique(u_P[w > 0])) for w in weight_BP], dtype=int)
+    usable = weight_BP[distinct >= 3]
     counts = {
         "unit": "rows" if groups is None else "cells (runs)",
         "draws": num,

@@ -21,6 +21,7 @@ from analysis.load import StudyData
 from analysis.metrics import Metric
 
 WITH, WITHOUT = "mae", "random"
+_FLOATS = ("with_mae", "without", "gain", "mean", "low", "high", "share", "ratio", "multiplier")
 POINT = ["variant", "size", "params", "data"]
 """What names a grid point: everything but init and seed."""
 
@@ -48,7 +49,7 @@ def paired(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
             row |= {"gain": sign * (values[WITH] - values[WITHOUT]), "why": "; ".join(why)}
             out.append(row)
     columns = [*POINT, "seed", "pair", "metric", "with_mae", "without", "gain", "why"]
-    return pd.DataFrame(out, columns=columns)
+    return _frame(out, columns)
 
 
 def by_point(rows: pd.DataFrame, value: str = "gain") -> pd.DataFrame:
@@ -67,7 +68,14 @@ def by_point(rows: pd.DataFrame, value: str = "gain") -> pd.DataFrame:
                 "why": "; ".join(dict.fromkeys(w for w in group["why"] if w)),
             }
         )
-    return pd.DataFrame(out, columns=[*POINT, "mean", "low", "high", "seeds", "expected", "why"])
+    return _frame(out, [*POINT, "mean", "low", "high", "seeds", "expected", "why"])
+
+
+def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """A frame whose numbers are floats also when it has no row."""
+    frame = pd.DataFrame(rows, columns=columns)
+    floats = [c for c in _FLOATS if c in columns]
+    return frame.astype(dict.fromkeys(floats, float))
 
 
 # -- summary over the grid ------------------------------------------------------------------
@@ -146,7 +154,7 @@ def charged_curves(study: StudyData) -> pd.DataFrame:
         out.append(row)
     columns = [*POINT, "seed", "pair", "gain", "why", "share", "ratio", "is_upper_bound"]
     columns += ["why_ratio", "flops_random", "flops_mae_stage", "flops_mae_total"]
-    return pd.DataFrame(out, columns=columns)
+    return _frame(out, columns)
 
 
 def _compare(cells: Mapping[str, pd.Series], curves: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def charged_results(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
     """
     columns = [*POINT, "seed", "pair", "metric", "gain", "why", "flops"]
     if not any(name.startswith("wsp.duration") for name in study.varying):
-        return pd.DataFrame(columns=columns)
+        return _frame([], columns)
     results = study.grid_results
     results = results.assign(family=results["pair"].map(_without_duration))
     out = []
@@ -226,38 +234,43 @@ def charged_results(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
                     sign = 1.0 if metric.is_accuracy else -1.0
                     row["gain"] = sign * (float(cell["value"]) - at)
                 out.append(row)
-    return pd.DataFrame(out, columns=columns)
+    return _frame(out, columns)
 
 
 # -- effective data ---------------------------------------------------------------------------
 
 
-def data_multiplier(pairs: pd.DataFrame) -> pd.DataFrame:
+def data_multiplier(pairs: pd.DataFrame, metrics: list[Metric]) -> pd.DataFrame:
     """A row per pair x metric: how many times the images random would need for MAE's value.
 
     `pairs` as from `paired`. Interpolates the random arm of the same size and seed over log
-    images, within its range; refused beyond it, and where the arm crosses the value more than
-    once (not identified).
+    images, within its range; refused beyond it, where the arm crosses the value more than once,
+    and where more images do not help it.
     """
+    sign = {m.key: 1.0 if m.is_accuracy else -1.0 for m in metrics}
     rows = []
-    for _, group in pairs.groupby(["metric", "variant", "size", "seed"], sort=False):
+    for (metric, *_), group in pairs.groupby(["metric", "variant", "size", "seed"], sort=False):
         arm = group.dropna(subset=["without"]).sort_values("data")
-        x, y = np.log(arm["data"].to_numpy(float)), arm["without"].to_numpy(float)
-        for _, row in group.iterrows():
-            value, why = _effective(x, y, row)
-            rows.append(
-                {**{k: row[k] for k in [*POINT, "seed", "metric"]}, "multiplier": value, "why": why}
-            )
-    return pd.DataFrame(rows, columns=[*POINT, "seed", "metric", "multiplier", "why"])
+        x = np.log(arm["data"].to_numpy(float))
+        y = sign[str(metric)] * arm["without"].to_numpy(float)
+        for row in group.to_dict("records"):
+            wanted = sign[str(metric)] * float(row["with_mae"])
+            value, why = _effective(x, y, wanted, math.log(row["data"]))
+            why = row["why"] or why if math.isnan(wanted) else why
+            about = {k: row[k] for k in [*POINT, "seed", "metric"]}
+            rows.append({**about, "multiplier": value, "why": why})
+    return _frame(rows, [*POINT, "seed", "metric", "multiplier", "why"])
 
 
-def _effective(x: np.ndarray, y: np.ndarray, row: pd.Series) -> tuple[float, str]:
-    value = float(row["with_mae"])
-    if not math.isfinite(value):
-        return math.nan, str(row["why"]) or "no MAE value"
+def _effective(x: np.ndarray, y: np.ndarray, wanted: float, here: float) -> tuple[float, str]:
+    """exp(distance in x) from `here` to where y, higher being better, is `wanted`."""
+    if not math.isfinite(wanted):
+        return math.nan, "no MAE value"
     if len(x) < 2:
         return math.nan, "fewer than 2 data sizes with random init"
-    offset = y - value
+    if y[-1] <= y[0]:
+        return math.nan, "more images do not help random init here: not identified"
+    offset = y - wanted
     crossings = [
         x[i] - offset[i] * (x[i + 1] - x[i]) / (offset[i + 1] - offset[i])
         for i in range(len(x) - 1)
@@ -265,12 +278,9 @@ def _effective(x: np.ndarray, y: np.ndarray, row: pd.Series) -> tuple[float, str
     ]
     crossings += [x[i] for i in range(len(x)) if offset[i] == 0]
     if len(crossings) == 1:
-        return float(np.exp(crossings[0])) / float(row["data"]), ""
+        return math.exp(float(crossings[0]) - here), ""
     if crossings:
         return math.nan, "random crosses the value more than once: not identified"
-    better = float(row["gain"]) > 0 or bool(
-        np.sign(offset[-1]) == np.sign(offset[0]) and float(row["gain"]) == 0
-    )
-    if better:
-        return math.nan, f"beyond random's range: more than {np.exp(x[-1]) / row['data']:.3g}x"
-    return math.nan, f"below random's range: less than {np.exp(x[0]) / row['data']:.3g}x"
+    if offset[-1] < 0:
+        return math.nan, f"beyond random's range: more than {math.exp(x[-1] - here):.3g}x"
+    return math.nan, f"below random's range: less than {math.exp(x[0] - here):.3g}x"

@@ -22,6 +22,17 @@ from harness.units import format_count
 CORE = ("size", "data", "init", "seed")
 """Axes every report knows; all others that vary make the `variant` of a cell."""
 
+_CELL_COLUMNS = (
+    *("cell", "name", "size", "params", "data", "init", "seed", "variant", "pair", "axes"),
+    *("parent", "tag", "set", "state", "why", "flops", "flops_mae", "flops_wsp"),
+    *("flops_pretrain", "wall_s", "attempts", "stages"),
+)
+_RESULT_COLUMNS = (
+    *("cell", "name", "size", "params", "data", "init", "seed", "variant", "pair", "parent"),
+    *("flops_mae", "flops_wsp", "flops_pretrain"),
+    *("task", "kind", "metric", "value", "state", "stage"),
+)
+
 _EXPECTED = {
     "mae": ["val_loss"],
     "wsp": ["val_loss"],
@@ -149,7 +160,8 @@ def _in_chain(
     """The stage's state given its upstream: a result of an upstream run that is gone is stale."""
     uids = own.result.get("upstream_uids") or {}
     known = {u: facts[u] for u in uids if u in facts}
-    fresh = all(f.state == "done" and f.result.get("uid") == uids[u] for u, f in known.items())
+    fresh = all(u.state == "done" for u in upstream)
+    fresh &= all(f.state == "done" and f.result.get("uid") == uids[u] for u, f in known.items())
     state, reason, message = own.state, own.reason, own.message
     if state == "done" and not fresh:
         state, reason, message = "planned", "stale", "its upstream stage was run again since"
@@ -194,11 +206,17 @@ def _variant(axes: Mapping[str, Any], names: Iterable[str]) -> str:
     return ", ".join(f"{n} = {axis_label(axes.get(n, 'default'))}" for n in names)
 
 
+def _variant_order(axes: Mapping[str, Any], names: Iterable[str]) -> list[tuple[float, str]]:
+    """Numbers by size, before words by alphabet."""
+    values = [axes.get(n) for n in names]
+    return [(float(v), "") if isinstance(v, (int, float)) else (math.inf, str(v)) for v in values]
+
+
 def _cells_frame(
     rows: list[dict[str, Any]], stages: Mapping[str, StageFacts], varying: tuple[str, ...]
 ) -> pd.DataFrame:
     out = []
-    for row in rows:
+    for row in sorted(rows, key=lambda r: _variant_order(r["axes"], varying)):
         axes, flops = row["axes"], row.get("flops_by_role", {})
         chain = [stages[s] for s in row["stages"].values()]
         wrong = next((s for s in chain if s.state not in ("done", "planned", "waiting")), None)
@@ -230,9 +248,12 @@ def _cells_frame(
                 "stages": row["stages"],
             }
         )
-    frame = pd.DataFrame(out)
-    order = [c for c in ("variant", "params", "data", "init", "seed") if c in frame]
-    return frame.sort_values(order, kind="stable", ignore_index=True) if len(frame) else frame
+    frame = pd.DataFrame(out, columns=None if out else list(_CELL_COLUMNS))
+    rank = {name: i for i, name in enumerate(dict.fromkeys(frame["variant"]))}
+    order = ["variant", "params", "data", "init", "seed"]
+    return frame.sort_values(
+        order, key=lambda c: c.map(rank) if c.name == "variant" else c, ignore_index=True
+    )
 
 
 def _why(stage: StageFacts | None) -> str:
@@ -258,8 +279,7 @@ def _results_frame(
             found = names.setdefault(role, dict.fromkeys(_expected(role, row, stage_id, resolved)))
             found.update(dict.fromkeys(_numbers(stages[stage_id])))
     about = cells.set_index("cell")
-    keep = ["name", "size", "params", "data", "init", "seed", "variant", "pair", "parent"]
-    keep += ["flops_mae", "flops_wsp", "flops_pretrain"]
+    keep = _RESULT_COLUMNS[1 : _RESULT_COLUMNS.index("task")]
     out = []
     for row in rows:
         base = {"cell": row["id"], **{k: about.at[row["id"], k] for k in keep}}
@@ -273,7 +293,7 @@ def _results_frame(
                     state = "absent"
                 facts = {"task": role, "kind": stage.kind, "metric": metric, "value": value}
                 out.append({**base, **facts, "state": state, "stage": stage_id})
-    return pd.DataFrame(out)
+    return pd.DataFrame(out, columns=list(_RESULT_COLUMNS))
 
 
 def _expected(
@@ -338,7 +358,7 @@ def _curves_frame(
         for role, stage_id in row["stages"].items():
             serves.setdefault(stage_id, []).append(row["id"])
             roles[stage_id] = role
-    about = cells.set_index("cell") if len(cells) else cells
+    about = cells.set_index("cell")
     frames = []
     for stage_id, stage in stages.items():
         found, broken = read_rows(stage.folder.metrics)
@@ -362,13 +382,12 @@ def _curves_frame(
         frames.append(frame.assign(**shared))
     columns = ["stage", "kind", "task", "state", "cells", "size", "params", "data", "init", "seed"]
     columns += ["variant", "step", "samples", "flops", "wall_s", "loss", "val_loss"]
-    if not frames:
-        return pd.DataFrame(columns=columns)
-    whole = pd.concat(frames, ignore_index=True)
+    whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
     for name in columns:
         if name not in whole:
             whole[name] = math.nan
     for name in ("step", "samples", "flops", "loss", "val_loss"):
-        whole[name] = pd.to_numeric(whole[name], errors="coerce").astype(float)
+        numbers = pd.to_numeric(whole[name], errors="coerce").astype(float)
+        whole[name] = numbers.where(numbers.abs() < math.inf)
     rest = [c for c in whole.columns if c not in columns]
     return whole[columns + rest]

@@ -86,6 +86,8 @@ def save(figure: Figure, folder: Path) -> list[Path]:
             )
         svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
         drawing.savefig(png)
+        # The layout is the slow part and would be the same again.
+        drawing.set_layout_engine("none")
         svg.write_text(_svg(drawing, transparent=False), encoding="utf-8")
     return [svg, png]
 

@@ -135,7 +135,7 @@ def _tables(
 ) -> list[tables.Table]:
     found: list[tables.Table | None] = []
     if main is not None and {gain.WITH, gain.WITHOUT} <= set(_inits(data)):
-        multipliers = gain.data_multiplier(pairs)
+        multipliers = gain.data_multiplier(pairs, metrics)
         found.append(tables.gains(main, loss, pairs, charged, multipliers))
     if fitted:
         found.append(tables.fits(fitted))

@@ -204,7 +204,7 @@ def fits(laws: Sequence[Law]) -> Table:
         title="Power laws",
         note=f"y = E + A x^-alpha; Huber loss on log residuals, summed, delta {DELTA:g}; 95 %"
         " percentile intervals from 400 bootstrap draws over runs. Held out: the law fitted"
-        " without the largest x, its relative error there, beside two baselines. More in fits.json.",
+        " without the largest x, its relative error there and that of two baselines.",
         header=(
             *("y", "over (held)", "init", "status", "E", "A", "alpha"),
             *("log RMSE", "rows", "held-out error", "remarks"),

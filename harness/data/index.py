@@ -184,7 +184,9 @@ def check_size(path: Path, entry: ShardEntry, place: int, index: Index | None) -
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: byte offset 0: the shard cannot be read ({error.strerror})") from None
+        raise DataError(
+            f"{path}: byte offset 0: the shard cannot be read ({error.strerror})"
+        ) from None
     expected = int(entry["bytes"])
     if found == expected:
         return
@@ -194,8 +196,8 @@ def check_size(path: Path, entry: ShardEntry, place: int, index: Index | None) -
         lost = f" ({int(beyond.sum())} samples lost)" if found < expected else ""
     what = "truncated" if found < expected else "grown"
     raise DataError(
-        f"{path}: byte offset {min(found, expected)}: the shard is {what}: found {found} bytes, expected"
-        f" {expected}{lost}; restore it, or remove the dataset and make it again"
+        f"{path}: byte offset {min(found, expected)}: the shard is {what}: found {found} bytes,"
+        f" expected {expected}{lost}; restore it, or remove the dataset and make it again"
     )
 
 
@@ -211,9 +213,9 @@ def check_content(path: Path, entry: ShardEntry, place: int, index: Index | None
                 start, stop = int(index.starts[row]), int(index.stops[row])
                 if zlib.crc32(view[start:stop]) == index.crcs[row]:
                     continue
-                key = index.keys[row].decode()
+                image = f"image at byte {index.offsets[row]}"
                 where = (
-                    f"byte offset {start}: sample {key} (image at byte {index.offsets[row]}) is damaged"
+                    f"byte offset {start}: sample {index.keys[row].decode()} ({image}) is damaged"
                 )
                 break
     raise DataError(f"{path}: {where}; restore it, or remove the dataset and make it again")

@@ -32,7 +32,6 @@ def _square(u: Field, v: Field) -> Field:
 
 
 def _triangle(u: Field, v: Field) -> Field:
-    sides = np.abs(u) * np.float32(0.894) - v * np.float32(0.447) - np.float32(0.42)
     # Apex up: v runs downwards.
     sides = np.abs(u) * np.float32(0.894) + (-v) * np.float32(0.447) - np.float32(0.42)
     return np.maximum(sides, v - np.float32(0.8))
@@ -68,16 +67,6 @@ def _crescent(u: Field, v: Field) -> Field:
     return np.maximum(_length(u, v) - np.float32(0.98), bite)
 
 
-def _hexagon(u: Field, v: Field) -> Field:
-    slant = np.abs(u) * np.float32(0.866) + np.abs(v) * np.float32(0.5)
-    return np.maximum(slant, np.abs(v)) - np.float32(0.85)
-
-
-def _chevron(u: Field, v: Field) -> Field:
-    arm = np.abs(v + np.float32(0.35) - np.abs(u) * np.float32(0.9)) * np.float32(0.743)
-    return np.maximum(arm - np.float32(0.28), np.abs(u) - np.float32(0.9))
-
-
 def _wave(phase: Field) -> Field:
     """0 or 1 in alternation, one period per unit of phase."""
     return (phase - np.floor(phase) < np.float32(0.5)).astype(np.float32)
@@ -88,58 +77,45 @@ def _solid(u: Field, v: Field, field: Field) -> Field:
 
 
 def _striped(u: Field, v: Field, field: Field) -> Field:
-    return _wave(u * np.float32(1.45) + np.float32(0.25))
+    return _wave(u * np.float32(2.4) + np.float32(0.25))
 
 
 def _dotted(u: Field, v: Field, field: Field) -> Field:
-    a, b = u * np.float32(1.4), v * np.float32(1.4)
+    a, b = u * np.float32(2.0), v * np.float32(2.0)
     a, b = a - np.floor(a) - np.float32(0.5), b - np.floor(b) - np.float32(0.5)
     return (a * a + b * b < np.float32(0.1)).astype(np.float32)
 
 
 def _checkered(u: Field, v: Field, field: Field) -> Field:
-    return np.abs(_wave(u * np.float32(1.0)) - _wave(v * np.float32(1.0)))
+    return np.abs(_wave(u * np.float32(1.5)) - _wave(v * np.float32(1.5)))
 
 
 def _outlined(u: Field, v: Field, field: Field) -> Field:
     return (field < np.float32(-0.2)).astype(np.float32)
 
 
-def _shaded(u: Field, v: Field, field: Field) -> Field:
-    ramp = v * np.float32(0.6) + np.float32(0.5)
-    return np.minimum(np.maximum(ramp, np.float32(0)), np.float32(1))
-
-
 def _split(u: Field, v: Field, field: Field) -> Field:
     return (u > 0).astype(np.float32)
 
 
-def _banded(u: Field, v: Field, field: Field) -> Field:
-    return _wave(_length(u, v) * np.float32(1.7) + np.float32(0.1))
-
-
 # In the order of scenes_spec.SHAPES and scenes_spec.TEXTURES.
 SHAPE_FIELDS: list[Callable[..., Field]] = [
-    _circle,
-    _square,
-    _triangle,
     _ring,
+    _square,
     _star,
-    _cross,
     _bar,
+    _triangle,
+    _circle,
+    _cross,
     _dome,
     _diamond,
     _crescent,
-    _hexagon,
-    _chevron,
 ]
 TEXTURE_FIELDS: list[Callable[..., Field]] = [
     _solid,
     _striped,
-    _dotted,
     _checkered,
     _outlined,
-    _shaded,
+    _dotted,
     _split,
-    _banded,
 ]

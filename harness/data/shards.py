@@ -130,14 +130,15 @@ def _listed(
             try:
                 found_tags, found_cls = _labels(kind, content)
             except (ValueError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{path}: byte offset {member.offset_data}: {member.name} is not a label ({error})"
-                ) from None
+                where = f"{path}: byte offset {member.offset_data}"
+                raise DataError(f"{where}: {member.name} is not a label ({error})") from None
             hashtags += found_tags
             cls = found_cls if cls is None else cls
     if image is None:
         known = ", ".join(f".{kind}" for kind in IMAGE_TYPES)
-        raise DataError(f"{path}: byte offset {start}: sample {key} has no image; expected one of {known}")
+        raise DataError(
+            f"{path}: byte offset {start}: sample {key} has no image; expected one of {known}"
+        )
     return Listed(
         key=key,
         start=start,

@@ -120,7 +120,9 @@ def test_a_flipped_byte_is_named_with_its_sample(copied: Path, tmp_path: Path) -
         byte = file.read(1)[0]
         file.seek(offset + 500)
         file.write(bytes([byte ^ 1]))
-    expected = rf"000000\.tar: byte offset {start}: sample {key} \(image at byte {offset}\) is damaged"
+    expected = (
+        rf"000000\.tar: byte offset {start}: sample {key} \(image at byte {offset}\) is damaged"
+    )
     with pytest.raises(DataError, match=expected):
         open_dataset(str(copied), tmp_path).split("pretrain")
 
@@ -139,7 +141,9 @@ def test_an_image_that_cannot_be_read_is_named_with_its_offset(
     with open(copied / "train" / "000000.tar", "r+b") as file:
         file.seek(offset)
         file.write(b"no image")
-    with pytest.raises(DataError, match=rf"byte offset {offset}: sample {split.keys[3]}: not a readable"):
+    with pytest.raises(
+        DataError, match=rf"byte offset {offset}: sample {split.keys[3]}: not a readable"
+    ):
         split.prepare()
 
 

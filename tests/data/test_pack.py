@@ -233,5 +233,5 @@ def test_a_shard_that_is_cut_short_is_refused_with_its_offset(tmp_path: Path) ->
             image = RNG.integers(0, 256, (10, 10, 3), dtype=np.uint8)
             writer.write({"__key__": f"s{row}", "png": image, "cls": row})
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"train-0\.tar: byte \d+: "):
+    with pytest.raises(UserError, match=r"train-0\.tar: byte offset \d+: "):
         pack(str(tmp_path / "src"), tmp_path / "out")

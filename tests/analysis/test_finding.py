@@ -1,0 +1,95 @@
+"""The finding says what the numbers say, and no more."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Make, holes
+from runtree import Spec, Truth
+
+from analysis import gain, laws
+from analysis.finding import Counts, count, paragraph
+from analysis.load import StudyData
+from analysis.metrics import headline, metrics_of
+
+
+def find(study: StudyData) -> str:
+    """The paragraph, as the report makes it."""
+    metrics = metrics_of(study)
+    return paragraph(
+        study,
+        headline(metrics),
+        gain.paired(study, metrics),
+        gain.charged_curves(study),
+        gain.charged_results(study, metrics),
+        laws.fit_all(study, metrics, bootstrap=40),
+    )
+
+
+def test_a_gain_is_called_one_with_its_interval(make: Make) -> None:
+    text = find(make(Spec(truth=Truth(noise=0.005), tasks=("probe",))))
+    assert text.startswith("All 64 cells are finished (2 seeds).")
+    assert "the MAE stage improved linear probe top-1 by" in text
+    assert "shrinks with model parameters" in text
+    assert "shrinks with pretraining images" in text
+
+
+def test_no_effect_is_called_unresolved(make: Make) -> None:
+    text = find(make(Spec(truth=Truth(mae_factor=1.0, noise=0.02), tasks=("probe",))))
+    assert "no effect of the MAE stage on linear probe top-1 is resolved" in text
+    assert "improved" not in text and "worsened" not in text
+
+
+def test_harm_is_called_harm(make: Make) -> None:
+    text = find(make(Spec(truth=Truth(mae_factor=1.3, noise=0.002), tasks=("probe",))))
+    assert "the MAE stage worsened linear probe top-1" in text
+    assert "In none of 32 pairs does the MAE cell come down" in text
+
+
+def test_partial_study_says_so_first(holed: StudyData) -> None:
+    text = find(holed)
+    assert text.startswith(
+        "Partial: 56 of 64 cells are finished (2 failed, 2 diverged, 4 missing)."
+    )
+    assert count(holed) == Counts(expected=64, done=56, failed=2, diverged=2, missing=4)
+
+
+@pytest.mark.parametrize("init", ["random", "mae"])
+def test_one_init_makes_no_comparison(make: Make, init: str) -> None:
+    text = find(make(Spec(inits=[init], sizes=["xs"], tasks=("probe",))))
+    assert f"one initialization ({init}), so it cannot say what MAE buys" in text
+    assert "gain" not in text
+
+
+def test_nothing_done_finds_nothing(make: Make) -> None:
+    text = find(make(Spec(sizes=["xs"], state_of=lambda axes, role: "planned")))
+    assert text.startswith("Partial: 0 of 16 cells are finished (16 missing).")
+    assert "there is no finding" in text
+
+
+def test_one_grid_point_has_no_interval(make: Make) -> None:
+    text = find(make(Spec(sizes=["xs"], data=[1_000], seeds=[0], tasks=("probe",))))
+    assert "one seed: no statement about chance" in text
+    assert "too few for an interval" in text
+
+
+def test_mae_dearer_than_the_budget_is_said(make: Make) -> None:
+    text = find(make(Spec(sizes=["xs"], mae_samples=64_000, tasks=())))
+    assert "the MAE stage alone costs more than the random cell's whole budget" in text
+
+
+def test_equal_compute_of_finished_runs_is_reported(make: Make) -> None:
+    spec = Spec(
+        extra={"wsp.duration.samples": [4_000, 8_000, 16_000, 32_000]},
+        sizes=["xs", "s"],
+        data=[1_000, 4_000],
+        tasks=("probe",),
+        state_of=holes,
+    )
+    text = find(make(spec))
+    assert "Among finished runs of equal total training FLOPs, MAE stage charged in full" in text
+
+
+def test_unidentified_laws_get_no_exponent(make: Make) -> None:
+    text = find(make(Spec(sizes=["xs", "s"], data=[1_000, 4_000], tasks=("probe",))))
+    assert "A power law over model parameters is not identified for random and MAE init." in text
+    assert "Exponents" not in text
