@@ -37,9 +37,7 @@ BATCH, CLASSES, STEPS_PER_BLOCK, PAIRS, WARMUP = 128, 60, 3, 16, 4
 
 def measure(size: str, kind: str, device: str) -> dict[str, object]:
     shape = SIZES[size]
-    model = Model(
-        width=shape.width, depth=shape.depth, heads=shape.heads, patch=4, image_size=24
-    )
+    model = Model(width=shape.width, depth=shape.depth, heads=shape.heads, patch=4, image_size=24)
     recipe: MaeRecipe | WspRecipe
     if kind == "mae":
         recipe = MaeRecipe.model_validate(

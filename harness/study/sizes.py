@@ -21,6 +21,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
+    "d8x2": Size(width=8, depth=2, heads=2, patch=4),
     "d16x2": Size(width=16, depth=2, heads=2, patch=4),
     "d24x2": Size(width=24, depth=2, heads=2, patch=4),
     "d32x3": Size(width=32, depth=3, heads=2, patch=4),

@@ -5,6 +5,7 @@ Shapes: M images, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -36,10 +37,14 @@ class Features:
     keys: list[str]
 
 
+Choice = Callable[[Tensor], Tensor]
+"""Classes of the training images -> places of those that are needed, ascending."""
+
+
 def extract(
-    stage: StageFile, ctx: StageContext, pool: Pool, train_images: int | None
+    stage: StageFile, ctx: StageContext, pool: Pool, needed: Choice | None = None
 ) -> tuple[Features, Features]:
-    """Features of the stage's training subset (at most `train_images`) and of the test split."""
+    """Features of the stage's training images (only of the `needed` ones) and of the test split."""
     torch.set_num_threads(stage.execution.threads)
     encoder = VisionEncoder(stage.config.model)
     initialize(encoder, stage.config.seed)
@@ -50,9 +55,11 @@ def extract(
     data = open_dataset(stage.execution.dataset_path, ctx.root)
     train = data.split(stage.config.images.split)
     test = data.split(data.meta.split_for("test"))
-    num_train = min(stage.config.images.images, train_images or train.num_samples)
+    chosen = train.subset(stage.config.images.images)
+    if needed is not None:
+        chosen = chosen[needed(torch.from_numpy(train.class_ids[chosen])).numpy()]
     return (
-        _pass(encoder, train, train.subset(num_train), pool, device),
+        _pass(encoder, train, chosen, pool, device),
         _pass(encoder, test, test.subset(test.num_samples), pool, device),
     )
 

@@ -25,7 +25,17 @@ def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
     started = time.perf_counter()
     recipe = stage.config.recipe
     assert isinstance(recipe, FewShot), f"{recipe} is no few-shot protocol"
-    train, test = extract(stage, ctx, recipe.pool, None)
+    chosen: dict[tuple[int, int], Tensor] = {}
+
+    def needed(class_M: Tensor) -> Tensor:
+        """Only the images of some split go through the encoder; there may be a million others."""
+        for shots in recipe.shots:
+            for split in range(recipe.splits):
+                chosen[shots, split] = choose(class_M, shots, split)
+        return torch.cat(list(chosen.values())).unique()
+
+    train, test = extract(stage, ctx, recipe.pool, needed)
+    places_M = torch.cat(list(chosen.values())).unique()
     extracted = time.perf_counter()
 
     metrics: dict[str, float | None] = {"n_test": float(len(test.class_M))}
@@ -34,7 +44,7 @@ def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
     for shots in recipe.shots:
         accuracies = []
         for split in range(recipe.splits):
-            chosen_S = choose(train.class_M, shots, split)
+            chosen_S = torch.searchsorted(places_M, chosen[shots, split])
             pred_M = _predict(train, test, chosen_S, stage.config.num_classes, recipe.penalty)
             accuracies.append((pred_M == test.class_M).double().mean().item())
             predictions.append(pred_M)

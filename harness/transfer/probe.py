@@ -27,7 +27,7 @@ def linear_probe(stage: StageFile, ctx: StageContext) -> StageResult:
     recipe = stage.config.recipe
     assert isinstance(recipe, LinearProbe), f"{recipe} is no linear probe"
     num_classes = stage.config.num_classes
-    train, test = extract(stage, ctx, recipe.pool, recipe.train_images)
+    train, test = extract(stage, ctx, recipe.pool)
     extracted = time.perf_counter()
 
     shift_D, scale_D = train.values_MD.mean(dim=0), train.values_MD.std(dim=0) + 1e-6

@@ -112,7 +112,7 @@ def test_every_shipped_study_plans(harness: Harness) -> None:
         head = path.read_text().split("name:")[0]
         assert all(f"# {word}:" in head for word in ("Question", "Cost", "Command")), path
         if path.name == "fashion_mnist.yaml":
-            continue  # needs the packed images; planned where they are (tests/test_fashion_mnist.py)
+            continue  # needs the packed images: tests/test_fashion_mnist.py
         plan = json.loads(harness("grid", path, "--json").stdout)
         assert plan["cells"], path
 

@@ -241,7 +241,9 @@ def test_a_diverged_cell_is_a_result_and_the_rest_finishes(
     assert "4 stages are blocked" in done.stdout
     again = submit(root, file, check=1)
     assert "--mode retry" in again.stdout
-    assert {n: len(list((p / "attempts").iterdir())) for n, p in stages(root).items()} == dict.fromkeys(found, 1)
+    assert {
+        n: len(list((p / "attempts").iterdir())) for n, p in stages(root).items()
+    } == dict.fromkeys(found, 1)
 
 
 def test_a_truncated_shard_fails_its_stages_with_name_and_offset_and_the_rest_finishes(
@@ -253,7 +255,9 @@ def test_a_truncated_shard_fails_its_stages_with_name_and_offset_and_the_rest_fi
     size = shard.stat().st_size
     with open(shard, "r+b") as file_:
         file_.truncate(size // 2)
-    text = TINY.replace("  data: [500, 2k]", f"  dataset: [{source}, scenes-2k]\n  image_size: [8, 24]")
+    text = TINY.replace(
+        "  data: [500, 2k]", f"  dataset: [{source}, scenes-2k]\n  image_size: [8, 24]"
+    )
     text = text.replace("  dataset: scenes-2k\n  image_size: 24", "  data: 500")
     text += "zip: [[dataset, image_size]]\n"
     file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
@@ -312,6 +316,10 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> bool:
     return False
 
 
+def num_attempts(root: Path) -> int:
+    return len(list(root.glob("stages/*/*/attempts/*/attempt.json")))
+
+
 CHECKPOINTING = TINY + "resources: {checkpoint_every: 0.2}\n"
 
 
@@ -327,11 +335,9 @@ def test_killed_at_random_moments_the_study_ends_with_the_same_bits(
     for _ in range(4):
         process = start(root, file)
         # The moment is counted from the first sign of training, not of imports.
-        known = len(list(root.glob("stages/*/*/attempts/*/attempt.json")))
-        wait_for(
-            lambda known=known: len(list(root.glob("stages/*/*/attempts/*/attempt.json"))) > known
-            or process.poll() is not None
-        )
+        known = num_attempts(root)
+        while num_attempts(root) == known and process.poll() is None:
+            time.sleep(0.02)
         time.sleep(rng.uniform(0.2, 3.0))
         if process.poll() is None:
             kills += 1
@@ -377,7 +383,9 @@ def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "goes on from the last checkpoints" in output
-    saved = [int(p.parent.name.split("_")[1]) for p in root.glob("stages/wsp/*/checkpoints/*/COMPLETE")]
+    saved = [
+        int(p.parent.name.split("_")[1]) for p in root.glob("stages/wsp/*/checkpoints/*/COMPLETE")
+    ]
     assert saved and all(step > 5 for step in saved)
     for folder in stages(root).values():
         lease = read_lease(folder / "lease")

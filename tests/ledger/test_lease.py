@@ -27,8 +27,11 @@ def test_a_held_lease_is_refused_and_a_released_one_is_free(tmp_path: Path) -> N
 
 def test_the_lease_of_a_dead_process_on_this_host_is_taken_at_once(tmp_path: Path) -> None:
     path = tmp_path / "lease"
-    code = f"from harness.ledger.lease import Lease; Lease.acquire(__import__('pathlib').Path({str(path)!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        "import sys, pathlib; from harness.ledger.lease import Lease;"
+        "Lease.acquire(pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
     held = read_lease(path)
     assert held is not None and owner_is_dead(held) is True
     Lease.acquire(path).check()
@@ -62,7 +65,8 @@ def test_a_beating_owner_on_another_host_keeps_its_lease(tmp_path: Path) -> None
         "import json,sys,time,os\n"
         "p=sys.argv[1]; d=json.load(open(p))\n"
         "for i in range(40):\n"
-        "    d['beat']=i+1; open(p+'.n','w').write(json.dumps(d)); os.replace(p+'.n',p); time.sleep(.1)\n"
+        "    d['beat']=i+1; open(p+'.n','w').write(json.dumps(d)); os.replace(p+'.n',p)\n"
+        "    time.sleep(.1)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", beat, str(path)])
     try:

@@ -144,7 +144,12 @@ def test_importing_the_engine_starts_no_thread() -> None:
         "print(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())"
     )
     # As the local pool starts it: OpenBLAS would make its threads when numpy is imported.
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
     )

@@ -103,10 +103,10 @@ def test_the_test_split_is_looked_at_once_in_fine_tuning(pretrained: Path, tmp_p
 
 
 def test_train_images_limits_the_labelled_images(pretrained: Path, tmp_path: Path) -> None:
-    few = LinearProbe(train_images=10, penalties=(1e-2,))
-    many = LinearProbe(penalties=(1e-2,))
-    results = [
-        transfer.run(standin.stage(recipe), standin.context(tmp_path / str(i), upstream=pretrained))
-        for i, recipe in enumerate((few, many))
-    ]
+    # The study turns `train_images` into the number of images of the stage.
+    recipe = LinearProbe(penalties=(1e-2,))
+    results = []
+    for images in (10, 200):
+        context = standin.context(tmp_path / str(images), upstream=pretrained)
+        results.append(transfer.run(standin.stage(recipe, images=images), context))
     assert results[0].metrics["acc1"] < results[1].metrics["acc1"]  # type: ignore[operator]

@@ -1,0 +1,220 @@
+"""The stages of one cell, made in order: mae, wsp, transfers. Each knows what it starts from."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from harness.errors import UserError
+from harness.study import flops as count_flops
+from harness.study import identity
+from harness.study.datasets import DatasetMeta, dataset_folder, scenes_count
+from harness.study.recipes import (
+    Execution,
+    FineTune,
+    Images,
+    LinearProbe,
+    MaeRecipe,
+    Model,
+    StageConfig,
+    StageFile,
+    WspRecipe,
+)
+from harness.study.schema import LoadedStudy, Resources, Stages
+from harness.units import format_count, steps_of
+
+
+class Surroundings(Protocol):
+    """What a chain needs of the grid it belongs to."""
+
+    loaded: LoadedStudy
+    stages: dict[str, StageFile]
+
+    def put(self, stage: StageFile) -> str:
+        """Keeps a stage, once however many cells need it; returns its id."""
+        ...
+
+    def dataset(self, spec: str) -> DatasetMeta:
+        """Metadata of a dataset, read once."""
+        ...
+
+    def resources(self, stage: str, axes: dict[str, Any]) -> Resources:
+        """How a stage of a cell runs."""
+        ...
+
+
+class Chain:
+    """The stages of one cell, made in order: mae, wsp, transfers."""
+
+    def __init__(
+        self,
+        builder: Surroundings,
+        meta: DatasetMeta,
+        model: Model,
+        axes: dict[str, Any],
+        images: int,
+    ) -> None:
+        self.builder, self.meta = builder, meta
+        self.model, self.axes, self.images = model, axes, images
+        self.ids: dict[str, str] = {}
+
+    def build(self, recipes: Stages) -> None:
+        """Makes every stage of the cell; `ids` then holds role -> stage id."""
+        encoder: str | None = None
+        if self.axes["init"] == "mae":
+            if recipes.mae is None:
+                raise UserError("init mae needs a recipe: add stages.mae to the study")
+            encoder = self._mae(recipes.mae)
+        if recipes.wsp is not None:
+            encoder = self._wsp(recipes.wsp, encoder)
+        for task, recipe in recipes.transfer.items():
+            self._transfer(task, recipe, encoder)
+        if not self.ids:
+            raise UserError(f"a cell with init {self.axes['init']} has no stage; add stages.wsp")
+
+    def _mae(self, recipe: MaeRecipe) -> str:
+        full = self.meta.count("pretrain")
+        chosen = {"full": full, "same": self.images}.get(str(recipe.data))
+        images = int(recipe.data) if chosen is None else chosen
+        if images > full:
+            raise UserError(
+                f"stages.mae.data {format_count(images)}: dataset {self.meta.name} has"
+                f" {format_count(full)} pretraining images"
+            )
+        if recipe.decoder_width % recipe.decoder_heads:
+            raise UserError(
+                f"stages.mae: decoder_width {recipe.decoder_width} is not a multiple of"
+                f" decoder_heads {recipe.decoder_heads}"
+            )
+        kept = count_flops.num_kept(self.model, recipe.mask_ratio)
+        if not 0 < kept < self.model.num_patches:
+            raise UserError(
+                f"stages.mae.mask_ratio {recipe.mask_ratio} keeps {kept} of"
+                f" {self.model.num_patches} patches; at least one must stay and one be hidden"
+            )
+        per_image = count_flops.mae_train(self.model, recipe)
+        return self._gradient("mae", "mae", recipe, "pretrain", images, 0, per_image, None, "mae")
+
+    def _wsp(self, recipe: WspRecipe, encoder: str | None) -> str:
+        classes = self.meta.num_hashtags
+        per_image = count_flops.vit_train(self.model, classes)
+        label = f"{format_count(self.images)}-{self.axes['init']}"
+        return self._gradient(
+            "wsp", "wsp", recipe, "pretrain", self.images, classes, per_image, encoder, label
+        )
+
+    def _transfer(self, task: str, recipe: Any, encoder: str | None) -> None:
+        if task in ("mae", "wsp"):
+            raise UserError(f"stages.transfer.{task}: a task cannot be called mae or wsp")
+        meta = self.builder.dataset(recipe.dataset) if recipe.dataset else self.meta
+        if not meta.num_classes:
+            raise UserError(
+                f"stages.transfer.{task}: dataset {meta.name} has no class labels; set `dataset`"
+            )
+        classes = meta.num_classes
+        train, test = meta.count("train"), meta.count("test")
+        images = train
+        if isinstance(recipe, (LinearProbe, FineTune)) and recipe.train_images:
+            images = min(train, recipe.train_images)
+        label = f"{format_count(self.images)}-{self.axes['init']}-{task}"
+        if isinstance(recipe, FineTune):
+            per_image = count_flops.vit_train(self.model, classes)
+            self._gradient(
+                task, "fine_tune", recipe, "train", images, classes, per_image, encoder, label, meta
+            )
+            return
+        config = self._config(recipe.protocol, recipe, "train", images, classes, 0, encoder, meta)
+        flops = count_flops.vit_forward(self.model) * (images + test)
+        self._put(task, config, flops, encoder, label)
+
+    def _gradient(
+        self,
+        role: str,
+        kind: Any,
+        recipe: MaeRecipe | WspRecipe | FineTune,
+        split: Any,
+        images: int,
+        classes: int,
+        flops_per_image: float,
+        encoder: str | None,
+        label: str,
+        meta: DatasetMeta | None = None,
+    ) -> str:
+        duration = recipe.duration
+        steps = steps_of(duration.unit, duration.amount, images, recipe.batch)
+        config = self._config(kind, recipe, split, images, classes, steps, encoder, meta)
+        return self._put(role, config, flops_per_image * config.samples, encoder, label)
+
+    def _config(
+        self,
+        kind: Any,
+        recipe: Any,
+        split: Any,
+        images: int,
+        classes: int,
+        steps: int,
+        encoder: str | None,
+        meta: DatasetMeta | None,
+    ) -> StageConfig:
+        meta = meta or self.meta
+        return StageConfig(
+            kind=kind,
+            size=self.axes["size"],
+            model=self.model,
+            images=Images(
+                dataset=meta.name,
+                fingerprint=meta.fingerprint,
+                split=meta.split_for(split),
+                images=images,
+            ),
+            num_classes=classes,
+            recipe=recipe,
+            steps=steps,
+            seed=self.axes["seed"],
+            upstream={"encoder": encoder} if encoder else {},
+        )
+
+    def _put(
+        self, role: str, config: StageConfig, flops: float, encoder: str | None, label: str
+    ) -> str:
+        readable = f"{config.size}-{label}-s{config.seed}"
+        if config.kind == "mae":
+            readable = f"{config.size}-{format_count(config.images.images)}-s{config.seed}"
+        stages = self.builder.stages
+        stage = StageFile(
+            id=identity.stage_id(config, readable),
+            kind=config.kind,
+            name=readable,
+            config=config,
+            upstream_kinds={encoder: stages[encoder].kind} if encoder else {},
+            params=count_flops.encoder_params(self.model),
+            flops=flops,
+            execution=self._execution(role, config),
+        )
+        self.ids[role] = self.builder.put(stage)
+        return stage.id
+
+    def _execution(self, role: str, config: StageConfig) -> Execution:
+        wanted = self.builder.resources(role, self.axes)
+        spec = getattr(config.recipe, "dataset", None) or str(self.axes["dataset"])
+        if scenes_count(spec) is None:
+            spec = str(dataset_folder(spec, self.builder.loaded.bases))
+        batch = getattr(config.recipe, "batch", None)
+        if batch is not None:
+            chunk = wanted.ranks * (wanted.micro_batch or 1)
+            if batch % chunk:
+                per = f" x micro_batch {wanted.micro_batch}" if wanted.micro_batch else ""
+                near = max(chunk, batch // chunk * chunk)
+                where = self.builder.loaded.source.where(("stages", role, "batch"))
+                raise UserError(
+                    f"{where}: {role}.batch {batch} is not a multiple of {chunk}"
+                    f" ({wanted.ranks} ranks{per}); use batch {near} or other resources"
+                )
+        return Execution(
+            ranks=wanted.ranks,
+            threads=wanted.threads,
+            micro_batch=wanted.micro_batch,
+            zero_config=wanted.zero,
+            checkpoint_every_s=wanted.checkpoint_every,
+            eval_points=wanted.eval_points,
+            dataset_path=spec,
+        )

@@ -1,0 +1,76 @@
+"""Every command in the README and the docs runs; every link leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Lines of the sh blocks, in order, without comments; each once."""
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    stripped = [re.sub(r"\s+#.*$", "", line).strip() for line in lines]
+    return list(dict.fromkeys(line for line in stripped if line))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_pictures_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_study_files_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
+    from harness.study.cells import build_grid
+    from harness.study.schema import load_study
+
+    for i, text in enumerate(b for b in blocks(page, "yaml") if "axes:" in b):
+        file = tmp_path / f"{i}.yaml"
+        file.write_text(text)
+        assert build_grid(load_study(file)).cells
+
+
+def test_make_targets_exist() -> None:
+    for command in commands():
+        if command.startswith("make "):
+            done = subprocess.run(
+                ["make", "-n", *command.split()[1:]], cwd=TOP, capture_output=True, check=False
+            )
+            assert done.returncode == 0, command
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_order(tmp_path: Path) -> None:
+    shutil.copytree(TOP / "grids", tmp_path / "grids")
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HARNESS_DEVICE": "cpu",
+        "HARNESS_CORES": "2",
+    }
+    env.pop("HARNESS_ROOT", None)
+    ours = [c for c in commands() if c.startswith("harness ")]
+    assert len(ours) >= 8
+    for command in ours:
+        done = subprocess.run(
+            shlex.split(command), cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "reports/smoke/index.html").exists()
+    others = [c for c in commands() if not c.startswith(("harness ", "make "))]
+    assert not others, f"nobody runs these: {others}"
