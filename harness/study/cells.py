@@ -16,7 +16,7 @@ from harness.study import flops as count_flops
 from harness.study import identity
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
-from harness.study.expand import Point, expand, matches, normalise
+from harness.study.expand import Point, expand, matches, normalise, same
 from harness.study.recipes import (
     Model,
     StageFile,
@@ -281,7 +281,8 @@ def _cell_name(axes: dict[str, Any], loaded: LoadedStudy, ablation: Ablation | N
     parts = [str(axes["size"]), format_count(axes["data"]), str(axes["init"]), f"s{axes['seed']}"]
     varied = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
     for key in sorted(varied - {"size", "data", "init", "seed"}):
-        if key in axes:
+        # What the study says of all cells does not tell one from another.
+        if key in axes and not same(axes[key], loaded.study.defaults.get(key)):
             parts.append(_slug(f"{key.split('.')[-1]}={axes[key]}"))
     if ablation:
         parts.append(_slug(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items())))
