@@ -64,7 +64,7 @@ def paragraph(
         sentences.append("No pair of a random and an MAE cell is finished, so there is no finding.")
         return " ".join(sentences)
     sentences += _effect(metric, good)
-    sentences += _stability(own)
+    sentences += _stability(metric, own)
     sentences += _trends(metric, points)
     sentences += _other_metrics(metric, pairs)
     sentences += _charged_runs(metric, charged_runs)
@@ -145,7 +145,7 @@ def _effect(metric: Metric, good: pd.DataFrame) -> list[str]:
     return [start, spread]
 
 
-def _stability(own: pd.DataFrame) -> list[str]:
+def _stability(metric: Metric, own: pd.DataFrame) -> list[str]:
     good = own[np.isfinite(own["gain"])]
     groups = [g["gain"] for _, g in good.groupby(gain.POINT, dropna=False) if len(g) > 1]
     signs = [set(np.sign(g)) for g in groups]
@@ -153,7 +153,13 @@ def _stability(own: pd.DataFrame) -> list[str]:
         return []
     same = sum(1 for s in signs if len(s) == 1)
     all_of = "all" if same == len(signs) else f"{same}"
-    return [f"The seeds agree on its sign at {all_of} of the {len(signs)} repeated grid points."]
+    text = f"The seeds agree on its sign at {all_of} of the {len(signs)} repeated grid points"
+    # Over the points that every seed has, or the means would differ by which points they hold.
+    wide = good.pivot_table(index=gain.POINT, columns="seed", values="gain").dropna()
+    if len(wide) > 1 and wide.shape[1] > 1:
+        means = [f"{amount(float(wide[s].mean()), metric)} with seed {s}" for s in wide]
+        text += f"; the mean gain over the grid is {', '.join(means[:-1])} and {means[-1]}"
+    return [text + "."]
 
 
 def _trends(metric: Metric, points: pd.DataFrame) -> list[str]:

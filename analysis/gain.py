@@ -27,8 +27,12 @@ POINT = ["variant", "size", "params", "data"]
 
 
 def paired(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
-    """A row per pair x metric: with, without, gain; NaN and `why` where a side has no number."""
+    """A row per pair x metric: with, without, gain; NaN and `why` where a side has no number.
+
+    A cell whose partner the study never asked for is no pair.
+    """
     results = study.grid_results
+    results = results[results["pair"].isin(_asked_for(study))]
     out = []
     for metric in metrics:
         rows = metric.rows(results)
@@ -50,6 +54,11 @@ def paired(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
             out.append(row)
     columns = [*POINT, "seed", "pair", "metric", "with_mae", "without", "gain", "why"]
     return _frame(out, columns)
+
+
+def _asked_for(study: StudyData) -> set[str]:
+    inits = study.grid.groupby("pair", sort=False)["init"].agg(set)
+    return {str(pair) for pair, found in inits.items() if {WITH, WITHOUT} <= found}
 
 
 def by_point(rows: pd.DataFrame, value: str = "gain") -> pd.DataFrame:
@@ -139,7 +148,8 @@ def charged_curves(study: StudyData) -> pd.DataFrame:
     """
     curves = {cell: rows for cell, rows in wsp_curves(study).groupby("cell", sort=False)}
     out = []
-    for pair, group in study.grid.groupby("pair", sort=False):
+    grid = study.grid[study.grid["pair"].isin(_asked_for(study))]
+    for pair, group in grid.groupby("pair", sort=False):
         first = group.iloc[0]
         row: dict[str, Any] = {k: first[k] for k in [*POINT, "seed"]}
         row |= {"pair": pair, "gain": math.nan, "why": ""}
@@ -217,6 +227,8 @@ def charged_results(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
     for metric in metrics:
         rows = metric.rows(results)
         for family, group in rows.groupby("family", sort=False):
+            if (group["init"] == WITHOUT).sum() < 2:
+                continue  # the study asked for no second length here
             scratch = group[(group["init"] == WITHOUT) & np.isfinite(group["value"])]
             scratch = scratch.sort_values("flops_pretrain")
             x = np.log(scratch["flops_pretrain"].to_numpy(float))

@@ -16,6 +16,7 @@ from harness.ledger import store
 from harness.ledger.files import read_json
 from harness.ledger.states import FAILED, read_state
 from harness.ledger.tree import StageFolder, Tree
+from harness.study.expand import same
 from harness.study.plan import cell_state
 from harness.units import format_count
 
@@ -98,7 +99,10 @@ def load(root: Path, study: str) -> StudyData:
     notes: list[str] = []
     stages = _read_stages(tree, rows, notes)
     varying = _varying([r for r in rows if not r.get("parent")])
-    cells = _cells_frame(rows, stages, varying)
+    axes = resolved.get("axes") or {}
+    defaults = (resolved.get("study") or {}).get("defaults") or {}
+    defaults = {name: value for name, value in defaults.items() if name not in axes}
+    cells = _cells_frame(rows, stages, varying, defaults)
     return StudyData(
         name=study,
         root=root,
@@ -202,18 +206,26 @@ def axis_label(value: Any) -> str:
     return format_count(value) if value > 0 else str(value)
 
 
-def _variant(axes: Mapping[str, Any], names: Iterable[str]) -> str:
-    return ", ".join(f"{n} = {axis_label(axes.get(n, 'default'))}" for n in names)
+def _variant(axes: Mapping[str, Any], names: Iterable[str], defaults: Mapping[str, Any]) -> str:
+    """What sets a cell apart from the study's main grid; empty for the main grid.
+
+    `defaults` has no key that is an axis of the grid: those have no main value.
+    """
+    odd = [n for n in names if n in axes and not (n in defaults and same(axes[n], defaults[n]))]
+    return ", ".join(f"{n} = {axis_label(axes[n])}" for n in odd)
 
 
 def _variant_order(axes: Mapping[str, Any], names: Iterable[str]) -> list[tuple[float, str]]:
-    """Numbers by size, before words by alphabet."""
-    values = [axes.get(n) for n in names]
+    """Absent first, then numbers by size, then words by alphabet."""
+    values = [axes.get(n, -math.inf) for n in names]
     return [(float(v), "") if isinstance(v, (int, float)) else (math.inf, str(v)) for v in values]
 
 
 def _cells_frame(
-    rows: list[dict[str, Any]], stages: Mapping[str, StageFacts], varying: tuple[str, ...]
+    rows: list[dict[str, Any]],
+    stages: Mapping[str, StageFacts],
+    varying: tuple[str, ...],
+    defaults: Mapping[str, Any],
 ) -> pd.DataFrame:
     out = []
     for row in sorted(rows, key=lambda r: _variant_order(r["axes"], varying)):
@@ -230,7 +242,7 @@ def _cells_frame(
                 "data": float(row["images"]),
                 "init": str(axes.get("init")),
                 "seed": axes.get("seed", 0),
-                "variant": _variant(axes, varying),
+                "variant": _variant(axes, varying, defaults),
                 # All axes but init: two cells with the same key are a pair.
                 "pair": json.dumps({k: v for k, v in axes.items() if k != "init"}, sort_keys=True),
                 "axes": axes,

@@ -64,7 +64,7 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     text = paragraph(data, main, pairs, charged, charged_runs, fitted)
 
     drawn: list[figures.Figure] = []
-    variants = list(dict.fromkeys(data.grid["variant"])) if len(data.grid) else []
+    variants = _drawn_variants(data)
     for variant in variants[:MAX_VARIANTS]:
         drawn += _figures(data, variant, metrics, main, loss, pairs, charged, charged_runs, fitted)
     for figure in drawn:
@@ -89,6 +89,18 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     _write_markdown(folder, context | {"figures": drawn})
     _write_data(folder, data, fitted, pairs, charged, charged_runs)
     return ReportResult(index=folder / "index.html", finding=text, counts=counts)
+
+
+def _drawn_variants(data: StudyData) -> list[str]:
+    """The settings of the extra axes that get figures: the first, and all with a grid to draw.
+
+    A few runs added at one grid point, for a comparison at equal FLOPs say, are in the tables.
+    """
+    if not len(data.grid):
+        return []
+    points = data.grid.drop_duplicates(["variant", "size", "data"])["variant"].value_counts()
+    names = list(dict.fromkeys(data.grid["variant"]))
+    return [name for name in names if name == names[0] or points[name] > 1]
 
 
 def _inits(data: StudyData) -> list[str]:

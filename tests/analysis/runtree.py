@@ -50,6 +50,8 @@ class Spec:
     seeds: Sequence[int] = (0, 1)
     tasks: Sequence[str] = TASKS
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    include: Sequence[Mapping[str, Any]] = ()
+    """Whole cells beside the grid: their size, data, init, seed and other axes."""
     truth: Truth = Truth()
     mae_samples: int = 16_000
     wsp_samples: int = 16_000
@@ -77,6 +79,8 @@ def write_tree(root: Path, spec: Spec) -> list[dict[str, Any]]:
                         axes = {"size": size, "data": images, "init": init, "seed": seed}
                         axes |= {"dataset": "scenes", "image_size": 24, **extra}
                         rows.append(_cell(root, spec, axes))
+    for cell in spec.include:
+        rows.append(_cell(root, spec, {"dataset": "scenes", "image_size": 24, **cell}))
     folder = root / "studies" / spec.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.yaml").write_text(f"name: {spec.name}\naxes: {{}}\n", encoding="utf-8")

@@ -30,6 +30,8 @@ def test_a_gain_is_called_one_with_its_interval(make: Make) -> None:
     assert text.startswith("All 64 cells are finished (2 seeds).")
     assert "the MAE stage improved linear probe top-1 by" in text
     assert "shrinks with model parameters" in text
+    assert "agree on its sign at all of the 16 repeated grid points; the mean gain" in text
+    assert text.count(" with seed ") == 2
     assert "shrinks with pretraining images" in text
 
 

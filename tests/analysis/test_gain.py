@@ -123,6 +123,32 @@ def test_longer_random_runs_are_interpolated_and_never_extrapolated(make: Make) 
     assert "both sides" in rows.iloc[3]["why"]
 
 
+def test_longer_random_runs_beside_the_grid_are_compared_where_they_are(make: Make) -> None:
+    long = {"size": "s", "data": 4_000, "init": "random", "seed": 0}
+    study = make(
+        Spec(
+            sizes=["s"],
+            data=[1_000, 4_000],
+            seeds=[0],
+            mae_samples=24_000,
+            tasks=(),
+            include=[long | {"wsp.duration.samples": 64_000}],
+        )
+    )
+    metrics = metrics_of(study)
+    rows = gain.charged_results(study, metrics)
+    assert rows["data"].tolist() == [4_000] and rows["variant"].tolist() == [""]
+    # MAE costs as much as 8k samples of WSP: 24k samples in all, between 16k and 64k.
+    truth = Truth()
+    share = np.log(24 / 16) / np.log(64 / 16)
+    random = truth.loss(SIZES["s"], 4_000, "random") + 200 / 16_000
+    random -= share * (200 / 16_000 - 200 / 64_000)
+    mae = truth.loss(SIZES["s"], 4_000, "mae") + 200 / 16_000
+    assert rows["gain"].iloc[0] == pytest.approx(random - mae, rel=1e-9)
+    # Cells that were asked for in one init only are no pair.
+    assert len(gain.paired(study, metrics)) == len(gain.charged_curves(study)) == 2
+
+
 def test_without_a_duration_axis_finished_runs_are_not_compared(holed: StudyData) -> None:
     assert len(gain.charged_results(holed, metrics_of(holed))) == 0
 

@@ -113,6 +113,18 @@ def test_axes_that_vary_make_the_variant(tmp_path: Path) -> None:
     assert set(study.cells["variant"]) == {"wsp.lr = 0.001", "wsp.lr = 0.003"}
 
 
+def test_included_cells_stand_apart_from_the_main_grid(tmp_path: Path) -> None:
+    long = {"size": "xs", "data": 1000, "init": "random", "wsp.duration.samples": 64_000}
+    spec = Spec(sizes=["xs"], include=[long | {"seed": s} for s in (0, 1)], tasks=())
+    write_tree(tmp_path, spec)
+    cells = load(tmp_path, "made").cells
+    assert cells["variant"].value_counts().to_dict() == {
+        "": 16,
+        "wsp.duration.samples = 64k": 2,
+    }
+    assert cells["variant"].iloc[0] == ""
+
+
 @pytest.mark.parametrize(
     ("value", "label"),
     [(16_000, "16k"), ({"samples": "16k"}, "16k samples"), ("x", "x"), (True, "True"), (0, "0")],
