@@ -204,7 +204,9 @@ def gains(
         )
     if len(charged):
         points = gain.by_point(charged)
-        panels.append(_heat_map(points, variant, "Equal total FLOPs: WSP loss", 1.0))
+        # Where nothing at all can be compared the text says so; a hatched map adds nothing.
+        if points.loc[points["variant"] == variant, "mean"].notna().any():
+            panels.append(_heat_map(points, variant, "Equal total FLOPs: WSP loss", 1.0))
         ratio = charged.assign(why=charged["why_ratio"])
         points = gain.by_point(ratio, "ratio")
         panels.append(

@@ -92,12 +92,16 @@ def amount(value: float, metric: Metric, signed: bool = True) -> str:
     """A gain with its unit: '+4.2 points'."""
     digits = 1 if metric.is_accuracy else 3
     sign = "+" if signed else ""
-    return f"{value * metric.gain_scale:{sign}.{digits}f} {metric.gain_unit}"
+    return f"{_rounded(value * metric.gain_scale, digits):{sign}.{digits}f} {metric.gain_unit}"
+
+
+def _rounded(value: float, digits: int) -> float:
+    return round(value, digits) + 0.0  # no minus before a zero
 
 
 def _range(interval: tuple[float, float], metric: Metric) -> str:
     digits = 1 if metric.is_accuracy else 3
-    low, high = (v * metric.gain_scale for v in interval)
+    low, high = (_rounded(v * metric.gain_scale, digits) for v in interval)
     return f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
@@ -264,7 +268,7 @@ def _exponents(metric: Metric, laws: list[Law]) -> list[str]:
     out = []
     for axis in ("params", "data"):
         own = [w for w in laws if w.metric.key == metric.key and w.axis == axis and not w.variant]
-        fitted = [w for w in own if w.fit.status == "converged" and "alpha" in w.fit.ci95]
+        fitted = [w for w in own if w.fit.is_identified]
         if not own:
             continue
         if len(fitted) < len(own):

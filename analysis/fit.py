@@ -10,6 +10,7 @@ Shapes: B problems (starts or draws), P points; parameters are the three columns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,6 +53,13 @@ class PowerFit:
     warnings: tuple[str, ...] = ()
     draws: Array | None = None
     """Bootstrap parameters (E, A, alpha), a row per draw."""
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether alpha means anything: converged, its interval clear of the search limits."""
+        low, high = self.ci95.get("alpha", (0.0, math.inf))
+        inside = low > _ALPHA_RANGE[0] * 1.01 and high < _ALPHA_RANGE[1] * 0.99
+        return self.status == "converged" and inside
 
     def predict(self, x: Array) -> Array:
         """The law at x."""

@@ -185,7 +185,10 @@ def fits(laws: Sequence[Law]) -> Table:
             )
         elif "reason" in held:
             error = f"refused: {held['reason']}"
-        remarks = "; ".join(filter(None, [fit.reason, *fit.warnings]))
+        vague = ""
+        if fit.status == "converged" and fit.ci95 and not fit.is_identified:
+            vague = "alpha's interval reaches the limit of the search: not identified"
+        remarks = "; ".join(filter(None, [fit.reason, vague, *fit.warnings]))
         rows.append(
             (
                 law.metric.error_label + (f" [{law.variant}]" if law.variant else ""),
@@ -214,6 +217,12 @@ def fits(laws: Sequence[Law]) -> Table:
         wide=frozenset({0, 1, 8, 9, 10}),
         state_column=3,
     )
+
+
+def _from_here(path: Path) -> str:
+    """Relative where it can be: a report is passed on, the folders of one machine are not."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _with_interval(law: Law, name: str) -> str:
@@ -282,7 +291,7 @@ def provenance(study: StudyData) -> list[tuple[str, str]]:
                 code.add(str(git["sha"])[:12] + (" with changes" if git.get("dirty") else ""))
     dataset = study.resolved.get("dataset", {})
     entries = [
-        ("run root", str(study.root)),
+        ("run root", _from_here(study.root)),
         ("dataset", f"{dataset.get('name', NONE)}, {dataset.get('fingerprint', 'no fingerprint')}"),
         ("stages", f"{done} of {len(study.stages)} done, {attempts} attempts"),
         ("process time", format_seconds(seconds) if seconds else NONE),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from conftest import Make, holes
-from runtree import Spec, Truth
+from runtree import SIZES, Spec, Truth
 
 from analysis import gain, laws
-from analysis.finding import Counts, count, paragraph
+from analysis.finding import Counts, amount, count, paragraph
 from analysis.load import StudyData
-from analysis.metrics import headline, metrics_of
+from analysis.metrics import Metric, headline, metrics_of
 
 
 def find(study: StudyData) -> str:
@@ -95,3 +95,22 @@ def test_unidentified_laws_get_no_exponent(make: Make) -> None:
     text = find(make(Spec(sizes=["xs", "s"], data=[1_000, 4_000], tasks=("probe",))))
     assert "A power law over model parameters is not identified for random and MAE init." in text
     assert "Exponents" not in text
+
+
+def test_an_exponent_whose_interval_reaches_the_search_limit_is_not_one(make: Make) -> None:
+    # Four sizes, errors that differ by noise only: whatever alpha comes out, nothing fixed it.
+    flat = Truth(params_scale=0.0, noise=0.02)
+    text = find(make(Spec(truth=flat, data=[64_000], tasks=("probe",))))
+    assert "A power law over model parameters is not identified" in text
+
+
+def test_an_exponent_that_the_runs_fix_is_told_with_its_interval(make: Make) -> None:
+    steep = Truth(params_scale=200.0, noise=0.002)
+    text = find(make(Spec(truth=steep, sizes=list(SIZES), data=[64_000], tasks=("probe",))))
+    assert "Exponents of linear probe top-1 error over model parameters: random 0." in text
+
+
+@pytest.mark.parametrize("value", [-0.0004, 0.0, 0.0004])
+def test_no_minus_before_a_zero(value: float) -> None:
+    probe = Metric(task="probe", kind="linear_probe", name="acc1", label="probe")
+    assert amount(value, probe) == "+0.0 points"
