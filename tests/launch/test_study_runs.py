@@ -217,6 +217,38 @@ def test_status_logs_and_run(copied: tuple[Path, Path], harness: Harness) -> Non
     assert bad.stderr.strip() == "--set: wsp.lrr: unknown key; did you mean 'lr'?"
 
 
+def test_read_only_runs_and_writes_nothing(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    root, file = copied
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    submit(root, file, "--mode", "read-only")
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+    empty = tmp_path / "empty"
+    done = submit(empty, file, "--mode", "read-only", check=1)
+    assert "13 stages are not done" in done.stdout
+    assert not empty.exists()
+
+
+def test_force_runs_the_selected_stages_anew_and_finds_the_same(
+    copied: tuple[Path, Path],
+) -> None:
+    root, file = copied
+    before = numbers(root)
+    uids = {n: (read_json(p / "result.json") or {})["uid"] for n, p in stages(root).items()}
+    submit(root, file, "--mode", "force", "--only", "data=500,init=random")
+    after = {n: (read_json(p / "result.json") or {})["uid"] for n, p in stages(root).items()}
+    assert {n.rpartition("-")[0] for n in uids if uids[n] != after[n]} == {
+        "d16x2-500-random-s0",
+        "d16x2-500-random-probe-s0",
+        "d16x2-500-random-tune-s0",
+    }
+    assert numbers(root) == before
+
+
+def test_watching_ends_when_nothing_runs(copied: tuple[Path, Path], harness: Harness) -> None:
+    text = harness("status", "tiny", "--watch", "--root", copied[0]).stdout
+    assert "cells: 4 done" in text
+
+
 # -- things that go wrong ---------------------------------------------------------------------
 
 
@@ -244,6 +276,10 @@ def test_a_diverged_cell_is_a_result_and_the_rest_finishes(
     assert {
         n: len(list((p / "attempts").iterdir())) for n, p in stages(root).items()
     } == dict.fromkeys(found, 1)
+    # Retry runs the diverged stages again, and no other.
+    submit(root, file, "--mode", "retry", check=1)
+    attempts = {n: len(list((p / "attempts").iterdir())) for n, p in stages(root).items()}
+    assert attempts == {n: 2 if n in bad else 1 for n in found}
 
 
 def test_a_truncated_shard_fails_its_stages_with_name_and_offset_and_the_rest_finishes(
