@@ -65,7 +65,8 @@ def paragraph(
         return " ".join(sentences)
     sentences += _effect(metric, good)
     sentences += _stability(metric, own)
-    sentences += _trends(metric, points)
+    sentences += _by_size(metric, good)
+    sentences += _trends(metric, own)
     sentences += _other_metrics(metric, pairs)
     sentences += _charged_runs(metric, charged_runs)
     sentences += _charged(charged)
@@ -162,12 +163,25 @@ def _stability(metric: Metric, own: pd.DataFrame) -> list[str]:
     wide = good.pivot_table(index=gain.POINT, columns="seed", values="gain").dropna()
     if len(wide) > 1 and wide.shape[1] > 1:
         means = [f"{amount(float(wide[s].mean()), metric)} with seed {s}" for s in wide]
-        text += f"; the mean gain over the grid is {', '.join(means[:-1])} and {means[-1]}"
+        text += f"; the mean gain over these is {', '.join(means[:-1])} and {means[-1]}"
     return [text + "."]
 
 
-def _trends(metric: Metric, points: pd.DataFrame) -> list[str]:
-    found = gain.trend(points)
+def _by_size(metric: Metric, good: pd.DataFrame) -> list[str]:
+    means = good.groupby(["params", "size"])["mean"].mean()
+    if len(means) < 2:
+        return []
+    unit = metric.gain_unit
+    parts = [
+        f"{size} {amount(value, metric).removesuffix(unit).strip()}"
+        for (_, size), value in means.items()
+    ]
+    return [f"By model size the mean gain is, in {unit}: {', '.join(parts)}."]
+
+
+def _trends(metric: Metric, own: pd.DataFrame) -> list[str]:
+    found = gain.trend(gain.by_point(own))
+    by_seed = {s: gain.trend(gain.by_point(rows)) for s, rows in own.groupby("seed")}
     out = []
     for name, word in _TENFOLD.items():
         slope = found.get(name, {})
@@ -176,6 +190,10 @@ def _trends(metric: Metric, points: pd.DataFrame) -> list[str]:
         low, high = slope["interval"]
         per = f"per tenfold of {word}, 95 % interval"
         text = f"{amount(slope['slope'], metric)} {per} {_range((low, high), metric)}"
+        single = {s: t[name]["slope"] for s, t in by_seed.items() if "slope" in t.get(name, {})}
+        if len(single) > 1 and not low <= 0 <= high:
+            each = [f"{amount(v, metric)} with seed {s}" for s, v in single.items()]
+            text += f"; {', '.join(each[:-1])} and {each[-1]}, each alone"
         if low > 0:
             out.append(f"The gain grows with {AXIS_LABELS[name]} ({text}).")
         elif high < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import Make, holes
 from runtree import SIZES, Spec, Truth
@@ -31,7 +33,18 @@ def test_a_gain_is_called_one_with_its_interval(make: Make) -> None:
     assert "the MAE stage improved linear probe top-1 by" in text
     assert "shrinks with model parameters" in text
     assert "agree on its sign at all of the 16 repeated grid points; the mean gain" in text
-    assert text.count(" with seed ") == 2
+    # The mean gain and the two resolved trends, each with both seeds.
+    assert text.count(" with seed ") == 6
+    sizes = re.search(r"in points: xs \+([\d.]+), s \+([\d.]+), m \+([\d.]+), l \+([\d.]+)\.", text)
+    assert sizes, text
+    gains = [float(g) for g in sizes.groups()]
+    truth = Truth()
+    for size, found in zip(("xs", "l"), (gains[0], gains[-1]), strict=True):
+        expected = [
+            truth.accuracy(SIZES[size], d, "mae") - truth.accuracy(SIZES[size], d, "random")
+            for d in (1_000, 4_000, 16_000, 64_000)
+        ]
+        assert found == pytest.approx(100 * sum(expected) / 4, abs=0.5)
     assert "shrinks with pretraining images" in text
 
 
