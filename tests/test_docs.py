@@ -45,6 +45,18 @@ def test_study_files_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
         assert build_grid(load_study(file)).cells
 
 
+def test_ids_in_the_docs_are_those_of_the_shipped_studies() -> None:
+    from harness.study.cells import build_grid
+    from harness.study.schema import load_study
+
+    grid = build_grid(load_study(TOP / "grids/smoke.yaml"))
+    known = {c.id for c in grid.cells} | set(grid.stages)
+    text = "".join(block for page in PAGES for block in blocks(page, "text"))
+    shown = set(re.findall(r"^ *(\S+-[0-9a-f]{10,12}) ", text, re.MULTILINE))
+    assert len(shown) >= 4
+    assert shown <= known, shown - known
+
+
 def test_make_targets_exist() -> None:
     for command in commands():
         if command.startswith("make "):

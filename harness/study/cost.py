@@ -13,6 +13,8 @@ from harness.study.recipes import StageFile
 _GUESS_FLOPS_PER_S = {"cpu": 25e9, "cuda": 400e12}
 # Process start, DeepSpeed set-up, reading the index, evaluation and export.
 _GUESS_OVERHEAD_S = {"cpu": 1.5, "cuda": 20.0}
+# Python of ZeRO-3 in an optimizer step, however small the model (measured on CPU).
+_GUESS_STEP_S = {"cpu": 0.015, "cuda": 0.03}
 
 CalibrationKey = tuple[str, str]
 
@@ -28,19 +30,27 @@ class Speeds:
         """Wall time of a stage with its resources, start-up included."""
         rate = self._rate(stage.kind, stage.config.size)
         processes = stage.execution.ranks * (stage.execution.threads if self.device == "cpu" else 1)
-        return _GUESS_OVERHEAD_S[self.device] + stage.flops / (rate * processes)
+        fixed = _GUESS_OVERHEAD_S[self.device]
+        if rate is not None:
+            return fixed + stage.flops / (rate * processes)
+        computing = stage.flops / (_GUESS_FLOPS_PER_S[self.device] * processes)
+        stepping = stage.config.steps * _GUESS_STEP_S[self.device]
+        # A GPU computes while Python prepares the next step; a CPU does one, then the other.
+        both = computing + stepping if self.device == "cpu" else max(computing, stepping)
+        return fixed + both
 
     def is_measured(self, stage: StageFile) -> bool:
         """True if the estimate rests on finished stages of this kind and size."""
         return (stage.kind, stage.config.size) in self.flops_per_s
 
-    def _rate(self, kind: str, size: str) -> float:
+    def _rate(self, kind: str, size: str) -> float | None:
+        """Measured, steps included; None if no stage of the kind was."""
         if (kind, size) in self.flops_per_s:
             return self.flops_per_s[kind, size]
         same_kind = [v for (k, _), v in self.flops_per_s.items() if k == kind]
         if same_kind:
             return math.exp(sum(map(math.log, same_kind)) / len(same_kind))
-        return _GUESS_FLOPS_PER_S[self.device]
+        return None
 
 
 def makespan(work: list[tuple[float, int]], slots: int) -> float:

@@ -228,3 +228,19 @@ def test_makespan_is_bounded_by_the_longest_and_by_the_area() -> None:
     assert makespan([(10, 1), (3, 1)], 2) == 10
     assert makespan([(4, 8), (4, 8)], 8) == 8
     assert makespan([], 2) == 0
+
+
+def test_guessed_times_count_steps_on_a_cpu_and_the_slower_of_two_on_a_gpu(
+    study_file: Write,
+) -> None:
+    stage = next(s for s in grid_of(study_file).stages.values() if s.kind == "wsp")
+    steps = stage.config.steps
+    long = stage.model_copy(update={"flops": 1e15})
+    cpu, gpu = Speeds(), Speeds(device="cuda")
+    idle = [s.seconds(stage.model_copy(update={"flops": 0.0})) for s in (cpu, gpu)]
+    assert idle == pytest.approx([1.5 + 0.015 * steps, 20 + 0.03 * steps])
+    assert cpu.seconds(long) == pytest.approx(idle[0] + 1e15 / 25e9)
+    assert gpu.seconds(long) == pytest.approx(20 + max(0.03 * steps, 1e15 / 400e12))
+    # What was measured holds the steps already.
+    known = Speeds(flops_per_s={("wsp", stage.config.size): 1e9})
+    assert known.seconds(long) == pytest.approx(1.5 + 1e6) and known.is_measured(long)
