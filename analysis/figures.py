@@ -198,7 +198,9 @@ def gains(
         panels.append(_heat_map(gain.by_point(rows), variant, title, judged.gain_scale))
     runs = charged_runs[charged_runs["metric"] == metric.key]
     if len(runs):
-        points = gain.by_point(runs)
+        # On the whole grid, so that it reads beside the other maps.
+        whole = pairs[pairs["metric"] == metric.key].drop_duplicates(gain.POINT)[gain.POINT]
+        points = whole.merge(gain.by_point(runs), "left", on=gain.POINT)
         panels.append(
             _heat_map(points, variant, f"Equal total FLOPs: {metric.label}", metric.gain_scale)
         )

@@ -187,14 +187,14 @@ def fits(laws: Sequence[Law]) -> Table:
             error = f"refused: {held['reason']}"
         vague = ""
         if fit.status == "converged" and fit.ci95 and not fit.is_identified:
-            vague = "alpha's interval reaches the limit of the search: not identified"
+            vague = "alpha's interval reaches the limit of the search"
         remarks = "; ".join(filter(None, [fit.reason, vague, *fit.warnings]))
         rows.append(
             (
                 law.metric.error_label + (f" [{law.variant}]" if law.variant else ""),
                 f"{AXIS_LABELS[law.axis]} ({law.fixed})",
                 law.init,
-                fit.status.replace("_", " "),
+                "not identified" if vague else fit.status.replace("_", " "),
                 *(_with_interval(law, name) for name in ("E", "A", "alpha")),
                 NONE if fit.log_rmse is None else f"{fit.log_rmse:.4f}",
                 used,
