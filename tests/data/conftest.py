@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,24 +12,31 @@ from harness.data.dataset import Dataset, open_dataset
 from harness.study import scenes_spec
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_counts() -> object:
+@contextmanager
+def few_images() -> Iterator[None]:
     """The splits besides `pretrain` with few images: drawing 10,000 would take seconds."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(
-        scenes_spec,
-        "counts",
-        lambda n=None: {"pretrain": n or 64_000, "val": 100, "train": 120, "test": 80},
-    )
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            scenes_spec,
+            "counts",
+            lambda n=None: {"pretrain": n or 64_000, "val": 100, "train": 120, "test": 80},
+        )
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_counts() -> Iterator[None]:
+    """Only for this room's tests: counts are part of a dataset's fingerprint, so of every id."""
+    with few_images():
+        yield
 
 
 @pytest.fixture(scope="session")
 def scenes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A HARNESS_ROOT in which scenes-600 is ready."""
     root = tmp_path_factory.mktemp("root")
-    open_dataset("scenes-600", root)
+    with few_images():
+        open_dataset("scenes-600", root)
     return root
 
 
