@@ -174,7 +174,7 @@ def _by_size(metric: Metric, good: pd.DataFrame) -> list[str]:
     unit = metric.gain_unit
     parts = [
         f"{size} {amount(value, metric).removesuffix(unit).strip()}"
-        for (_, size), value in means.items()
+        for size, value in zip(means.index.get_level_values("size"), means, strict=True)
     ]
     return [f"By model size the mean gain is, in {unit}: {', '.join(parts)}."]
 
