@@ -219,10 +219,10 @@ def _other_metrics(metric: Metric, pairs: pd.DataFrame) -> list[str]:
         return []
     parts = [
         f"{n} {word}"
-        for n, word in ((better, "better"), (worse, "worse"), (unclear, "unresolved"))
+        for n, word in ((better, "better with MAE"), (worse, "worse"), (unclear, "unresolved"))
         if n
     ]
-    return [f"Of the other {_plural(total, 'metric')}: {', '.join(parts)} with MAE."]
+    return [f"Of the other {_plural(total, 'metric')}: {', '.join(parts)}."]
 
 
 def _charged_runs(metric: Metric, rows: pd.DataFrame) -> list[str]:

@@ -236,6 +236,8 @@ def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
             f"{name}: {len(summary.done)} of {total} stages done,"
             f" {len(set(summary.ran))} run now in {format_seconds(summary.wall_s)}"
         )
+    if mode == "read-only" and summary.left:
+        out.print(f"  {len(summary.left)} stages are not done; --mode read-only runs none")
     for stage, what in summary.failed.items():
         kind = grid.stages[stage].kind
         out.print(f"  {escape(stage)}: {escape(what)}; log: {tree.stage(kind, stage).attempts}")
