@@ -44,6 +44,8 @@ class Cell:
     """Role (mae, wsp, or the name of a transfer task) -> stage id."""
     params: int
     images: int
+    is_full: bool
+    """Whether it uses all pretraining images of its dataset."""
     flops: float
     flops_by_role: dict[str, float]
     tag: str | None = None
@@ -154,6 +156,7 @@ class _Builder:
             stages=chain.ids,
             params=count_flops.encoder_params(model),
             images=images,
+            is_full=images == available,
             flops=sum(self.stages[s].flops for s in chain.ids.values()),
             flops_by_role={role: self.stages[s].flops for role, s in chain.ids.items()},
             tag=ablation.tag if ablation else None,

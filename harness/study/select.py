@@ -34,7 +34,7 @@ def select(cells: list[Cell], text: str | None) -> list[Cell]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"axes: {', '.join(sorted(known))}"
             raise UserError(f"--only: no axis '{key}'; {hint}")
-    found = [c for c in cells if all(_any(c.axes.get(k), v) for k, v in rule.items())]
+    found = [c for c in cells if all(_matches(c, k, v) for k, v in rule.items())]
     if not found:
         values = {k: sorted({str(c.axes.get(k)) for c in cells}) for k in rule}
         shown = "; ".join(f"{k} has {', '.join(v)}" for k, v in values.items())
@@ -59,5 +59,7 @@ def find_cell(cells: list[dict[str, Any]], text: str) -> dict[str, Any]:
     return found[0]
 
 
-def _any(value: Any, wanted: list[str]) -> bool:
-    return any(same(value, w) for w in wanted)
+def _matches(cell: Cell, key: str, wanted: list[str]) -> bool:
+    if key == "data" and "full" in wanted and cell.is_full:
+        return True
+    return any(same(cell.axes.get(key), value) for value in wanted)

@@ -188,6 +188,7 @@ def test_only_selects_by_axes_and_says_what_there_is(study_file: Write) -> None:
     assert len(select(cells, "size=d32x3,init=mae")) == 2
     assert len(select(cells, "data=1k|4000")) == 8
     assert len(select(cells, "data=4k, data=1k")) == 8
+    assert select(cells, "data=full") == select(cells, "data=4k")  # all there are
     with pytest.raises(UserError, match="did you mean 'size'"):
         select(cells, "sise=d32x3")
     with pytest.raises(NotFoundError, match="size has d16x2, d32x3"):
