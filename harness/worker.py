@@ -257,6 +257,7 @@ class _RankZero:
         threads = 1 if self.stage.execution.device == "cuda" else self.stage.execution.threads
         busy = result.wall_s.get("train", 0.0) + result.wall_s.get("eval", 0.0)
         metrics = {k: v if _finite(v) else None for k, v in result.metrics.items()}
+        config = self.stage.config
         write_json(
             self.folder.result,
             {
@@ -264,11 +265,14 @@ class _RankZero:
                 "uid": uuid.uuid4().hex,
                 "stage": self.stage.id,
                 "kind": self.stage.kind,
-                "size": self.stage.config.size,
+                "size": config.size,
                 "metrics": metrics,
                 "samples": result.samples,
                 "steps": result.steps,
-                "images": self.stage.config.images.images,
+                "unique_images": config.images.images,
+                # In passes over the unique images; with resampling an epoch has more samples.
+                "epoch_samples": config.epoch_samples,
+                "passes": result.samples / config.epoch_samples,
                 "flops": result.flops,
                 "wall_s": {**result.wall_s, "total": total, "harness": total - busy},
                 "device": self.stage.execution.device,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.ready import exclusive
+from harness.ledger.lease import exclusive
 
 CACHE_BYTES = 1 << 30
 """Splits whose decoded pixels need more than this are decoded every time."""

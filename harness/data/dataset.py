@@ -1,67 +1,59 @@
-"""A dataset opened for reading: its splits, labels, nested subsets and decoded images.
+"""A dataset opened for reading: its splits, labels, nested subsets, order and decoded images.
 
-Damage is noticed before it can move a number: the first time a process opens a split, every shard's
-size is checked, and its checksum too unless this very file (size and time of change) passed before.
-Only then is the cache of decoded pixels used.
+Damage is noticed before it can move a number: the first time a process opens a split, every local
+shard's size is checked, and its checksum too unless this very file (size and time of change) passed
+before; a remote shard is checked when it is fetched. Only then is the cache of decoded pixels used.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from PIL import Image
 
 from harness.data.cache import open_pixels
-from harness.data.index import Index, ShardEntry, verified_index
+from harness.data.index import (
+    Index,
+    build_index,
+    check_content,
+    check_size,
+    index_file,
+    load_index,
+    sha256_of,
+    write_index,
+)
+from harness.data.order import Stream
 from harness.data.ready import ready_scenes
+from harness.data.resample import expected_counts
+from harness.data.shards import list_shard
+from harness.data.storage import Reader, Storage
 from harness.errors import DataError, NotFoundError, UserError
-from harness.study.datasets import DatasetMeta, dataset_folder, describe, scenes_count
+from harness.ledger.files import read_json, write_json
+from harness.study.datasets import DatasetMeta, describe, locate, scenes_count
 
 
 def open_dataset(spec: str, root: Path) -> Dataset:
-    """The dataset named `scenes`, `scenes-<count>`, or packed in a directory.
+    """The dataset named `scenes`, `scenes-<count>`, or packed in a directory or below a URL.
 
-    `root` is HARNESS_ROOT: scenes are made once below it, and caches of decoded pixels lie there.
+    `root` is HARNESS_ROOT: scenes are made once below it, and caches lie there: of decoded pixels,
+    and of files that were fetched.
     """
     count = scenes_count(spec)
-    folder = dataset_folder(spec) if count is None else ready_scenes(count, root)
-    meta = describe(str(folder))
+    location = locate(spec) if count is None else str(ready_scenes(count, root))
+    meta = describe(location)
     if meta.is_planned:
         raise UserError(f"dataset '{spec}' is only described: its images are not here; pack them")
-    return Dataset(meta, folder, root / "cache" / meta.fingerprint)
-
-
-class Keys(Sequence[str]):
-    """The samples' keys as text, decoded when asked for."""
-
-    def __init__(self, raw: np.ndarray) -> None:
-        self._raw = raw
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [raw.decode() for raw in self._raw[place]]
-        return self._raw[place].decode()
+    return Dataset(meta, location, root / "cache" / meta.fingerprint)
 
 
 class Dataset:
     """Metadata and splits of one dataset."""
 
-    def __init__(self, meta: DatasetMeta, folder: Path, cache: Path) -> None:
+    def __init__(self, meta: DatasetMeta, location: str, cache: Path) -> None:
         self.meta = meta
-        self.folder = folder
+        self.location = location
         self._cache = cache
         self._splits: dict[str, Split] = {}
 
@@ -73,34 +65,34 @@ class Dataset:
         if name not in self._splits:
             if name not in self.meta.shards:
                 have = ", ".join(self.meta.shards) or "none"
-                raise NotFoundError(f"{self.folder}: no split '{name}'; it has: {have}")
-            self._splits[name] = Split(name, self.meta, self.folder, self._cache)
+                raise NotFoundError(f"{self.location}: no split '{name}'; it has: {have}")
+            self._splits[name] = Split(name, self.meta, self.location, self._cache)
         return self._splits[name]
 
 
 class Split:
-    """The samples of one split, addressed by index in the order of the shards."""
+    """The samples of one split, addressed by row in the order of the shards."""
 
-    def __init__(self, name: str, meta: DatasetMeta, folder: Path, cache: Path) -> None:
+    def __init__(self, name: str, meta: DatasetMeta, location: str, cache: Path) -> None:
         self.name = name
-        entries: list[ShardEntry] = meta.shards[name]
-        self._paths = [folder / str(entry["file"]) for entry in entries]
-        self._index: Index = verified_index(name, meta, folder, cache)
-        index = self._index
-        self.num_samples = len(index.keys)
+        self._entries = meta.shards[name]
+        self._storage = Storage(location, cache / "files")
+        self._shown = [self._storage.name(entry) for entry in self._entries]
+        self.index = _verified_index(name, meta, self._storage, cache)
+        self.num_samples = self.index.num_samples
         if self.num_samples != meta.splits[name]:
             raise DataError(
-                f"{folder}: split {name}: found {self.num_samples} samples, dataset.json says"
+                f"{location}: split {name}: found {self.num_samples} samples, dataset.json says"
                 f" {meta.splits[name]}; pack it again"
             )
-        self.keys = Keys(index.keys)
-        self.key_hashes = index.key_hashes
-        self.class_ids = index.class_ids
-        self.label_offsets = index.label_offsets
-        self.label_ids = index.label_ids
-        self._by_hash: np.ndarray | None = None
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self.keys = self.index.keys
+        self.key_hashes = self.index.key_hashes
+        self.class_ids = self.index.class_ids
+        self.label_offsets = self.index.label_offsets
+        self.label_ids = self.index.label_ids
+        self._reader = Reader(
+            len(self._entries), lambda shard: self._storage.local(self._entries[shard])
+        )
         self._cache_file = cache / f"{name}.npy"
         self._pixels: np.ndarray | None = None
         self._is_prepared = False
@@ -115,15 +107,26 @@ class Split:
             raise UserError(
                 f"split {self.name}: cannot take {num} images; expected 1 to {self.num_samples}"
             )
-        if self._by_hash is None:
-            self._by_hash = np.lexsort((self._index.keys, self.key_hashes)).astype(np.int64)
-        return self._by_hash[:num]
+        return self.index.by_hash[:num].astype(np.int64)
 
-    def decode(self, index: int) -> np.ndarray:
+    def stream(self, num: int, seed: int, resample: float | None = None) -> Stream:
+        """The endless sequence of samples over the subset of `num` images.
+
+        With `resample`, an epoch has round(num * resample) samples: images with rare labels are
+        repeated, see `harness.data.resample`. Raises UserError if the split has fewer images.
+        """
+        repeats = None
+        if resample is not None:
+            repeats = expected_counts(self.index, self.subset(num), round(num * resample))
+        elif not 1 <= num <= self.num_samples:
+            self.subset(num)  # says what is wrong
+        return Stream(self.index.by_hash, self.index.shard_rows, num, seed, repeats=repeats)
+
+    def decode(self, row: int) -> np.ndarray:
         """uint8 [H, W, 3]. Raises DataError naming the shard and the byte offset."""
         if not self._is_prepared:
             self.prepare()
-        return self._decode(index) if self._pixels is None else self._pixels[index]
+        return self._decode(row) if self._pixels is None else self._pixels[row]
 
     def prepare(self) -> bool:
         """Opens the cache of decoded pixels, making it if need be; False if the set has none."""
@@ -132,29 +135,107 @@ class Split:
             self._is_prepared = True
         return self._pixels is not None
 
-    def _decode(self, index: int) -> np.ndarray:
-        row = self._index
-        shard, offset, size = int(row.shards[index]), int(row.offsets[index]), int(row.sizes[index])
-        path = self._paths[shard]
-        where = f"{path}: byte offset {offset}: sample {self.keys[index]}"
+    def where(self, row: int) -> str:
+        """Shard, byte offset and key of a sample, for messages."""
+        shard, offset = self.index.shard_of(row), self._image_offset(row)
+        return f"{self._shown[shard]}: byte offset {offset}: sample {self.keys[row]}"
+
+    def read(self, row: int) -> bytes:
+        """The image's bytes as they are stored. Raises DataError."""
+        size = int(self.index.image_sizes[row])
         try:
-            raw = os.pread(self._file(shard), size, offset)
+            raw = self._reader.read(self.index.shard_of(row), self._image_offset(row), size)
         except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror})") from None
+            raise DataError(f"{self.where(row)}: cannot be read ({error.strerror})") from None
         if len(raw) != size:
-            raise DataError(f"{where}: the shard is truncated: {len(raw)} of {size} bytes")
+            raise DataError(
+                f"{self.where(row)}: the shard is truncated: {len(raw)} of {size} bytes"
+            )
+        return raw
+
+    def _decode(self, row: int) -> np.ndarray:
+        raw = self.read(row)
         try:
             with Image.open(io.BytesIO(raw)) as picture:
                 return np.asarray(picture.convert("RGB"))
         except Exception as error:  # Pillow raises many kinds for bytes that are no image
-            raise DataError(f"{where}: not a readable image ({error})") from None
+            raise DataError(f"{self.where(row)}: not a readable image ({error})") from None
 
-    def _file(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
-            return self._files[shard]
+    def _image_offset(self, row: int) -> int:
+        return int(self.index.starts[row]) + int(self.index.image_starts[row])
 
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+
+def _verified_index(split: str, meta: DatasetMeta, storage: Storage, cache: Path) -> Index:
+    """The index of a split whose local shards are what was written; rebuilt if need be.
+
+    Sizes are checked every time. Checksums are checked unless this file, with this size and time
+    of change, passed before: `cache` remembers. Raises DataError naming shard and byte offset.
+    """
+    entries, known = meta.shards[split], _Passed(cache / f"{split}.verified.json")
+    index = None
+    if split in meta.indexes:
+        entry = meta.indexes[split]
+        path = storage.local(entry)
+        if path.is_file() and path.stat().st_size == entry["bytes"]:
+            if known.passed(path, entry) or sha256_of(path) == entry["sha256"]:
+                index = load_index(path, entries)
+                known.add(path, entry)
+    else:
+        path = Path(storage.name({"file": index_file(split)}))
+        index = load_index(path, entries)
+    local = [
+        (place, Path(storage.name(entry)), entry)
+        for place, entry in enumerate(entries)
+        if not storage.is_remote
+    ]
+    for place, path, entry in local:
+        check_size(path, entry, place, index)
+        if not known.passed(path, entry):
+            check_content(path, entry, place, index)
+        known.add(path, entry)
+    known.save()
+    if index is None:
+        listed = [list_shard(storage.local(entry)) for entry in entries]
+        index = build_index(listed, entries, meta.hashtags, meta.classes)
+        _restore(index, split, meta, storage)
+    return index
+
+
+def _restore(index: Index, split: str, meta: DatasetMeta, storage: Storage) -> None:
+    """Writes a rebuilt index where it belongs, if that is a folder that may be written to."""
+    if storage.is_remote:
+        return
+    try:
+        entry = write_index(Path(storage.location), split, index, meta.shards)
+    except OSError:
+        return  # a set on a read-only disk: its index is built anew each time
+    # A rebuilt index has the bytes that dataset.json records, or dataset.json records none.
+    assert meta.indexes.get(split, entry) == entry
+
+
+class _Passed:
+    """Which files passed their checksum before, by path and time of change."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._before = read_json(file) or {}
+        except UserError:
+            self._before = {}
+        self._now: dict[str, object] = {}
+
+    def passed(self, path: Path, entry: dict[str, str | int]) -> bool:
+        """Whether this very file passed before."""
+        return self._before.get(str(entry["file"])) == self._stamp(path, entry)
+
+    def add(self, path: Path, entry: dict[str, str | int]) -> None:
+        """This file passed now."""
+        self._now[str(entry["file"])] = self._stamp(path, entry)
+
+    def save(self) -> None:
+        """Remembers what was added, nothing else."""
+        if self._now != self._before:
+            write_json(self._file, self._now)
+
+    def _stamp(self, path: Path, entry: dict[str, str | int]) -> list[object]:
+        return [str(path.resolve()), path.stat().st_mtime_ns, entry["sha256"]]

@@ -1,61 +1,100 @@
 """The index of a split: where every image lies and what its labels are, as flat arrays.
 
-One .npz per split beside the shards. It can be rebuilt from the shards at any time, so it is
-never trusted: it must name the shards by the checksums that dataset.json records.
+One file per split, in the safetensors format, mapped into memory: opening costs nothing that grows
+with the number of samples, and processes share its pages. It can be rebuilt from the shards at any
+time, so it is never trusted: it must have the size and checksum that dataset.json records, or,
+where that records none, be of shards with the recorded checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import mmap
 import os
 import uuid
-import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import overload
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from harness.data.hashing import key_hash
-from harness.data.shards import Listed, list_shard
-from harness.errors import DataError, UserError
-from harness.ledger.files import read_json, write_json
-from harness.study.datasets import DatasetMeta
+from harness.data.shards import Listed
+from harness.errors import DataError
+from harness.study.datasets import ShardEntry
 
-ShardEntry = dict[str, str | int]
-"""One element of `shards` in dataset.json: file, samples, bytes, sha256."""
+_DTYPES = {"U64": np.uint64, "I64": np.int64, "U32": np.uint32, "I32": np.int32, "U8": np.uint8}
+
+
+class Keys(Sequence[str]):
+    """The samples' keys as text, decoded when asked for."""
+
+    def __init__(self, raw: np.ndarray, offsets: np.ndarray) -> None:
+        self._raw, self._offsets = raw, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[row] for row in range(*place.indices(len(self)))]
+        start, stop = int(self._offsets[place]), int(self._offsets[place + 1])
+        return self._raw[start:stop].tobytes().decode()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Index:
-    """Arrays over the n samples of a split, in shard order."""
+    """Arrays over the n samples of a split, in the order of its shards."""
 
-    keys: np.ndarray
-    """bytes (utf-8) [n]."""
-    key_hashes: np.ndarray
-    """uint64 [n]."""
-    shards: np.ndarray
-    """int32 [n]: place in the split's list of shards."""
+    shard_rows: np.ndarray
+    """int64 [shards + 1]: shard s holds samples [shard_rows[s], shard_rows[s + 1])."""
     starts: np.ndarray
-    """int64 [n]: first byte of the sample."""
-    stops: np.ndarray
-    """int64 [n]: first byte after the sample."""
-    offsets: np.ndarray
-    """int64 [n]: first byte of the image."""
-    sizes: np.ndarray
-    """int64 [n]: bytes of the image."""
+    """int64 [n]: first byte of the sample in its shard."""
+    lengths: np.ndarray
+    """uint32 [n]: bytes of the sample, tar headers and padding included."""
+    image_starts: np.ndarray
+    """uint32 [n]: first byte of the image, from the sample's."""
+    image_sizes: np.ndarray
+    """uint32 [n]: bytes of the image."""
     crcs: np.ndarray
     """uint32 [n]: CRC-32 of the sample's bytes."""
     class_ids: np.ndarray
-    """int64 [n]; -1 where there is none."""
+    """int32 [n]; -1 where there is none."""
     label_offsets: np.ndarray
     """int64 [n + 1]: sample i has label_ids[label_offsets[i] : label_offsets[i + 1]]."""
     label_ids: np.ndarray
     """int32 [label_offsets[-1]]."""
-    sources: np.ndarray
-    """str [number of shards]: their sha256, to tell an index of other shards."""
+    key_offsets: np.ndarray
+    """int64 [n + 1]: the key of sample i is key_bytes[key_offsets[i] : key_offsets[i + 1]]."""
+    key_bytes: np.ndarray
+    """uint8 [key_offsets[-1]], utf-8."""
+    key_hashes: np.ndarray
+    """uint64 [n]."""
+    by_hash: np.ndarray
+    """uint32 [n]: the samples, those with the smallest key hash first (ties by key)."""
+
+    @property
+    def keys(self) -> Keys:
+        """The samples' keys."""
+        return Keys(self.key_bytes, self.key_offsets)
+
+    @property
+    def num_samples(self) -> int:
+        """The n of the shapes above."""
+        return len(self.starts)
+
+    def shard_of(self, row: int) -> int:
+        """Place of a sample's shard in the split's list."""
+        return int(np.searchsorted(self.shard_rows, row, side="right")) - 1
 
 
 def build_index(
@@ -69,75 +108,144 @@ def build_index(
     A class is a place in `classes` or one of its names. Without hashtags in the whole set a
     sample's class is its only label. Raises DataError for a label that is not in the vocabulary.
     """
-    samples = [(place, sample) for place, part in enumerate(listed) for sample in part]
     place_of_tag = {tag: place for place, tag in enumerate(hashtags)}
     place_of_class = {name: place for place, name in enumerate(classes)}
-    class_ids = np.full(len(samples), -1, dtype=np.int64)
+    class_ids: list[int] = []
     label_ids: list[int] = []
-    label_offsets = np.zeros(len(samples) + 1, dtype=np.int64)
-    for row, (place, sample) in enumerate(samples):
-        where = f"{entries[place]['file']}: byte offset {sample.start}: sample {sample.key}"
-        if sample.cls is not None:
-            found = place_of_class.get(sample.cls)
-            if found is None and sample.cls.isdecimal() and int(sample.cls) < len(classes):
-                found = int(sample.cls)
-            if found is None:
-                raise DataError(f"{where}: class '{sample.cls}' is not one of {len(classes)}")
-            class_ids[row] = found
-        if hashtags:
-            unknown = [tag for tag in sample.hashtags if tag not in place_of_tag]
-            if unknown:
-                raise DataError(f"{where}: hashtag '{unknown[0]}' is not one of {len(hashtags)}")
-            label_ids += [place_of_tag[tag] for tag in sample.hashtags]
-        elif class_ids[row] >= 0:
-            label_ids.append(int(class_ids[row]))
-        label_offsets[row + 1] = len(label_ids)
-    return Index(
-        keys=np.array([sample.key.encode() for _, sample in samples], dtype=np.bytes_),
-        key_hashes=np.array([key_hash(sample.key) for _, sample in samples], dtype=np.uint64),
-        shards=np.array([place for place, _ in samples], dtype=np.int32),
-        starts=np.array([sample.start for _, sample in samples], dtype=np.int64),
-        stops=np.array([sample.stop for _, sample in samples], dtype=np.int64),
-        offsets=np.array([sample.offset for _, sample in samples], dtype=np.int64),
-        sizes=np.array([sample.size for _, sample in samples], dtype=np.int64),
-        crcs=np.array([sample.crc for _, sample in samples], dtype=np.uint32),
-        class_ids=class_ids,
-        label_offsets=label_offsets,
+    label_counts: list[int] = []
+    for entry, part in zip(entries, listed, strict=True):
+        for sample in part:
+            where = f"{entry['file']}: byte offset {sample.start}: sample {sample.key}"
+            class_id = _class_id(sample.cls, place_of_class, where)
+            class_ids.append(class_id)
+            before = len(label_ids)
+            if hashtags:
+                unknown = [tag for tag in sample.hashtags if tag not in place_of_tag]
+                if unknown:
+                    many = len(hashtags)
+                    raise DataError(f"{where}: hashtag '{unknown[0]}' is not one of {many}")
+                label_ids += [place_of_tag[tag] for tag in sample.hashtags]
+            elif class_id >= 0:
+                label_ids.append(class_id)
+            label_counts.append(len(label_ids) - before)
+    samples = [sample for part in listed for sample in part]
+    keys = [sample.key.encode() for sample in samples]
+    return finish_index(
+        shard_rows=_offsets([len(part) for part in listed]),
+        starts=np.array([sample.start for sample in samples], dtype=np.int64),
+        lengths=np.array([sample.stop - sample.start for sample in samples], dtype=np.uint32),
+        image_starts=np.array(
+            [sample.offset - sample.start for sample in samples], dtype=np.uint32
+        ),
+        image_sizes=np.array([sample.size for sample in samples], dtype=np.uint32),
+        crcs=np.array([sample.crc for sample in samples], dtype=np.uint32),
+        class_ids=np.array(class_ids, dtype=np.int32),
+        label_offsets=_offsets(label_counts),
         label_ids=np.array(label_ids, dtype=np.int32),
-        sources=np.array([str(entry["sha256"]) for entry in entries]),
+        key_offsets=_offsets([len(key) for key in keys]),
+        key_bytes=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        key_hashes=np.array([key_hash(sample.key) for sample in samples], dtype=np.uint64),
     )
 
 
-def save_index(index: Index, path: Path) -> None:
-    """Writes the index in one step."""
+def finish_index(**columns: np.ndarray) -> Index:
+    """The index of these columns, with `by_hash` worked out."""
+    hashes = columns["key_hashes"]
+    by_hash = np.argsort(hashes, kind="stable")
+    ties = np.flatnonzero(np.diff(hashes[by_hash]) == 0)
+    if len(ties):  # of different keys once in 2**32 samples or so; of one key in two shards
+        keys = Keys(columns["key_bytes"], columns["key_offsets"])
+        by_hash = np.array(sorted(by_hash.tolist(), key=lambda row: (int(hashes[row]), keys[row])))
+    return Index(**columns, by_hash=by_hash.astype(np.uint32))
+
+
+def _class_id(name: str | None, place_of_class: dict[str, int], where: str) -> int:
+    if name is None:
+        return -1
+    found = place_of_class.get(name)
+    if found is None and name.isdecimal() and int(name) < len(place_of_class):
+        found = int(name)
+    if found is None:
+        raise DataError(f"{where}: class '{name}' is not one of {len(place_of_class)}")
+    return found
+
+
+def _offsets(counts: Sequence[int]) -> np.ndarray:
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+def save_index(index: Index, path: Path, entries: Sequence[ShardEntry]) -> None:
+    """Writes the index in one step; equal indexes have equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **{field.name: getattr(index, field.name) for field in fields(Index)})
-        file.flush()
+    columns = {field.name: np.ascontiguousarray(getattr(index, field.name)) for field in _COLUMNS}
+    save_file(columns, temporary, metadata=_metadata(entries))
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def index_file(split: str) -> str:
+    """Name of a split's index in the dataset's folder."""
+    return f"index/{split}.safetensors"
+
+
+def write_index(
+    folder: Path, split: str, index: Index, shards: Mapping[str, Sequence[ShardEntry]]
+) -> ShardEntry:
+    """Writes the index of a split where it belongs; what dataset.json records of it."""
+    path = folder / index_file(split)
+    save_index(index, path, shards[split])
+    return file_entry(path, folder)
+
+
 def load_index(path: Path, entries: Sequence[ShardEntry]) -> Index | None:
-    """The saved index, or None if it is absent, damaged or of other shards."""
+    """The saved index, mapped; None if it is absent, cut short or of other shards."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            index = Index(**{field.name: saved[field.name] for field in fields(Index)})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        with open(path, "rb") as file:
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # https://huggingface.co/docs/safetensors: length of the header, header, arrays.
+        begin = 8 + int.from_bytes(view[:8], "little")
+        header = json.loads(view[8:begin])
+        if header["__metadata__"] != _metadata(entries):
+            return None
+        return Index(**{field.name: _mapped(view, begin, header[field.name]) for field in _COLUMNS})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # it can be rebuilt
-    same = [str(sha) for sha in index.sources] == [str(entry["sha256"]) for entry in entries]
-    return index if same else None
+
+
+def _mapped(view: mmap.mmap, begin: int, entry: dict[str, object]) -> np.ndarray:
+    shape, (start, stop) = entry["shape"], entry["data_offsets"]  # type: ignore[misc]
+    dtype = np.dtype(_DTYPES[str(entry["dtype"])])
+    count = math.prod(shape)  # type: ignore[arg-type]
+    if count * dtype.itemsize != stop - start:
+        raise ValueError("shape and length disagree")
+    return np.frombuffer(view, dtype, count, begin + start)
+
+
+def _metadata(entries: Sequence[ShardEntry]) -> dict[str, str]:
+    """Names the shards that an index is of. One key: the format does not fix the order of more."""
+    shards = hashlib.sha256("".join(f"{e['sha256']}\n" for e in entries).encode()).hexdigest()
+    return {"index": f"schema 2 of shards {shards}"}
+
+
+_COLUMNS = fields(Index)
+
+
+def file_entry(path: Path, base: Path) -> ShardEntry:
+    """What dataset.json records of a file: name, size and checksum."""
+    return {
+        "file": path.relative_to(base).as_posix(),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+    }
 
 
 def shard_entry(path: Path, base: Path, samples: int) -> ShardEntry:
     """What dataset.json records of a shard."""
-    return {
-        "file": path.relative_to(base).as_posix(),
-        "samples": samples,
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-    }
+    return {**file_entry(path, base), "samples": samples}
 
 
 def sha256_of(path: Path) -> str:
@@ -146,76 +254,54 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verified_index(split: str, meta: DatasetMeta, folder: Path, cache: Path) -> Index:
-    """The index of a split whose shards are what was written; rebuilt from them if need be.
-
-    Sizes are checked every time. Checksums are checked unless this file, with this size and time
-    of change, passed before: `cache` remembers. Raises DataError naming shard and byte offset.
-    """
-    entries = meta.shards[split]
-    paths = [folder / str(entry["file"]) for entry in entries]
-    index_file = folder / "index" / f"{split}.npz"
-    index = load_index(index_file, entries)
-    passed_file = cache / f"{split}.verified.json"
-    try:
-        passed = read_json(passed_file) or {}
-    except UserError:
-        passed = {}
-    now: dict[str, object] = {}
-    for place, (path, entry) in enumerate(zip(paths, entries, strict=True)):
-        check_size(path, entry, place, index)
-        stamp = [str(path.resolve()), path.stat().st_mtime_ns, entry["sha256"]]
-        if passed.get(str(entry["file"])) != stamp:
-            check_content(path, entry, place, index)
-        now[str(entry["file"])] = stamp
-    if now != passed:
-        write_json(passed_file, now)
-    if index is None:
-        index = build_index(
-            [list_shard(path) for path in paths], entries, meta.hashtags, meta.classes
-        )
-        if os.access(folder, os.W_OK):
-            save_index(index, index_file)
-    return index
-
-
-def check_size(path: Path, entry: ShardEntry, place: int, index: Index | None) -> None:
+def check_size(
+    path: Path, entry: ShardEntry, place: int, index: Index | None, name: str = ""
+) -> None:
     """Raises DataError if the shard is missing or not as long as it was written."""
+    name = name or str(path)
     try:
         found = path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"{path}: byte offset 0: the shard cannot be read ({error.strerror})"
+            f"{name}: byte offset 0: the shard cannot be read ({error.strerror})"
         ) from None
     expected = int(entry["bytes"])
     if found == expected:
         return
     lost = ""
-    if index is not None:
-        beyond = (index.shards == place) & (index.stops > found)
-        lost = f" ({int(beyond.sum())} samples lost)" if found < expected else ""
+    if index is not None and found < expected:
+        rows = slice(int(index.shard_rows[place]), int(index.shard_rows[place + 1]))
+        beyond = index.starts[rows] + index.lengths[rows] > found
+        lost = f" ({int(beyond.sum())} samples lost)"
     what = "truncated" if found < expected else "grown"
     raise DataError(
-        f"{path}: byte offset {min(found, expected)}: the shard is {what}: found {found} bytes,"
+        f"{name}: byte offset {min(found, expected)}: the shard is {what}: found {found} bytes,"
         f" expected {expected}{lost}; restore it, or remove the dataset and make it again"
     )
 
 
 def check_content(path: Path, entry: ShardEntry, place: int, index: Index | None) -> None:
-    """Raises DataError naming the first damaged byte range if the shard's checksum is wrong."""
+    """Raises DataError naming the first damaged sample if the shard's checksum is wrong."""
     if sha256_of(path) == entry["sha256"]:
         return
     where = "byte offset 0: the shard's bytes are not those that were written"
     if index is not None:
-        rows = np.flatnonzero(index.shards == place)
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            for row in rows.tolist():
-                start, stop = int(index.starts[row]), int(index.stops[row])
-                if zlib.crc32(view[start:stop]) == index.crcs[row]:
-                    continue
-                image = f"image at byte {index.offsets[row]}"
-                where = (
-                    f"byte offset {start}: sample {index.keys[row].decode()} ({image}) is damaged"
-                )
-                break
+        rows = damaged_rows(path, place, index)
+        if rows:
+            start = int(index.starts[rows[0]])
+            image = start + int(index.image_starts[rows[0]])
+            key = index.keys[rows[0]]
+            where = f"byte offset {start}: sample {key} (image at byte {image}) is damaged"
     raise DataError(f"{path}: {where}; restore it, or remove the dataset and make it again")
+
+
+def damaged_rows(path: Path, place: int, index: Index) -> list[int]:
+    """Samples of a shard whose bytes are not those that were written."""
+    rows = range(int(index.shard_rows[place]), int(index.shard_rows[place + 1]))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return [
+            row
+            for row in rows
+            if zlib.crc32(view[(start := int(index.starts[row])) : start + int(index.lengths[row])])
+            != index.crcs[row]
+        ]

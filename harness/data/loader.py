@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from harness.data.augment import view
 from harness.data.dataset import Split
-from harness.data.order import order
+from harness.data.order import Stream
 from harness.study.recipes import Augmentation
 
 MAX_THREADS = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class Batch:
 
 def train_batches(
     split: Split,
-    subset: np.ndarray,
+    stream: Stream,
     *,
-    seed: int,
     batch: int,
     start_step: int,
     num_steps: int,
@@ -55,32 +56,67 @@ def train_batches(
     image_size: int,
     augment: Augmentation,
     prefetch: int = 2,
+    threads: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Rank `rank`'s share of steps [start_step, start_step + num_steps).
 
-    Step s covers positions [s * batch, (s + 1) * batch) of the endless stream of epochs over
-    `subset`; each rank takes a contiguous share. Errors of the reading threads are raised here;
-    closing the generator ends them.
+    Step s covers positions [s * batch, (s + 1) * batch) of the endless stream of epochs; each rank
+    takes a contiguous share. Errors of the reading threads are raised here; closing the generator
+    ends them.
     """
-    if batch % ranks:
-        raise ValueError(f"batch {batch} is not a multiple of {ranks} ranks")
-    share = batch // ranks
-    num = len(subset)
     split.prepare()
 
-    def read(step: int) -> Batch:
-        first = step * batch + rank * share
-        indices = subset[order(seed, num, first, share)]
-        epochs = np.arange(first, first + share) // num
+    def read(first: int, share: int) -> Batch:
+        places = stream.at(first, share)
+        keys = split.key_hashes[places.rows].tolist()
         images = np.empty((share, image_size, image_size, 3), dtype=np.uint8)
-        for place, (index, epoch) in enumerate(zip(indices.tolist(), epochs.tolist(), strict=True)):
-            key = (seed, epoch, int(split.key_hashes[index]))
+        for place, row in enumerate(places.rows.tolist()):
+            key = (stream.seed, int(places.epochs[place]), keys[place])
+            if places.repeats[place]:  # an image shown again in one epoch is cropped anew
+                key += (int(places.repeats[place]),)
             images[place] = view(
-                split.decode(index), image_size, key, augment.crop_scale, augment.flip
+                split.decode(row), image_size, key, augment.crop_scale, augment.flip
             )
-        return _labelled(split, indices, images, first)
+        return _labelled(split, places.rows, images, first)
 
-    return _ahead(read, range(start_step, start_step + num_steps), _threads(split, ranks), prefetch)
+    steps = range(start_step, start_step + num_steps)
+    firsts = rank_shares(steps, batch, rank, ranks)
+    return _ahead(
+        lambda first: read(first, batch // ranks),
+        firsts,
+        threads or _threads(split, ranks),
+        prefetch,
+    )
+
+
+def sample_rows(stream: Stream, start: int, count: int, *, ranks: int, threads: int) -> np.ndarray:
+    """int64 [count]: the rows at positions [start, start + count), read as training reads them.
+
+    Each rank's share of every step goes through reading threads of its own; no image is decoded.
+    What ranks and threads deliver is put together by position.
+    """
+    batch = 8 * ranks
+    first_step, last_step = start // batch, -(-(start + count) // batch)
+    found = np.empty((last_step - first_step) * batch, dtype=np.int64)
+    for rank in range(ranks):
+        firsts = rank_shares(range(first_step, last_step), batch, rank, ranks)
+
+        def read(first: int) -> tuple[int, np.ndarray]:
+            return first, stream.at(first, batch // ranks).rows
+
+        for first, rows in _ahead(read, firsts, threads, 2):
+            place = first - first_step * batch
+            found[place : place + len(rows)] = rows
+    begin = start - first_step * batch
+    return found[begin : begin + count]
+
+
+def rank_shares(steps: range, batch: int, rank: int, ranks: int) -> range:
+    """First position of a rank's contiguous share of each step's global batch."""
+    if batch % ranks:
+        raise ValueError(f"batch {batch} is not a multiple of {ranks} ranks")
+    begin = rank * (batch // ranks)
+    return range(steps.start * batch + begin, steps.stop * batch + begin, batch)
 
 
 def eval_batches(
@@ -105,10 +141,10 @@ def _threads(split: Split, ranks: int) -> int:
 
 
 def _ahead(
-    read: Callable[[int], Batch], steps: range, threads: int, prefetch: int
-) -> Generator[Batch, None, None]:
+    read: Callable[[int], T], steps: range, threads: int, prefetch: int
+) -> Generator[T, None, None]:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
-    waiting: deque[Future[Batch]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
         for step in steps:
             waiting.append(pool.submit(read, step))
@@ -130,6 +166,6 @@ def _labelled(split: Split, indices: np.ndarray, images: np.ndarray, first: int)
         images=torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
         label_ids=torch.from_numpy(split.label_ids[rows].astype(np.int64)),
         label_offsets=torch.from_numpy(offsets),
-        class_ids=torch.from_numpy(split.class_ids[indices]),
+        class_ids=torch.from_numpy(split.class_ids[indices].astype(np.int64)),
         first_position=first,
     )

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.data.index import ShardEntry, build_index, save_index, shard_entry
+from harness.data.index import build_index, shard_entry, write_index
 from harness.data.shards import Listed, Sample, list_shard, write_shard
 from harness.data.sources import Refused, Source, find_source
 from harness.errors import UserError
 from harness.ledger.files import write_json
-from harness.study.datasets import DatasetMeta
+from harness.study.datasets import DatasetMeta, ShardEntry
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 256 << 20
@@ -92,13 +92,14 @@ def _write(source: Source, folder: Path, name: str, progress: Progress) -> Datas
         }
     )
     shards: dict[str, list[ShardEntry]] = {}
+    indexes: dict[str, ShardEntry] = {}
     for split, paths in files.items():
         shards[split] = [
             shard_entry(path, folder, len(part))
             for path, part in zip(paths, listed[split], strict=True)
         ]
         index = build_index(listed[split], shards[split], hashtags, source.classes)
-        save_index(index, folder / "index" / f"{split}.npz")
+        indexes[split] = write_index(folder, split, index, shards)
     if source.refused:
         lines = "".join(f"{refused.name}\t{refused.reason}\n" for refused in source.refused)
         (folder / "refused.txt").write_text(lines, encoding="utf-8")
@@ -110,6 +111,7 @@ def _write(source: Source, folder: Path, name: str, progress: Progress) -> Datas
         classes=source.classes,
         splits={split: sum(len(part) for part in parts) for split, parts in listed.items()},
         shards=shards,
+        indexes=indexes,
     )
     write_json(folder / "dataset.json", meta.model_dump(mode="json", by_alias=True))
     return meta

@@ -6,42 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import harness
-from harness.data.index import ShardEntry, build_index, save_index, shard_entry
+from harness.data.index import build_index, shard_entry, write_index
 from harness.data.png import encode_png
 from harness.data.scenes import draw
-from harness.data.shards import Listed, Sample, list_shard, write_shard
+from harness.data.shards import Sample, list_shard, write_shard
 from harness.errors import DataError
 from harness.ledger.files import write_json
-from harness.ledger.lease import Lease, LeaseHeldError
+from harness.ledger.lease import exclusive
 from harness.study import scenes_spec as spec
-from harness.study.datasets import DatasetMeta, describe
+from harness.study.datasets import DatasetMeta, ShardEntry, describe
 
 SHARD_IMAGES = 4000
+"""Another number is another order in sets of more than ORDER_WINDOW: raise scenes_spec.VERSION."""
 _PARALLEL_FROM = 20_000
 """Images from which further processes pay for their start."""
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Only one process at a time, on any shared file system; the lock of a dead one is taken."""
-    while True:
-        try:
-            lease = Lease.acquire(path)
-            break
-        except LeaseHeldError:
-            time.sleep(0.1)
-    lease.start_beating()
-    try:
-        yield
-    finally:
-        lease.release()
 
 
 def ready_scenes(count: int, root: Path) -> Path:
@@ -97,28 +80,19 @@ def make_scenes(folder: Path, count: int, processes: int) -> DatasetMeta:
             helper.wait()
     meta = describe(f"scenes-{count}")
     shards: dict[str, list[ShardEntry]] = {}
+    indexes: dict[str, ShardEntry] = {}
     for split in spec.SPLITS:
         paths = [folder / file for of_split, file, *_ in tasks if of_split == split]
         listed = [list_shard(shard) for shard in paths]
         shards[split] = [
             shard_entry(shard, folder, len(part)) for shard, part in zip(paths, listed, strict=True)
         ]
-        save_split_index(folder, split, listed, shards[split], meta)
-    meta = meta.model_copy(update={"shards": shards})
+        indexes[split] = write_index(
+            folder, split, build_index(listed, shards[split], meta.hashtags, meta.classes), shards
+        )
+    meta = meta.model_copy(update={"shards": shards, "indexes": indexes})
     write_json(folder / "dataset.json", meta.model_dump(mode="json", by_alias=True))
     return meta
-
-
-def save_split_index(
-    folder: Path,
-    split: str,
-    listed: list[list[Listed]],
-    entries: list[ShardEntry],
-    meta: DatasetMeta,
-) -> None:
-    """Writes the index of one split beside its shards."""
-    index = build_index(listed, entries, meta.hashtags, meta.classes)
-    save_index(index, folder / "index" / f"{split}.npz")
 
 
 def _tasks(count: int) -> list[tuple[str, str, int, int]]:

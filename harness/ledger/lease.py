@@ -12,6 +12,8 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,19 @@ class Lease:
         held = read_lease(self.path)
         if held is not None and held["token"] == self.token:
             self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Only one process at a time, on any shared file system; the lock of a dead one is taken."""
+    while True:
+        try:
+            lease = Lease.acquire(path)
+            break
+        except LeaseHeldError:
+            time.sleep(0.1)
+    lease.start_beating()
+    try:
+        yield
+    finally:
+        lease.release()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
-from harness.study.datasets import DatasetMeta, dataset_folder, scenes_count
+from harness.study.datasets import ORDER_WINDOW, DatasetMeta, locate, scenes_count
 from harness.study.recipes import (
     Execution,
     FineTune,
@@ -18,6 +18,7 @@ from harness.study.recipes import (
     StageConfig,
     StageFile,
     WspRecipe,
+    epoch_samples,
 )
 from harness.study.schema import LoadedStudy, Resources, Stages
 from harness.units import format_count, steps_of
@@ -140,7 +141,8 @@ class Chain:
         meta: DatasetMeta | None = None,
     ) -> str:
         duration = recipe.duration
-        steps = steps_of(duration.unit, duration.amount, images, recipe.batch)
+        epoch = epoch_samples(images, recipe)
+        steps = steps_of(duration.unit, duration.amount, epoch, recipe.batch)
         config = self._config(kind, recipe, split, images, classes, steps, encoder, meta)
         return self._put(role, config, flops_per_image * config.samples, encoder, label)
 
@@ -156,6 +158,8 @@ class Chain:
         meta: DatasetMeta | None,
     ) -> StageConfig:
         meta = meta or self.meta
+        name = meta.split_for(split)
+        one_window = epoch_samples(images, recipe) <= ORDER_WINDOW
         return StageConfig(
             kind=kind,
             size=self.axes["size"],
@@ -163,8 +167,9 @@ class Chain:
             images=Images(
                 dataset=meta.name,
                 fingerprint=meta.fingerprint,
-                split=meta.split_for(split),
+                split=name,
                 images=images,
+                layout="" if one_window else meta.layout.get(name, ""),
             ),
             num_classes=classes,
             recipe=recipe,
@@ -197,7 +202,7 @@ class Chain:
         wanted = self.builder.resources(role, self.axes)
         spec = getattr(config.recipe, "dataset", None) or str(self.axes["dataset"])
         if scenes_count(spec) is None:
-            spec = str(dataset_folder(spec, self.builder.loaded.bases))
+            spec = locate(spec, self.builder.loaded.bases)
         batch = getattr(config.recipe, "batch", None)
         if batch is not None:
             chunk = wanted.ranks * (wanted.micro_batch or 1)

@@ -1,8 +1,9 @@
 """What a study knows of its images before any is read: counts, labels, fingerprint.
 
 A dataset is named by a string: `scenes` or `scenes-<count>` for the built-in procedural set, a
-directory that `harness data pack` wrote, or a JSON file that describes images which are not here:
-enough to plan and cost a study, not to run it. No shard is ever read here.
+directory that `harness data pack` wrote (here, or copied to where a URL such as s3://bucket/set
+points), or a JSON file that describes images which are not here: enough to plan and cost a study,
+not to run it. No shard is ever read here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,18 @@ from pydantic import Field, ValidationError
 
 from harness.errors import NotFoundError, UserError
 from harness.study import scenes_spec
+from harness.study.locations import is_remote, join_location, opened
 from harness.study.recipes import Frozen
 from harness.units import format_count, parse_count
 
+ShardEntry = dict[str, str | int]
+"""What dataset.json records of a file: file, bytes, sha256; of a shard also samples."""
+
 Role = Literal["pretrain", "val", "train", "test"]
+
+ORDER_WINDOW = 65_536
+"""Samples that are shuffled among each other where an epoch has more than these. Up to this number
+the order is blind to how shards are cut; beyond it, the cut enters the identity of a stage."""
 
 # A packed set of labelled images has no hashtags: its own train split serves, each class name as
 # the image's only hashtag (as ImageNet-21k does in Singh et al. 2023, sec. 4.3), and its test
@@ -42,7 +51,11 @@ class DatasetMeta(Frozen):
     hashtags: list[str] = []
     classes: list[str] = []
     splits: dict[str, int]
-    shards: dict[str, list[dict[str, str | int]]] = {}
+    shards: dict[str, list[ShardEntry]] = {}
+    indexes: dict[str, ShardEntry] = {}
+    layout: dict[str, str] = {}
+    """Per split: stands for the sequence of samples and how shards cut it, which the fingerprint
+    does not. Sets whose fingerprint says it all have none."""
     planned_hashtags: int = 0
     """Number of hashtags of a set that is only described."""
     planned_classes: int = 0
@@ -99,27 +112,33 @@ def describe(spec: str, bases: Sequence[Path] = ()) -> DatasetMeta:
             classes=list(scenes_spec.CLASSES),
             splits=splits,
         )
-    folder = dataset_folder(spec, bases)
-    planned = folder.suffix == ".json"
-    file = folder if planned else folder / "dataset.json"
-    if not file.is_file():
+    location = locate(spec, bases)
+    planned = location.endswith(".json")
+    file = location if planned else join_location(location, "dataset.json")
+    try:
+        with opened(file) as stream:
+            raw = json.loads(stream.read())
+        return DatasetMeta.model_validate({**raw, "is_planned": planned})
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
             f"dataset '{spec}': no {file}; expected 'scenes', 'scenes-<count>' or a directory"
             " made by `harness data pack SRC --out DIR`"
-        )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        return DatasetMeta.model_validate({**raw, "is_planned": planned})
-    except (OSError, ValueError, ValidationError) as error:
+        ) from None
+    except (TypeError, ValueError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{file}: not a dataset description: {first}; pack it again") from None
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise UserError(f"{file}: cannot be read ({reason})") from None
 
 
-def dataset_folder(spec: str, bases: Sequence[Path] = ()) -> Path:
-    """Absolute folder of a packed dataset: the first of `bases` that has it, else in the first."""
+def locate(spec: str, bases: Sequence[Path] = ()) -> str:
+    """URL or absolute path of a dataset: the first of `bases` that has it, else in the first."""
+    if is_remote(spec):
+        return spec.rstrip("/")
     path = Path(spec).expanduser()
     options = [(base / path).absolute() for base in bases or (Path.cwd(),)]
-    return next((o for o in options if o.exists()), options[0])
+    return str(next((o for o in options if o.exists()), options[0]))
 
 
 def _scenes_fingerprint(splits: dict[str, int]) -> str:

@@ -118,6 +118,10 @@ class WspRecipe(Optimization):
     drop_path: Fraction = 0.0
     pool: Literal["cls", "mean"] = "cls"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+    resample: Annotated[float, Field(ge=1)] | None = None
+    """Samples of an epoch, as a multiple of its unique images: images with rare hashtags are
+    repeated, by the inverse square root of the frequency (Mahajan et al. 2018; the paper's 3 B
+    unique images make 5 B samples: 1.667). None shows every image once an epoch."""
     val_images: Count | None = None
     """Held-out images that val_loss is measured on; none means all."""
 
@@ -168,6 +172,12 @@ TransferRecipe = Annotated[LinearProbe | FewShot | FineTune, Field(discriminator
 Recipe = MaeRecipe | WspRecipe | LinearProbe | FewShot | FineTune
 
 
+def epoch_samples(images: int, recipe: Recipe) -> int:
+    """Samples of one epoch over `images` unique images: as many, or more with `resample`."""
+    factor = recipe.resample if isinstance(recipe, WspRecipe) else None
+    return images if factor is None else round(images * factor)
+
+
 class Model(Frozen):
     """Shape of the encoder at the resolution it is trained at."""
 
@@ -192,6 +202,9 @@ class Images(Frozen):
     split: str
     images: int
     """Distinct images: the nested subset of the split with this many members."""
+    layout: str = ""
+    """How the split is cut into shards, where the order of samples depends on it: see
+    `harness.study.datasets.ORDER_WINDOW`."""
 
 
 class StageConfig(Frozen):
@@ -211,6 +224,11 @@ class StageConfig(Frozen):
     seed: int = 0
     upstream: dict[str, str] = {}
     """Role -> stage id. The only role so far is `encoder`: where the weights come from."""
+
+    @property
+    def epoch_samples(self) -> int:
+        """Images shown in one epoch: the unique ones, or more with `resample`."""
+        return epoch_samples(self.images.images, self.recipe)
 
     @property
     def samples(self) -> int:

@@ -80,8 +80,7 @@ def run(
 
         batches = loader.train_batches(
             split,
-            split.subset(config.images.images),
-            seed=config.seed,
+            split.stream(config.images.images, config.seed, getattr(recipe, "resample", None)),
             batch=batch,
             start_step=progress.step,
             num_steps=steps - progress.step,

@@ -12,7 +12,6 @@ import torch
 from harness.data import loader
 from harness.data.augment import crop_of, view
 from harness.data.dataset import Dataset, Split
-from harness.data.order import order
 from harness.errors import DataError
 from harness.study.recipes import Augmentation
 
@@ -21,7 +20,6 @@ AUGMENT = Augmentation(crop_scale=(0.3, 1.0))
 
 def batches(split: Split, **changes: Any) -> list[loader.Batch]:
     options: dict[str, Any] = {
-        "seed": 1,
         "batch": 32,
         "start_step": 0,
         "num_steps": 6,
@@ -30,7 +28,7 @@ def batches(split: Split, **changes: Any) -> list[loader.Batch]:
         "image_size": 24,
         "augment": AUGMENT,
     }
-    return list(loader.train_batches(split, split.subset(100), **(options | changes)))
+    return list(loader.train_batches(split, split.stream(100, 1), **(options | changes)))
 
 
 def assert_equal(a: loader.Batch, b: loader.Batch) -> None:
@@ -60,9 +58,9 @@ def test_ranks_share_each_batch_in_order(scenes: Dataset) -> None:
 
 
 def test_labels_and_order_against_a_plain_loop(scenes: Dataset) -> None:
-    split, subset = scenes.split("pretrain"), scenes.split("pretrain").subset(100)
+    split = scenes.split("pretrain")
     for step, batch in enumerate(batches(split)):
-        indices = subset[order(1, 100, step * 32, 32)]
+        indices = split.stream(100, 1).at(step * 32, 32).rows
         assert batch.images.shape == (32, 3, 24, 24) and batch.images.dtype == torch.uint8
         for place, index in enumerate(indices):
             start, stop = split.label_offsets[index], split.label_offsets[index + 1]
@@ -118,8 +116,7 @@ def test_errors_reach_the_consumer_and_closing_ends_the_thread(
     before = threading.active_count()
     stream = loader.train_batches(
         split,
-        split.subset(600),
-        seed=0,
+        split.stream(600, 0),
         batch=8,
         start_step=0,
         num_steps=10_000,
