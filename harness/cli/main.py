@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from harness.cli import data, grid, logs, report, run, status, tune
+from harness.cli import data, data_sample, grid, logs, report, run, status, tune
 from harness.errors import EXIT_FAILED, HarnessError
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ app.command("report")(_exiting(report.report))
 data_app = typer.Typer(help="Pack datasets.", no_args_is_help=True, rich_markup_mode=None)
 data_app.callback()(data.data)
 data_app.command("pack")(_exiting(data.pack))
+data_app.command("sample")(_exiting(data_sample.sample))
 app.add_typer(data_app, name="data")
 
 

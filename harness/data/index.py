@@ -258,12 +258,12 @@ def check_size(
     path: Path, entry: ShardEntry, place: int, index: Index | None, name: str = ""
 ) -> None:
     """Raises DataError if the shard is missing or not as long as it was written."""
-    name = name or str(path)
+    name, kind = name or str(path), "shard" if "samples" in entry else "file"
     try:
         found = path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"{name}: byte offset 0: the shard cannot be read ({error.strerror})"
+            f"{name}: byte offset 0: the {kind} cannot be read ({error.strerror})"
         ) from None
     expected = int(entry["bytes"])
     if found == expected:
@@ -275,7 +275,7 @@ def check_size(
         lost = f" ({int(beyond.sum())} samples lost)"
     what = "truncated" if found < expected else "grown"
     raise DataError(
-        f"{name}: byte offset {min(found, expected)}: the shard is {what}: found {found} bytes,"
+        f"{name}: byte offset {min(found, expected)}: the {kind} is {what}: found {found} bytes,"
         f" expected {expected}{lost}; restore it, or remove the dataset and make it again"
     )
 

@@ -89,20 +89,22 @@ def train_batches(
     )
 
 
-def sample_rows(stream: Stream, start: int, count: int, *, ranks: int, threads: int) -> np.ndarray:
+def sample_rows(
+    stream: Stream, start: int, count: int, *, ranks: int, threads: int, share: int = 8
+) -> np.ndarray:
     """int64 [count]: the rows at positions [start, start + count), read as training reads them.
 
-    Each rank's share of every step goes through reading threads of its own; no image is decoded.
-    What ranks and threads deliver is put together by position.
+    Each rank takes `share` samples of every step, through reading threads of its own; no image is
+    decoded. What ranks and threads deliver is put together by position.
     """
-    batch = 8 * ranks
+    batch = share * ranks
     first_step, last_step = start // batch, -(-(start + count) // batch)
     found = np.empty((last_step - first_step) * batch, dtype=np.int64)
     for rank in range(ranks):
         firsts = rank_shares(range(first_step, last_step), batch, rank, ranks)
 
         def read(first: int) -> tuple[int, np.ndarray]:
-            return first, stream.at(first, batch // ranks).rows
+            return first, stream.at(first, share).rows
 
         for first, rows in _ahead(read, firsts, threads, 2):
             place = first - first_step * batch

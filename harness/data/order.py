@@ -63,15 +63,17 @@ class Stream:
         self.num_samples = num if repeats is None else int(repeats.sum()) // ONE
         self._has_windows = self.num_samples > window
         self._rows: np.ndarray | None = by_hash[:num]
-        if self._has_windows:
-            places = np.argsort(self._rows, kind="stable") if num < len(by_hash) else None
-            if places is not None:
-                self._rows = self._rows[places]
-                repeats = None if repeats is None else repeats[places]
-                shard_rows = np.searchsorted(self._rows, shard_rows)
-            else:
-                repeats = None if repeats is None else _by_row(repeats, self._rows)
+        if self._has_windows:  # places follow the order of the shards, not of the hashes
+            is_whole = num == len(by_hash)
+            if repeats is not None:
+                by_row = np.argsort(self._rows, kind="stable")
+                repeats, self._rows = repeats[by_row], self._rows[by_row]
+            elif not is_whole:
+                self._rows = np.sort(self._rows)
+            if is_whole:
                 self._rows = None  # place and row are the same
+            else:
+                shard_rows = np.searchsorted(self._rows, shard_rows)
         self._bounds = np.asarray(shard_rows, dtype=np.int64)
         # Image i owns the points [ends[i] - repeats[i], ends[i]) of a line of N * ONE points.
         self._ends = None if repeats is None else np.cumsum(repeats.astype(np.int64))
@@ -171,9 +173,3 @@ def _feistel(value: np.ndarray, half_bits: int, key: int) -> np.ndarray:
 def _teeth_before(points: np.ndarray, offset: int) -> np.ndarray:
     """Number of points k * ONE + offset, k >= 0, that lie before each of `points`."""
     return np.maximum(0, -((offset - points) // ONE))
-
-
-def _by_row(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    result = np.empty_like(values)
-    result[rows] = values
-    return result

@@ -7,7 +7,6 @@ records, and kept in a cache of bounded size; from then on it is a local file li
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -19,17 +18,16 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter
 
-from harness.data.index import check_size
-from harness.errors import DataError, UserError
+from harness.data.index import check_size, sha256_of
+from harness.errors import DataError, HarnessError, UserError
 from harness.ledger.lease import exclusive
 from harness.study.datasets import ShardEntry
-from harness.study.locations import is_remote, join_location, opened
+from harness.study.locations import copy_file, is_remote, join_location
 
 CACHE_BYTES_VARIABLE = "HARNESS_CACHE_BYTES"
 CACHE_BYTES = 64 << 30
 """Copies of remote files that are kept, if the variable does not say otherwise."""
 TRIES = 4
-_CHUNK = 4 << 20
 _OPEN_FILES = 256
 
 
@@ -142,33 +140,24 @@ def _fetch(url: str, target: Path, entry: ShardEntry) -> None:
 
 
 def _copied(url: str, target: Path) -> str:
-    """`_copy`, tried again where the connection may be at fault."""
-    for attempt in range(1, TRIES):
+    """Copies a remote file, trying again where the connection may be at fault; its SHA-256."""
+    for attempt in range(1, TRIES + 1):
         try:
-            return _copy(url, target)
+            copy_file(url, target)
+            break
         except FileNotFoundError:
             raise DataError(f"{url}: byte offset 0: there is no such file") from None
-        except (OSError, ValueError):
+        except Exception as error:  # every file system of fsspec has its own kinds
+            if isinstance(error, HarnessError):
+                raise
+            if attempt == TRIES:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise DataError(
+                    f"{url}: cannot be read ({reason}) after {TRIES} tries; check the connection"
+                    " and submit again"
+                ) from None
             time.sleep(0.5 * 2**attempt)
-    try:
-        return _copy(url, target)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{url}: cannot be read ({error or type(error).__name__}) after {TRIES} tries;"
-            " check the connection and submit again"
-        ) from None
-
-
-def _copy(url: str, target: Path) -> str:
-    """Copies a remote file; its SHA-256."""
-    digest = hashlib.sha256()
-    with opened(url) as source, open(target, "wb") as file:
-        while chunk := source.read(_CHUNK):
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sha256_of(target)
 
 
 def _make_room(cache: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from harness.errors import NotFoundError, UserError
 from harness.study import scenes_spec
-from harness.study.locations import is_remote, join_location, opened
+from harness.study.locations import is_remote, join_location, read_bytes
 from harness.study.recipes import Frozen
 from harness.units import format_count, parse_count
 
@@ -116,8 +116,7 @@ def describe(spec: str, bases: Sequence[Path] = ()) -> DatasetMeta:
     planned = location.endswith(".json")
     file = location if planned else join_location(location, "dataset.json")
     try:
-        with opened(file) as stream:
-            raw = json.loads(stream.read())
+        raw = json.loads(read_bytes(file))
         return DatasetMeta.model_validate({**raw, "is_planned": planned})
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(

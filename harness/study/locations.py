@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from harness.errors import UserError
 
@@ -22,22 +22,39 @@ def join_location(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(Path(base) / name)
 
 
-def opened(location: str) -> IO[bytes]:
-    """A file opened for reading from its first byte on.
+def read_bytes(location: str) -> bytes:
+    """Content of a small file.
 
-    Raises UserError if the reader of such URLs is not installed, OSError if the file is not there.
+    Raises UserError if the reader of such URLs is not installed, OSError if it cannot be read.
     """
     if not is_remote(location):
-        return open(location, "rb")
+        return Path(location).read_bytes()
+    files, path = _file_system(location)
+    return cast(bytes, files.cat_file(path))
+
+
+def copy_file(location: str, target: Path) -> None:
+    """Copies a remote file of any size to a local path. Raises as `read_bytes` does."""
+    files, path = _file_system(location)
+    files.get_file(path, str(target))
+
+
+def _file_system(location: str) -> tuple[Any, str]:
     import fsspec  # only for those who need it
 
     scheme = location.split("://", 1)[0]
+    options: dict[str, Any] = {}
     try:
-        file = fsspec.open(location, "rb")
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            # Its default ends any transfer after five minutes, however well it goes.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            options["client_kwargs"] = {"timeout": timeout}
+        return fsspec.core.url_to_fs(location, **options)
     except ImportError:
         need = _EXTRAS.get(scheme)
         hint = f"`pip install {need}`, or the extra `remote`" if need else "its fsspec package"
         raise UserError(f"{location}: reading {scheme}:// needs {hint}") from None
     except ValueError as error:
         raise UserError(f"{location}: {error}") from None
-    return cast("IO[bytes]", cast(Any, file).open())

@@ -119,9 +119,9 @@ class WspRecipe(Optimization):
     pool: Literal["cls", "mean"] = "cls"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
     resample: Annotated[float, Field(ge=1)] | None = None
-    """Samples of an epoch, as a multiple of its unique images: images with rare hashtags are
-    repeated, by the inverse square root of the frequency (Mahajan et al. 2018; the paper's 3 B
-    unique images make 5 B samples: 1.667). None shows every image once an epoch."""
+    """Samples of an epoch, as a multiple of its unique images; more than 1 repeats images with rare
+    hashtags, by the inverse square root of the frequency (after Mahajan et al. 2018; the paper's
+    3 billion images make 5 billion samples). None shows every image once."""
     val_images: Count | None = None
     """Held-out images that val_loss is measured on; none means all."""
 

@@ -1,5 +1,6 @@
 """Which cells and stages a study file stands for, and what they are called."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from harness.study.select import find_cell, parse_filter, select
 from tests.conftest import SMALL
 
 Write = Callable[..., Path]
+GRIDS = Path(__file__).parents[2] / "grids"
 
 
 def grid_of(study_file: Write, text: str = SMALL) -> Grid:
@@ -142,6 +144,59 @@ PINNED = [
     "d16x2-1k-mae-s0-97652715ceca",
     "d16x2-1k-mae-probe-s0-843ff5ce4ba2",
 ]
+
+
+def described(folder: Path, name: str, layout: str, images: int = 100_000) -> str:
+    """A dataset as `harness data pack` describes it; returns its spec."""
+    meta = {
+        "schema": 1,
+        "name": name,
+        "fingerprint": "same",
+        "image_size": 24,
+        "hashtags": ["a"],
+        "classes": ["x", "y"],
+        "splits": {"pretrain": images, "val": 10, "train": 10, "test": 10},
+        "layout": {"pretrain": layout},
+    }
+    (folder / name).mkdir()
+    (folder / name / "dataset.json").write_text(json.dumps(meta))
+    return name
+
+
+def test_the_cut_into_shards_is_part_of_an_id_only_where_it_moves_the_order(
+    study_file: Write,
+) -> None:
+    folder = study_file("x").parent
+    grids = []
+    for name, layout in (("one", "aaaa"), ("other", "bbbb")):
+        spec = described(folder, name, layout)
+        text = SMALL.replace("scenes-4k", spec).replace(
+            "data: [1k, 4k]", "data: [1k, 65536, 65537]"
+        )
+        grids.append(build_grid(load_study(study_file(text), [folder])))
+    for a, b in zip(grids[0].cells, grids[1].cells, strict=True):
+        order_differs = a.images > 65_536
+        assert (a.stages["wsp"] != b.stages["wsp"]) == (order_differs or "mae" in a.stages)
+        if "mae" in a.stages:  # it reads all 100,000
+            assert a.stages["mae"] != b.stages["mae"]
+    config = {c.images: grids[0].stages[c.stages["wsp"]].config for c in grids[0].cells}
+    assert [config[n].images.layout for n in (1000, 65_536, 65_537)] == ["", "", "aaaa"]
+
+
+def test_resampling_defines_the_samples_of_an_epoch(study_file: Write) -> None:
+    text = SMALL.replace(
+        "wsp:\n    duration: {samples: 2k}", "wsp:\n    duration: {epochs: 2}\n    resample: 1.5"
+    )
+    before, after = grid_of(study_file), grid_of(study_file, text)
+    for a, b in zip(before.cells, after.cells, strict=True):
+        wsp = after.stages[b.stages["wsp"]].config
+        assert wsp.epoch_samples == round(1.5 * b.images)
+        assert wsp.steps == -(-2 * wsp.epoch_samples // wsp.recipe.batch)
+        assert a.stages["wsp"] != b.stages["wsp"] and a.stages.get("mae") == b.stages.get("mae")
+    # The paper's: 3 billion unique images make 5 billion samples.
+    maws = build_grid(load_study(GRIDS / "maws.yaml"))
+    sizes = {s.config.epoch_samples for s in maws.stages.values() if s.kind == "wsp"}
+    assert sizes == {5_000_000_000}
 
 
 def test_axes_zip_include_exclude(study_file: Write) -> None:
