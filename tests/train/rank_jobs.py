@@ -3,7 +3,6 @@
 Usage: rank_jobs.py OUT, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT set.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import standin
+import tiny
 
 from harness.errors import DivergedError, PreemptedError
 from harness.study.recipes import (
@@ -30,30 +29,23 @@ WSP = WspRecipe(duration=Duration(steps=12), batch=16, drop_path=0.3)
 FINE_TUNE = FineTune(duration=Duration(steps=6), batch=16)
 
 
-def patch(name: str, value: Any) -> None:
-    """Set a module's attribute by its dotted name."""
-    module, attribute = name.rsplit(".", 1)
-    setattr(importlib.import_module(module), attribute, value)
-
-
 def main(out: Path) -> None:
     """Each stage once; wsp also stopped at step 5 and resumed; one that diverges."""
-    standin.install(patch)
     from harness import transfer
     from harness.train.loop import train
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-    def run(name: str, recipe: Optimization, rows: standin.Rows, stop: int = 10**9) -> Any:
+    def run(name: str, recipe: Optimization, rows: tiny.Rows, stop: int = 10**9) -> Any:
         # Asked on rank 1 only: the ranks must agree.
-        should_stop = standin.StopAfter(stop if rank == 1 else 10**9)
-        context = standin.context(
+        should_stop = tiny.StopAfter(stop if rank == 1 else 10**9)
+        context = tiny.context(
             out / name, metrics=rows, should_stop=should_stop, rank=rank, ranks=ranks
         )
         entry = transfer.run if isinstance(recipe, FineTune) else train
-        return entry(standin.stage(recipe), context)  # type: ignore[arg-type]  # a gradient recipe
+        return entry(tiny.stage(recipe), context)  # type: ignore[arg-type]  # a gradient recipe
 
-    rows = {name: standin.Rows() for name in ("mae", "wsp", "resumed", "fine_tune", "diverged")}
+    rows = {name: tiny.Rows() for name in ("mae", "wsp", "resumed", "fine_tune", "diverged")}
     run("mae", MAE, rows["mae"])
     run("wsp", WSP, rows["wsp"])
     try:
@@ -66,7 +58,7 @@ def main(out: Path) -> None:
     except DivergedError as error:
         (out / f"diverged_{rank}.txt").write_text(str(error))
     try:
-        run("preempted", WSP, standin.Rows(), stop=3)
+        run("preempted", WSP, tiny.Rows(), stop=3)
     except PreemptedError:
         pass
     content = {name: value.timeless() for name, value in rows.items()}

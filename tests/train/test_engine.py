@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-import standin
+import tiny
 import torch
 
 from harness.errors import UserError
@@ -19,7 +19,7 @@ from harness.train.groups import parameter_groups
 
 
 def small_engine(**execution: object) -> tuple[Engine, dict[str, torch.Tensor]]:
-    model = Classifier(VisionEncoder(standin.MODEL), 5, "cls")
+    model = Classifier(VisionEncoder(tiny.MODEL), 5, "cls")
     initialize(model, 0)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     engine = Engine(
@@ -120,7 +120,7 @@ def test_lower_zero_stages_train_the_same(tmp_path: Path) -> None:
         for _ in range(3):
             engine.backward(engine.forward(images).logsumexp(dim=1).mean())
             engine.step()
-        results.append(standin.without_key_bias(dict(engine.tensors())))
+        results.append(tiny.without_key_bias(dict(engine.tensors())))
         engine.close()
     for other in results[1:]:
         for name, value in results[0].items():

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import standin
+import tiny
 
 from harness import transfer
 from harness.errors import PreemptedError
@@ -28,13 +28,8 @@ MAE = MaeRecipe(duration=DURATION, batch=32, decoder_width=16, decoder_depth=1, 
 WSP = WspRecipe(duration=DURATION, batch=32)
 
 
-@pytest.fixture(autouse=True)
-def _stand_in_data() -> None:
-    """Not here: these tests read real shards."""
-
-
 def stage(recipe: Recipe) -> StageFile:
-    file = standin.stage(recipe)
+    file = tiny.stage(recipe)
     split, images, num_classes = {
         "mae": ("pretrain", 500, 0),
         "wsp": ("pretrain", 500, len(HASHTAGS)),
@@ -52,17 +47,17 @@ def stage(recipe: Recipe) -> StageFile:
 
 
 def test_the_whole_way_and_a_stop_in_the_middle(tmp_path: Path) -> None:
-    def context(name: str, **fields: object) -> standin.StageContext:
-        made = standin.context(tmp_path / name, **fields)  # type: ignore[arg-type]  # passed on
+    def context(name: str, **fields: object) -> tiny.StageContext:
+        made = tiny.context(tmp_path / name, **fields)  # type: ignore[arg-type]  # passed on
         return dataclasses.replace(made, root=tmp_path)
 
-    first_rows = standin.Rows()
+    first_rows = tiny.Rows()
     mae = train(stage(MAE), context("mae", metrics=first_rows))
     weights = tmp_path / "mae" / "weights.safetensors"
-    straight, resumed = standin.Rows(), standin.Rows()
+    straight, resumed = tiny.Rows(), tiny.Rows()
     wsp = train(stage(WSP), context("wsp", upstream=weights, metrics=straight))
     with pytest.raises(PreemptedError):
-        stop = standin.StopAfter(11)
+        stop = tiny.StopAfter(11)
         train(stage(WSP), context("r", upstream=weights, metrics=resumed, should_stop=stop))
     train(stage(WSP), context("r", upstream=weights, metrics=resumed))
     probe = transfer.run(

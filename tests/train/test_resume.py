@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import standin
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -20,11 +20,11 @@ WSP = WspRecipe(duration=Duration(steps=12), batch=16, drop_path=0.3)
 
 
 def run(
-    recipe: Optimization, folder: Path, rows: standin.Rows, stop: int = 10**9, **execution: object
+    recipe: Optimization, folder: Path, rows: tiny.Rows, stop: int = 10**9, **execution: object
 ) -> None:
-    context = standin.context(folder, metrics=rows, should_stop=standin.StopAfter(stop))
+    context = tiny.context(folder, metrics=rows, should_stop=tiny.StopAfter(stop))
     assert isinstance(recipe, MaeRecipe | WspRecipe | FineTune)
-    train(standin.stage(recipe, **execution), context)
+    train(tiny.stage(recipe, **execution), context)
 
 
 def same_weights(left: Path, right: Path) -> None:
@@ -36,7 +36,7 @@ def same_weights(left: Path, right: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [MAE, WSP], ids=["mae", "wsp"])
 def test_stopped_and_resumed_equals_undisturbed(recipe: Optimization, tmp_path: Path) -> None:
-    straight, resumed = standin.Rows(), standin.Rows()
+    straight, resumed = tiny.Rows(), tiny.Rows()
     run(recipe, tmp_path / "straight", straight, micro_batch=8)
     with pytest.raises(PreemptedError, match="checkpoint saved at step 5"):
         run(recipe, tmp_path / "resumed", resumed, stop=5, micro_batch=8)
@@ -50,7 +50,7 @@ def test_stopped_and_resumed_equals_undisturbed(recipe: Optimization, tmp_path: 
 def test_lower_zero_stages_resume_exactly_too(stage: int, tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    straight, resumed = standin.Rows(), standin.Rows()
+    straight, resumed = tiny.Rows(), tiny.Rows()
     run(WSP, tmp_path / "straight", straight, zero_config=str(path))
     with pytest.raises(PreemptedError):
         run(WSP, tmp_path / "resumed", resumed, stop=5, zero_config=str(path))
@@ -62,7 +62,7 @@ def test_lower_zero_stages_resume_exactly_too(stage: int, tmp_path: Path) -> Non
 def test_rows_between_intervals_survive_the_stop(tmp_path: Path) -> None:
     """Rows average over several steps here, and the stop falls between two of them."""
     long = WSP.model_copy(update={"duration": Duration(steps=150)})
-    straight, resumed = standin.Rows(), standin.Rows()
+    straight, resumed = tiny.Rows(), tiny.Rows()
     run(long, tmp_path / "straight", straight, eval_points=2)
     with pytest.raises(PreemptedError):
         run(long, tmp_path / "resumed", resumed, stop=100, eval_points=2)
@@ -72,9 +72,9 @@ def test_rows_between_intervals_survive_the_stop(tmp_path: Path) -> None:
 
 
 def test_killed_after_a_checkpoint_the_rows_are_written_again_identically(tmp_path: Path) -> None:
-    straight = standin.Rows()
+    straight = tiny.Rows()
     run(WSP, tmp_path / "straight", straight)
-    killed = standin.Rows(broken_at=8)
+    killed = tiny.Rows(broken_at=8)
     with pytest.raises(ConnectionError):
         run(WSP, tmp_path / "killed", killed, checkpoint_every_s=0.0)
     # Only the checkpoint of step 7 is left; torn ones beside it must not matter.
@@ -92,7 +92,7 @@ def test_killed_after_a_checkpoint_the_rows_are_written_again_identically(tmp_pa
 
 def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
     with pytest.raises(PreemptedError):
-        run(WSP, tmp_path, standin.Rows(), stop=3)
+        run(WSP, tmp_path, tiny.Rows(), stop=3)
     found = checkpoint.latest(tmp_path)
     assert found == tmp_path / "checkpoints" / "step_3"
     (found / "COMPLETE").unlink()
@@ -101,12 +101,12 @@ def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_ranks_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(PreemptedError):
-        run(WSP, tmp_path, standin.Rows(), stop=3)
+        run(WSP, tmp_path, tiny.Rows(), stop=3)
     progress = tmp_path / "checkpoints" / "step_3" / "progress.json"
     content = json.loads(progress.read_text())
     progress.write_text(json.dumps(content | {"ranks": 2}))
     with pytest.raises(UserError) as error:
-        run(WSP, tmp_path, standin.Rows())
+        run(WSP, tmp_path, tiny.Rows())
     assert error.value.problems == (
         f"{progress.parent}: checkpoint was written by 2 ranks, this attempt has 1; resume with"
         " resources.ranks: 2, or remove the checkpoint to start the stage again",
@@ -119,8 +119,8 @@ def test_a_checkpoint_runs_no_code_when_read(tmp_path: Path) -> None:
             return (print, ("this line must never be printed",))
 
     with pytest.raises(PreemptedError):
-        run(WSP, tmp_path, standin.Rows(), stop=3)
+        run(WSP, tmp_path, tiny.Rows(), stop=3)
     states = next((tmp_path / "checkpoints").rglob("*model_states.pt"))
     torch.save({"module": Bomb()}, states)
     with pytest.raises(Exception, match="Weights only load failed"):
-        run(WSP, tmp_path, standin.Rows())
+        run(WSP, tmp_path, tiny.Rows())

@@ -1,10 +1,10 @@
-"""The transfer protocols on the stand-in data: numbers, files, what decides them."""
+"""The transfer protocols on a tiny set: numbers, files, what decides them."""
 
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-import standin
+import tiny
 import torch
 
 from harness import transfer
@@ -19,10 +19,8 @@ FINE_TUNE = FineTune(duration=Duration(steps=30), batch=16, lr=3e-3)
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a short wsp run."""
     folder = tmp_path_factory.mktemp("wsp")
-    with pytest.MonkeyPatch.context() as patch:
-        standin.install(patch.setattr)
-        recipe = WspRecipe(duration=Duration(steps=40), batch=32)
-        train(standin.stage(recipe), standin.context(folder))
+    recipe = WspRecipe(duration=Duration(steps=40), batch=32)
+    train(tiny.stage(recipe), tiny.context(folder))
     return folder / "weights.safetensors"
 
 
@@ -34,11 +32,11 @@ def predictions(folder: Path) -> dict[str, list[object]]:
 def test_accuracy_is_that_of_the_written_predictions(
     recipe: LinearProbe | FineTune, pretrained: Path, tmp_path: Path
 ) -> None:
-    context = standin.context(tmp_path, upstream=pretrained)
-    result = transfer.run(standin.stage(recipe), context)
+    context = tiny.context(tmp_path, upstream=pretrained)
+    result = transfer.run(tiny.stage(recipe), context)
     table = predictions(tmp_path)
     assert list(table) == ["key", "label", "pred"]
-    test = standin.open_dataset("", None).split("test")
+    test = tiny.opened(tmp_path).split("test")
     order = test.subset(test.num_samples)
     assert table["key"] == [test.keys[index] for index in order]
     assert table["label"] == test.class_ids[order].tolist()
@@ -52,7 +50,7 @@ def test_few_shot_reports_mean_and_spread_and_more_shots_do_better(
     pretrained: Path, tmp_path: Path
 ) -> None:
     recipe = FewShot(shots=(1, 5, 10), splits=5)
-    result = transfer.run(standin.stage(recipe), standin.context(tmp_path, upstream=pretrained))
+    result = transfer.run(tiny.stage(recipe), tiny.context(tmp_path, upstream=pretrained))
     metrics = result.metrics
     assert set(metrics) == {"n_test"} | {
         f"acc1_{k}shot{end}" for k in (1, 5, 10) for end in ("", "_std")
@@ -72,7 +70,7 @@ def test_few_shot_reports_mean_and_spread_and_more_shots_do_better(
 
 def test_one_split_has_no_spread(pretrained: Path, tmp_path: Path) -> None:
     recipe = FewShot(shots=(2,), splits=1)
-    result = transfer.run(standin.stage(recipe), standin.context(tmp_path, upstream=pretrained))
+    result = transfer.run(tiny.stage(recipe), tiny.context(tmp_path, upstream=pretrained))
     assert result.metrics["acc1_2shot_std"] is None
 
 
@@ -87,8 +85,8 @@ def test_shots_are_at_most_k_of_each_class_nested_and_fixed_by_the_split() -> No
 
 def test_a_probe_without_upstream_judges_the_initial_weights_of_its_seed(tmp_path: Path) -> None:
     def accuracy(name: str, seed: int) -> list[object]:
-        stage = standin.stage(LinearProbe(penalties=(1e-2,)), seed=seed)
-        transfer.run(stage, standin.context(tmp_path / name))
+        stage = tiny.stage(LinearProbe(penalties=(1e-2,)), seed=seed)
+        transfer.run(stage, tiny.context(tmp_path / name))
         return predictions(tmp_path / name)["pred"]
 
     assert accuracy("a", 0) == accuracy("b", 0)
@@ -96,9 +94,9 @@ def test_a_probe_without_upstream_judges_the_initial_weights_of_its_seed(tmp_pat
 
 
 def test_the_test_split_is_looked_at_once_in_fine_tuning(pretrained: Path, tmp_path: Path) -> None:
-    rows = standin.Rows()
-    context = standin.context(tmp_path, upstream=pretrained, metrics=rows)
-    transfer.run(standin.stage(FINE_TUNE), context)
+    rows = tiny.Rows()
+    context = tiny.context(tmp_path, upstream=pretrained, metrics=rows)
+    transfer.run(tiny.stage(FINE_TUNE), context)
     assert [row["step"] for row in rows.rows if "acc1" in row] == [30]
 
 
@@ -106,7 +104,7 @@ def test_train_images_limits_the_labelled_images(pretrained: Path, tmp_path: Pat
     # The study turns `train_images` into the number of images of the stage.
     recipe = LinearProbe(penalties=(1e-2,))
     results = []
-    for images in (10, 200):
-        context = standin.context(tmp_path / str(images), upstream=pretrained)
-        results.append(transfer.run(standin.stage(recipe, images=images), context))
+    for images in (3, 200):  # three images show three of the five classes at most
+        context = tiny.context(tmp_path / str(images), upstream=pretrained)
+        results.append(transfer.run(tiny.stage(recipe, images=images), context))
     assert results[0].metrics["acc1"] < results[1].metrics["acc1"]  # type: ignore[operator]
