@@ -81,23 +81,27 @@ class Reader:
                 file.users -= 1
 
     def _acquire(self, shard: int) -> _File:
+        file = self._known(shard)
+        if file is not None:
+            return file
+        with self._locks[shard]:  # one thread fetches a remote shard, others read theirs meanwhile
+            file = self._known(shard)
+            if file is not None:
+                return file
+            file = _File(os.open(self._path_of(shard), os.O_RDONLY))
+            with self._lock:
+                self._open[shard] = file
+                idle = [key for key, other in self._open.items() if not other.users]
+                for key in idle[: max(0, len(self._open) - _OPEN_FILES)]:
+                    os.close(self._open.pop(key).descriptor)
+            return file
+
+    def _known(self, shard: int) -> _File | None:
         with self._lock:
             file = self._open.get(shard)
             if file is not None:
                 self._open.move_to_end(shard)
                 file.users += 1
-                return file
-        with self._locks[shard]:  # one thread fetches a remote shard, others read theirs meanwhile
-            with self._lock:
-                file = self._open.get(shard)
-            if file is None:
-                file = _File(os.open(self._path_of(shard), os.O_RDONLY))
-            with self._lock:
-                self._open[shard] = file
-                file.users += 1
-                idle = [key for key, other in self._open.items() if not other.users]
-                for key in idle[: max(0, len(self._open) - _OPEN_FILES)]:
-                    os.close(self._open.pop(key).descriptor)
             return file
 
     def close(self) -> None:
@@ -114,7 +118,7 @@ class Reader:
 
 class _File:
     def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.users = descriptor, 0
+        self.descriptor, self.users = descriptor, 1
 
 
 def _is_whole(path: Path, entry: ShardEntry) -> bool:

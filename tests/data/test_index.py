@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from harness.data import storage
 from harness.data.dataset import Dataset, open_dataset
 from harness.data.hashing import key_hash
 from harness.data.index import Index, finish_index, load_index, save_index
@@ -96,6 +99,26 @@ def test_rows_lie_where_the_shard_has_them(scenes: Dataset) -> None:
     for row, sample in enumerate(list_shard(path)):
         assert split.keys[row] == sample.key
         assert split.read(row) == path.read_bytes()[sample.offset : sample.offset + sample.size]
+
+
+def test_few_files_are_kept_open_and_none_is_closed_under_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_OPEN_FILES", 3)
+    for shard in range(20):
+        (tmp_path / str(shard)).write_bytes(bytes([shard]) * 1000)
+    reader = storage.Reader(20, lambda shard: tmp_path / str(shard))
+    before = len(os.listdir("/dev/fd"))
+
+    def read(seed: int) -> bool:
+        shards = np.random.default_rng(seed).integers(0, 20, 400).tolist()
+        return all(reader.read(shard, 7, 5) == bytes([shard]) * 5 for shard in shards)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(16)))
+    assert len(os.listdir("/dev/fd")) - before <= 3 + 8
+    reader.close()
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_keys_with_one_hash_are_ordered_by_key() -> None:
