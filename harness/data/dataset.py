@@ -93,7 +93,9 @@ class Split:
         self._reader = Reader(
             len(self._entries), lambda shard: self._storage.local(self._entries[shard])
         )
-        self._cache_file = cache / f"{name}.npy"
+        # Decoded pixels are in the order of the shards, which the fingerprint does not tell.
+        layout = meta.layout.get(name)
+        self._cache_file = cache / (f"{name}-{layout}.npy" if layout else f"{name}.npy")
         self._pixels: np.ndarray | None = None
         self._is_prepared = False
 

@@ -62,7 +62,7 @@ class Index:
     lengths: np.ndarray
     """uint32 [n]: bytes of the sample, tar headers and padding included."""
     image_starts: np.ndarray
-    """uint32 [n]: first byte of the image, from the sample's."""
+    """uint32 [n]: first byte of the image (or video), from the sample's."""
     image_sizes: np.ndarray
     """uint32 [n]: bytes of the image."""
     crcs: np.ndarray
@@ -106,7 +106,8 @@ def build_index(
     """Index of the samples of all shards of a split.
 
     A class is a place in `classes` or one of its names. Without hashtags in the whole set a
-    sample's class is its only label. Raises DataError for a label that is not in the vocabulary.
+    sample's class, or its classes, are its labels. Raises DataError for a label that is not in the
+    vocabulary.
     """
     place_of_tag = {tag: place for place, tag in enumerate(hashtags)}
     place_of_class = {name: place for place, name in enumerate(classes)}
@@ -125,6 +126,8 @@ def build_index(
                     many = len(hashtags)
                     raise DataError(f"{where}: hashtag '{unknown[0]}' is not one of {many}")
                 label_ids += [place_of_tag[tag] for tag in sample.hashtags]
+            elif sample.classes:
+                label_ids += [_class_id(name, place_of_class, where) for name in sample.classes]
             elif class_id >= 0:
                 label_ids.append(class_id)
             label_counts.append(len(label_ids) - before)

@@ -1,7 +1,10 @@
 """`harness data pack`: images of other formats into shards, whole or not at all.
 
-Sources: IDX files (MNIST's format), scikit-learn's bundled digits, image folders, and shards that
-webdataset wrote. Each has a reader of its own in `harness.data.sources`.
+First the source is listed, which reads no image: see `harness.data.sources`. The listing is put
+in the order of the keys' hashes, so that any n samples in a row are a fair mix and the first n are
+the subset of n images, and cut into shards. Then each shard is made on its own, by any process:
+see `harness.data.pack_shard`. Work in progress lies in .<name>.partial beside OUT. A run that was
+killed goes on from there, and ends with the same bytes, because they depend on the plan alone.
 """
 
 from __future__ import annotations
@@ -9,155 +12,341 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from harness.data.index import build_index, shard_entry, write_index
-from harness.data.shards import Listed, Sample, list_shard, write_shard
-from harness.data.sources import Refused, Source, find_source
+import PIL
+from safetensors import SafetensorError
+
+from harness.data.hashing import key_hash
+from harness.data.images import ImageOptions
+from harness.data.index import build_index, write_index
+from harness.data.pack_pool import make_all
+from harness.data.pack_shard import Made, Packed, Task, read_made
+from harness.data.shards import split_name
+from harness.data.sources import find_source
+from harness.data.sources.listing import SPLITS, Item, Note, Source
 from harness.errors import UserError
-from harness.ledger.files import write_json
+from harness.ledger.files import read_json, write_bytes, write_json
+from harness.ledger.lease import Lease, LeaseHeldError
 from harness.study.datasets import DatasetMeta, ShardEntry
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 256 << 20
-Progress = Callable[[str, int], None]
-"""Called now and then with the split and the number of its images written so far."""
+"""Of the source's files: what they become is not known when shards are cut."""
+_PARALLEL_BYTES = 64 << 20
+"""Sources from which further processes pay for their start."""
+_VERSION = 1
+"""Of what packing does; another one does not go on where this one stopped."""
+Progress = Callable[[int, int], None]
+"""Called now and then with the number of images dealt with, and of all."""
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed and what was refused."""
+    """What was packed and what was not."""
 
     meta: DatasetMeta
     folder: Path
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[Note] = field(default_factory=list)
+    converted: list[Note] = field(default_factory=list)
+    left_out: list[Note] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A few lines for the command line."""
         counts = ", ".join(f"{name} {count}" for name, count in self.meta.splits.items())
         lines = [
             f"{self.folder}: {counts} images, {self.meta.num_classes} classes,"
-            f" {len(self.meta.hashtags)} hashtags, fingerprint {self.meta.fingerprint}"
+            f" {len(self.meta.hashtags)} hashtags, fingerprint {self.meta.fingerprint}",
+            *self.remarks,
         ]
+        if self.converted:
+            kinds = Counter(kind for note in self.converted for kind in note.text.split(", "))
+            what = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+            lines.append(
+                f"{len(self.converted)} converted ({what}), listed in"
+                f" {self.folder / 'converted.txt'}"
+            )
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} left out by the layout's rules, listed in"
+                f" {self.folder / 'left_out.txt'}"
+            )
         if self.refused:
             first = self.refused[0]
             lines.append(
                 f"{len(self.refused)} refused, listed in {self.folder / 'refused.txt'};"
-                f" the first: {first.name}: {first.reason}"
+                f" the first: {first.name}: {first.text}"
             )
         return "\n".join(lines)
 
 
-def pack(src: str, out: Path, *, progress: Progress | None = None) -> PackReport:
+def pack(
+    src: str,
+    out: Path,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    options: ImageOptions | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> PackReport:
     """Writes the images of `src` to `out` as shards with an index and a fingerprint.
 
-    Raises UserError if `src` holds nothing known or `out` holds something already.
+    The bytes do not depend on `workers`, nor on whether it was killed on the way. Raises UserError
+    if `src` holds nothing known or `out` holds something already.
     """
     out = Path(out).expanduser().absolute()
+    if split is not None and split not in SPLITS:
+        raise UserError(f"--split {split}: unknown; known: {', '.join(SPLITS)}")
+    work = out.with_name(f".{out.name}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.is_dir() and not (work / "set").exists():
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed after its last step
         raise UserError(f"{out}: exists and is not empty; choose another --out or remove it")
-    source = find_source(src)
+    source = find_source(src, layout, split)
+    options = ImageOptions() if options is None else options
+    plan = _Plan(source, options, work)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        meta = _write(source, temporary, out.name, progress or (lambda split, count: None))
+        lease = Lease.acquire(out.with_name(f".{out.name}.lock"))
+    except LeaseHeldError as error:
+        raise UserError(f"{out}: another process is packing to it ({error})") from None
+    lease.start_beating()
+    try:
+        _prepare(work, plan, say or (lambda line: None))
+        report = _pack(plan, work, out, workers, progress or (lambda done, total: None))
+    finally:
+        lease.release()
+    return report
+
+
+class _Plan:
+    """Which items go into which shard."""
+
+    def __init__(self, source: Source, options: ImageOptions, work: Path) -> None:
+        self.source, self._work = source, work
+        self.options = replace(options, crop_border=source.crop_border)
+        self.shards: dict[str, list[Item]] = {}
+        for split, items in source.splits.items():
+            ordered = sorted(_valid(source, items), key=lambda item: (key_hash(item.key), item.key))
+            for number, part in enumerate(_cut(ordered)):
+                self.shards[f"{split}/{number:06d}.tar"] = part
+        self.num_items = sum(len(part) for part in self.shards.values())
+        self.num_bytes = sum(item.size for part in self.shards.values() for item in part)
+        self.digest = self._digest()
+
+    def tasks(self) -> Iterator[Task]:
+        """The shards to be made, in order."""
+        for file, part in self.shards.items():
+            pixels = self.source.arrays.get(file.split("/")[0])
+            yield Task(
+                plan=self.digest,
+                file=file,
+                work=self._work,
+                base=self.source.base,
+                items=part,
+                options=self.options,
+                pixels=None if pixels is None else pixels[[item.offset for item in part]],
+            )
+
+    def _digest(self) -> str:
+        """Stands for everything that the result depends on."""
+        digest = hashlib.sha256()
+        source = self.source
+        # Pillow encodes JPEG and WebP, and decides what is damaged.
+        made_by = (_VERSION, PIL.__version__, source.layout, astuple(self.options))
+        for part in (made_by, source.classes, source.files, source.refused, source.left_out):
+            digest.update(f"{part}\n".encode())
+        for split, pixels in source.arrays.items():
+            digest.update(f"{split} {pixels.shape}\n".encode())
+            digest.update(pixels.tobytes())
+        for file, items in self.shards.items():
+            digest.update(f"{file}\n".encode())
+            for item in items:
+                digest.update(f"{tuple(item)}\n".encode())
+        return digest.hexdigest()
+
+
+def _valid(source: Source, items: list[Item]) -> list[Item]:
+    """The items with keys that a shard can hold, each its own: a second "a" becomes "a~2"."""
+    known: set[str] = set()
+    valid: list[Item] = []
+    num_renamed = 0
+    for item in items:
+        key, number = item.key, 1
+        while key in known:
+            number += 1
+            key = f"{item.key}~{number}"
+        if split_name(f"{key}.x") != (key, "x") or key.startswith("/") or "\0" in key:
+            source.refuse(item.name, f"'{key}' cannot be a key: it needs a name after its last '/'")
+            continue
+        known.add(key)
+        num_renamed += number > 1
+        valid.append(item if number == 1 else item._replace(key=key))
+    if num_renamed:
+        source.remarks.append(f"{num_renamed} keys were taken: '~2' and so on was added to them")
+    return valid
+
+
+def _cut(items: list[Item]) -> Iterator[list[Item]]:
+    part: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        part.append(item)
+        num_bytes += item.size
+        if len(part) >= SHARD_SAMPLES or num_bytes >= SHARD_BYTES:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
+
+
+def _prepare(work: Path, plan: _Plan, say: Callable[[str], None]) -> None:
+    """The folder of work in progress, emptied if it is of another plan."""
+    file = work / "plan.json"
+    try:
+        known = (read_json(file) or {}).get("plan")
+    except UserError:
+        known = None
+    if known == plan.digest:
+        say(f"going on where an earlier run stopped ({work})")
+        shutil.rmtree(work / "tmp", ignore_errors=True)
+        return
+    if work.exists():
+        say(f"starting over: the source or the options changed since {work} was begun")
+        shutil.rmtree(work)
+    work.mkdir()
+    write_json(file, {"schema": 1, "plan": plan.digest})
+
+
+def _pack(
+    plan: _Plan, work: Path, out: Path, workers: int | None, progress: Progress
+) -> PackReport:
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = (cores or 1) if plan.num_bytes >= _PARALLEL_BYTES else 1
+    workers = max(1, min(workers, len(plan.shards)))
+    make_all(plan.tasks(), workers, lambda done: progress(done, plan.num_items))
+    try:
+        report = _finish(plan, work, out)
         if out.exists():
             out.rmdir()  # empty, or the rename would fail on some systems
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return PackReport(meta, out, source.refused)
+        os.replace(work / "set", out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out}: cannot be written ({error}); free space or chmod, then run the same command"
+            " again: finished shards are kept"
+        ) from None
+    shutil.rmtree(work, ignore_errors=True)
+    return report
 
 
-def _write(source: Source, folder: Path, name: str, progress: Progress) -> DatasetMeta:
-    files = {
-        split: _write_split(folder, split, samples, progress)
-        for split, samples in source.splits.items()
+def _finish(plan: _Plan, work: Path, out: Path) -> PackReport:
+    """Everything beside the shards: index, lists of what was refused, dataset.json."""
+    source, folder = plan.source, work / "set"
+    made = {file: read_made(work, file, plan.digest) for file in plan.shards}
+    made_of = {
+        split: {file: part for file, part in made.items() if file.split("/")[0] == split}
+        for split in source.splits
     }
-    files = {split: paths for split, paths in files.items() if paths}
-    if not files:
-        reasons = f"; the first of {len(source.refused)} refused: {source.refused[0].reason}"
-        raise UserError(f"no image could be read{reasons if source.refused else ''}")
-    listed = {split: [list_shard(path) for path in paths] for split, paths in files.items()}
-    hashtags = sorted(
-        {
-            tag
-            for parts in listed.values()
-            for part in parts
-            for sample in part
-            for tag in sample.hashtags
-        }
-    )
+    refused = sorted({*source.refused, *(note for part in made.values() for note in part.refused)})
+    if not any(part.samples for part in made.values()):
+        shutil.rmtree(work)
+        first = f"; the first of {len(refused)} refused: {': '.join(refused[0])}" if refused else ""
+        raise UserError(f"no image could be packed{first}")
+    for path in folder.rglob("*"):  # of a run that was killed while it finished
+        if path.is_file() and path.relative_to(folder).as_posix() not in made:
+            path.unlink()
+    packed = [sample for part in made.values() for sample in part.samples]
+    hashtags = sorted({tag for sample in packed for tag in sample.listed.hashtags})
     shards: dict[str, list[ShardEntry]] = {}
     indexes: dict[str, ShardEntry] = {}
-    for split, paths in files.items():
-        shards[split] = [
-            shard_entry(path, folder, len(part))
-            for path, part in zip(paths, listed[split], strict=True)
-        ]
-        index = build_index(listed[split], shards[split], hashtags, source.classes)
+    for split, parts in made_of.items():
+        parts = {file: part for file, part in parts.items() if part.samples}
+        if not parts:
+            continue
+        shards[split] = [_entry(file, part) for file, part in parts.items()]
+        listed = [[sample.listed for sample in part.samples] for part in parts.values()]
+        index = build_index(listed, shards[split], hashtags, source.classes)
         indexes[split] = write_index(folder, split, index, shards)
-    if source.refused:
-        lines = "".join(f"{refused.name}\t{refused.reason}\n" for refused in source.refused)
-        (folder / "refused.txt").write_text(lines, encoding="utf-8")
+    notes = {
+        "refused": refused,
+        "converted": sorted(note for part in made.values() for note in part.converted),
+        "left_out": sorted(source.left_out),
+    }
+    for name, lines in notes.items():
+        if lines:
+            write_bytes(folder / f"{name}.txt", "".join(map(_line, lines)).encode())
+    for name, content in source.files.items():
+        write_json(folder / name, content)
     meta = DatasetMeta(
-        name=name,
-        fingerprint=_fingerprint(files, listed, source),
-        image_size=source.image_size,
+        name=out.name,
+        fingerprint=_fingerprint(made_of, source.classes),
+        image_size=_image_size(source, plan.options),
         hashtags=hashtags,
         classes=source.classes,
-        splits={split: sum(len(part) for part in parts) for split, parts in listed.items()},
+        splits={
+            split: sum(int(e["samples"]) for e in entries) for split, entries in shards.items()
+        },
         shards=shards,
         indexes=indexes,
+        layout={split: _layout(made_of[split]) for split in shards},
     )
     write_json(folder / "dataset.json", meta.model_dump(mode="json", by_alias=True))
-    return meta
+    return PackReport(meta=meta, folder=out, remarks=source.remarks, **notes)
 
 
-def _write_split(
-    folder: Path, split: str, samples: Iterable[Sample], progress: Progress
-) -> list[Path]:
-    paths: list[Path] = []
-    waiting: list[Sample] = []
-    num_bytes = written = 0
-
-    def flush() -> None:
-        nonlocal num_bytes, written
-        path = folder / split / f"{len(paths):06d}.tar"
-        write_shard(path, waiting)
-        paths.append(path)
-        written += len(waiting)
-        num_bytes = 0
-        waiting.clear()
-        progress(split, written)
-
-    for sample in samples:
-        waiting.append(sample)
-        num_bytes += len(sample.image)
-        if len(waiting) >= SHARD_SAMPLES or num_bytes >= SHARD_BYTES:
-            flush()
-    if waiting:
-        flush()
-    return paths
+def _entry(file: str, made: Made) -> ShardEntry:
+    return {
+        "file": file,
+        "bytes": made.bytes,
+        "sha256": made.sha256,
+        "samples": len(made.samples),
+    }
 
 
-def _fingerprint(
-    files: dict[str, list[Path]], listed: dict[str, list[list[Listed]]], source: Source
-) -> str:
+def _line(note: Note) -> str:
+    # A name may hold anything, a line of the list one name.
+    name, text = (
+        part.encode("unicode_escape").decode() if not part.isprintable() else part for part in note
+    )
+    return f"{name}\t{text}\n"
+
+
+def _image_size(source: Source, options: ImageOptions) -> int:
+    side = max(1, source.image_size - 2 * options.crop_border)
+    return side if options.resize is None else min(side, options.resize)
+
+
+def _layout(made: dict[str, Made]) -> str:
+    """Stands for the sequence of samples and how shards cut it."""
+    digest = hashlib.sha256()
+    for part in made.values():
+        digest.update("".join(f"{sample.listed.key}\n" for sample in part.samples).encode())
+        digest.update(b"\n")  # no key is empty
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(made_of: dict[str, dict[str, Made]], classes: list[str]) -> str:
     """Hash over (split, key, SHA-256 of the image, labels), sorted: shards may be cut anew."""
-    rows: list[str] = []
-    for split, paths in files.items():
-        for path, part in zip(paths, listed[split], strict=True):
-            with open(path, "rb") as file:
-                for sample in part:
-                    image = os.pread(file.fileno(), sample.size, sample.offset)
-                    content = hashlib.sha256(image).hexdigest()
-                    label = "" if sample.cls is None else sample.cls
-                    if label.isdecimal() and int(label) < len(source.classes):
-                        label = source.classes[int(label)]
-                    tags = " ".join(sorted(sample.hashtags))
-                    rows.append(f"{split}\t{sample.key}\t{content}\t{label}\t{tags}\n")
-    return "packed-" + hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()[:16]
+    rows = sorted(
+        f"{split}\t{_row(sample, classes)}\n"
+        for split, parts in made_of.items()
+        for part in parts.values()
+        for sample in part.samples
+    )
+    return "packed-" + hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
+
+
+def _row(sample: Packed, classes: list[str]) -> str:
+    listed = sample.listed
+    ids = listed.classes if listed.cls is None else (listed.cls,)
+    label = ",".join(classes[int(class_id)] for class_id in ids)
+    tags = " ".join(sorted(listed.hashtags))
+    extra = f"\t{sample.extra}" if sample.extra else ""
+    return f"{listed.key}\t{sample.content}\t{label}\t{tags}{extra}"
