@@ -111,10 +111,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 def _header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
-    try:
-        return info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
-    except ValueError:  # a name of more than 100 bytes that has no "/" in the right place
-        return info.tobuf(tarfile.PAX_FORMAT, "utf-8")
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8")
 
 
 def walk_tar(path: Path) -> Iterator[Member]:

@@ -1,0 +1,233 @@
+"""Packing that was killed, starved of disk or split among processes ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.data.pack import pack
+from harness.errors import DataError, UserError
+
+NUM = 240
+# Packs with small shards; the first argument is the source, then out and the number of processes.
+SCRIPT = """
+import sys
+from pathlib import Path
+from harness.data import pack
+pack.SHARD_SAMPLES = 20
+if __name__ == "__main__":
+    pack.pack(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3]), say=print)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes, some of them odd."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for row in range(NUM):
+        path = folder / "train" / f"c{row % 2}" / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+        (image.convert("P") if row % 7 == 0 else image).save(path)
+        if row % 11 == 0:
+            path.write_bytes(path.read_bytes()[:100])
+    (folder / "train" / "c0" / "script.py").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "packs.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the files of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.data.pack.SHARD_SAMPLES", 20)
+        report = pack(str(source), out, workers=1)
+    assert len(report.meta.shards["train"]) == NUM // 20
+    assert len(report.refused) == 1 + len(range(0, NUM, 11))
+    assert report.meta.splits == {"train": NUM - len(range(0, NUM, 11))}
+    return digests(out)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def start(script: Path, source: Path, out: Path, workers: int = 1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(script), str(source), str(out), str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_processes_does_not_show(
+    script: Path, source: Path, expected: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    process = start(script, source, tmp_path / "out", workers)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert digests(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def shards_done(folder: Path) -> int:
+    return len(list((folder / ".out.partial" / "done").rglob("*.json")))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    script: Path, source: Path, expected: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    process = start(script, source, tmp_path / "out", workers)
+    while shards_done(tmp_path) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = shards_done(tmp_path)
+    assert 3 <= kept < NUM // 20 and not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial" / "set"
+    times = {path: path.stat().st_mtime_ns for path in partial.rglob("*.tar")}
+    # Torn files of a crash of the machine are made again, too.
+    torn = min(times)
+    torn.write_bytes(torn.read_bytes()[:-512])
+    del times[torn]
+    again = start(script, source, tmp_path / "out", workers)
+    stdout, stderr = again.communicate()
+    assert again.returncode == 0, stderr
+    assert "going on where an earlier run stopped" in stdout
+    assert digests(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for path, changed in times.items():  # the finished shards are those of the first run
+        now = tmp_path / "out" / path.relative_to(partial)
+        assert now.stat().st_mtime_ns == changed
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_leave_the_same_bytes(
+    script: Path, source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    start(script, source, tmp_path / "whole").communicate()
+    usual_s = time.monotonic() - started
+    rng = random.Random(0)
+    for trial in range(12):
+        out = tmp_path / str(trial) / "out"
+        for _ in range(3):
+            process = start(script, source, out, rng.choice([1, 2]))
+            time.sleep(rng.uniform(0.2, 1.1) * usual_s)
+            process.kill()
+            process.communicate()
+        if not out.exists():
+            last = start(script, source, out)
+            _, stderr = last.communicate()
+            assert last.returncode == 0, stderr
+        assert digests(out) == expected
+    # Nobody lives on without its parent.
+    time.sleep(1)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert str(script).encode() not in path.read_bytes()
+        except OSError:
+            continue
+
+
+def test_another_source_or_other_options_start_over(
+    script: Path, source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    process = start(script, source, tmp_path / "out")
+    while shards_done(tmp_path) < 2 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    image = source / "train" / "c1" / "3.png"
+    before = os.stat(image)
+    try:
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        lines: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("harness.data.pack.SHARD_SAMPLES", 20)
+            pack(str(source), tmp_path / "out", say=lines.append)
+    finally:
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(lines) == 1 and lines[0].startswith("starting over: the source or the options")
+    assert digests(tmp_path / "out") == expected
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
+    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.data.pack.SHARD_SAMPLES", 20)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Larger than one shard, smaller than the largest: some palettes become whole pictures.
+    sizes = sorted((path.stat().st_size for path in source.rglob("*.png")), reverse=True)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sum(sizes[:5]), before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: File too large") as error:
+            pack(str(source), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    pack(str(source), tmp_path / "out")
+    assert digests(tmp_path / "out") == expected
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import harness.data.pack_shard as shard
+
+    def changed(task: shard.Task, item: shard.Item) -> bytes:
+        return read(task, item._replace(size=item.size + 1))
+
+    read = shard._read
+    monkeypatch.setattr(shard, "_read", changed)
+    with pytest.raises(DataError, match=r"png: byte offset 0: changed while it was being packed"):
+        pack(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_write_the_same_set(source: Path, tmp_path: Path) -> None:
+    from harness.ledger.lease import Lease
+
+    lease = Lease.acquire(tmp_path / ".out.lock")
+    with pytest.raises(UserError, match=r"out: another process is packing to it"):
+        pack(str(source), tmp_path / "out")
+    lease.release()
+    pack(str(source), tmp_path / "out")
+
+
+def test_a_set_of_which_nothing_could_be_packed_is_an_error(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "x.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image could be packed; the first of 2 refused: a/x"):
+        pack(str(tmp_path / "src"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
