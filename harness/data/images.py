@@ -102,10 +102,11 @@ def store_image(
         raise Refusal("empty file")
     try:
         # Pillow warns of sizes that this module refuses, and of odd metadata it copes with.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(raw), formats=_READABLE) as picture:
-                return _store(raw, picture, options, annotated)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(raw), formats=_READABLE) as picture,
+        ):
+            return _store(raw, picture, options, annotated)
     except Image.UnidentifiedImageError:
         raise Refusal("not an image, or of no known type") from None
     except Image.DecompressionBombError:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from harness.data.dataset import open_dataset
 from harness.data.pack import pack
@@ -142,7 +145,7 @@ def test_shards_of_stock_webdataset_are_read(tmp_path: Path, labels: str) -> Non
     images = RNG.integers(0, 256, (30, 10, 10, 3), dtype=np.uint8)
     for split, rows in (("train", range(0, 20)), ("test", range(20, 30))):
         (tmp_path / "src").mkdir(exist_ok=True)
-        with webdataset.TarWriter(str(tmp_path / "src" / f"{split}-0.tar")) as writer:
+        with TarWriter(str(tmp_path / "src" / f"{split}-0.tar")) as writer:
             for row in rows:
                 label = {
                     "json": {"json": {"hashtags": [f"#t{row % 3}", "#all"]}},
@@ -237,10 +240,77 @@ def test_a_missing_source_is_not_found(tmp_path: Path) -> None:
 def test_a_shard_that_is_cut_short_is_refused_with_its_offset(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     path = tmp_path / "src" / "train-0.tar"
-    with webdataset.TarWriter(str(path)) as writer:
+    with TarWriter(str(path)) as writer:
         for row in range(5):
             image = RNG.integers(0, 256, (10, 10, 3), dtype=np.uint8)
             writer.write({"__key__": f"s{row}", "png": image, "cls": row})
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"train-0\.tar: byte offset \d+: "):
         pack(str(tmp_path / "src"), tmp_path / "out")
+
+
+def test_packing_a_packed_set_changes_nothing(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        for place in range(6):
+            save(tmp_path / "src" / name / f"{place}.png", (8, 8))
+    once = pack(str(tmp_path / "src"), tmp_path / "once").meta
+    twice = pack(str(tmp_path / "once"), tmp_path / "twice").meta
+    assert twice.classes == ["ant", "bee"] and twice.fingerprint == once.fingerprint
+    for entries in once.shards.values():
+        for entry in entries:
+            file = str(entry["file"])
+            raw = (tmp_path / "once" / file).read_bytes()
+            assert raw == (tmp_path / "twice" / file).read_bytes()
+
+
+def test_all_that_is_in_a_tar_is_packed_or_listed(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    image = RNG.integers(0, 256, (10, 10, 3), dtype=np.uint8)
+    for name in ("00000", "00001"):
+        with TarWriter(str(tmp_path / "src" / f"{name}.tar")) as writer:
+            writer.write({"__key__": "a", "png": image, "txt": "a dog", "json": {"width": 10}})
+            writer.write({"__key__": "b", "npy": image, "txt": "no image"})
+            writer.write({"__key__": "c", "jpg": b"broken", "cls": 0})
+            writer.write({"__key__": "d", "png": image, "seg.png": image, "json": b"{torn"})
+            writer.write({"__key__": "e", "png": image, "cls": 1, "npy": image})
+    (tmp_path / "src" / "00002.tar.gz").write_bytes(b"packed")
+    report = pack(str(tmp_path / "src"), tmp_path / "out", split="train")
+    # Both tars number their samples alike.
+    split = open_dataset(str(tmp_path / "out"), tmp_path).split("train")
+    assert set(split.keys) == {"a", "a~2", "e", "e~2"}
+    reasons = [note.text for note in report.refused]
+    assert reasons.count("no image") == 2 and len(reasons) == 6
+    assert sum("is not a label" in reason for reason in reasons) == 2
+    assert sum("not an image" in reason for reason in reasons) == 2
+    left_out = {note.name: note.text for note in report.left_out}
+    assert left_out["00002.tar.gz"].startswith("not a tar file")
+    assert left_out["00000.tar: 2 members"].startswith("'.npy'")
+    urls = [str(path) for path in (tmp_path / "out").rglob("*.tar")]
+    kept = {s["__key__"]: s for s in WebDataset(urls, shardshuffle=False)}
+    assert json.loads(kept["a"]["json"]) == {
+        "hashtags": ["a", "dog"],
+        "width": 10,
+        "caption": "a dog",
+    }
+
+
+def test_names_that_are_no_text_links_and_hidden_files_are_listed(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    save(src / "a" / "x.png")
+    (src / "a" / ".DS_Store").write_bytes(b"x")
+    (src / "a" / "gone.png").symlink_to("nowhere.png")
+    (src / "a" / "loop").symlink_to("..")
+    (src / "b").symlink_to("a")
+    os.mkfifo(src / "a" / "pipe.png")
+    with open(os.fsencode(src / "a") + b"/\xff.png", "wb") as file:
+        file.write(b"x")
+    report = pack(str(src), tmp_path / "out", split="train")
+    assert report.meta.classes == ["a", "b"] and report.meta.splits == {"train": 2}
+    reasons = {note.name: note.text for note in report.refused}
+    for name in ("a", "b"):
+        assert reasons[f"{name}/gone.png"] == "a broken link"
+        assert reasons[f"{name}/pipe.png"] == "not a regular file"
+        assert reasons[f"{name}/loop"] == "a link to a folder it lies in"
+    assert len(reasons) == 8
+    assert (tmp_path / "out" / "refused.txt").read_text().count("the name is not UTF-8") == 2
+    assert {note.name for note in report.left_out} == {"a/.DS_Store", "b/.DS_Store"}

@@ -8,7 +8,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from harness.data.shards import Sample, list_shard, walk_tar, write_shard
 from harness.errors import DataError
@@ -32,7 +33,7 @@ def test_shards_have_the_bytes_that_webdataset_writes(tmp_path: Path) -> None:
     write_shard(tmp_path / "ours.tar", samples())
     with (
         open(tmp_path / "theirs.tar", "wb") as file,
-        webdataset.TarWriter(
+        TarWriter(
             file, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
         ) as writer,
     ):
@@ -67,7 +68,7 @@ def test_names_too_long_for_plain_tars_are_read_back_by_webdataset(tmp_path: Pat
     write_shard(tmp_path / "a.tar", [Sample(key=key, image=b"1", image_type="png", class_id=3)])
     (found,) = list_shard(tmp_path / "a.tar")
     assert found.key == key and found.start == 0
-    (read,) = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    (read,) = WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
     assert read["__key__"] == key and read["png"] == b"1" and read["cls"] == b"3"
 
 

@@ -18,8 +18,8 @@ from harness.data.sources.coco import (
 )
 from harness.data.sources.folders import food101_place, read_food101, read_image_folder
 from harness.data.sources.imagenet import (
-    imagenet_place,
     imagenet_v2_place,
+    is_imagenet,
     objectnet_place,
     read_imagenet,
     read_imagenet_v2,
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
 
 PUBLISHED: dict[str, Layout] = {
-    "imagenet-1k": Layout(lambda folder: imagenet_place(folder) is not None, read_imagenet),
+    "imagenet-1k": Layout(is_imagenet, read_imagenet),
     "imagenet-real": Layout(lambda folder: (folder / "real.json").is_file(), read_real),
     "imagenet-v2": Layout(imagenet_v2_place, read_imagenet_v2),
     "objectnet": Layout(objectnet_place, read_objectnet),

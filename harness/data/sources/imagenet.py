@@ -47,6 +47,14 @@ def imagenet_place(folder: Path) -> str | None:
     return None
 
 
+def is_imagenet(folder: Path) -> bool:
+    """Whether this is ImageNet, and not its validation images kept for ReaL alone."""
+    place = imagenet_place(folder)
+    if place is None:
+        return False
+    return (folder / place / "train").is_dir() or not (folder / "real.json").is_file()
+
+
 def read_imagenet(folder: Path) -> Source:
     """ILSVRC 2012: train/<wnid>/, and val/ with such folders or flat with its ground truth.
 

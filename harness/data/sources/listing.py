@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,7 +224,7 @@ def usual_side(source: Source, items: Iterable[Item]) -> int:
                 file.seek(max(item.offset, 0))
                 # Image.open goes back to the start of a file.
                 part = file if item.offset == WHOLE else io.BytesIO(file.read(item.size))
-                with Image.open(part) as picture:
+                with warnings.catch_warnings(action="ignore"), Image.open(part) as picture:
                     sides.append(min(picture.size))
         except Exception:
             continue  # refused with its reason when its turn comes

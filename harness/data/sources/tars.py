@@ -64,8 +64,7 @@ def read_webdataset(folder: Path, split: str | None = None) -> Source:
             f"{folder}: its shards name their splits ({', '.join(by_split)}): no --split"
         )
     everything = [found for part in by_split.values() for found in part]
-    source.classes = _classes(source, everything)
-    place = {name: k for k, name in enumerate(source.classes)}
+    source.classes, place = _classes(source, everything)
     held_out = ("train", "test") if source.classes else ("pretrain", "val")
     for to, part in by_split.items():
         for item, cls, names in part:
@@ -139,15 +138,20 @@ def _item(tar: str, stamp: int, key: str, media: Member, labels: Labels) -> Item
     )
 
 
-def _classes(source: Source, found: list[_Found]) -> list[str]:
-    """Names of the classes: those found, or numbers up to the largest, or those of a packed set."""
+def _classes(source: Source, found: list[_Found]) -> tuple[list[str], dict[str, int]]:
+    """Names of the classes, and the place among them of each that was found.
+
+    Names are those found, in order; of numbers they are all up to the largest, or, in a set that
+    was packed before, what its dataset.json calls them.
+    """
     names = {cls for _, cls, _ in found if cls is not None}
     names |= {name for _, _, several in found for name in several}
     if not all(name.isdecimal() for name in names):
-        return sorted(names)
-    largest = max(map(int, names), default=-1)
+        return sorted(names), {name: k for k, name in enumerate(sorted(names))}
+    place = {name: int(name) for name in names}
+    largest = max(place.values(), default=-1)
     if (source.base / "dataset.json").is_file():
         known = read_json_file(source.base / "dataset.json", dict).get("classes")
         if isinstance(known, list) and largest < len(known):
-            return [str(name) for name in known]
-    return [str(k) for k in range(largest + 1)]
+            return [str(name) for name in known], place
+    return [str(k) for k in range(largest + 1)], place

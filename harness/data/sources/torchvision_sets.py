@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.data.sources.arrays import array_items, read_idx
+from harness.data.sources.folders import read_food101
 from harness.data.sources.listing import (
     Source,
     all_items,
@@ -46,12 +48,18 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
     "USPS": _TRAIN_TEST,
 }
 """What to pass for each of our splits; "" where the set has none and is split by key."""
-_IDX = ("MNIST", "FashionMNIST", "KMNIST")
+_OWN: dict[str, Callable[[Path], Source]] = {
+    "Food101": read_food101,
+    "MNIST": lambda folder: read_idx(folder / "MNIST"),
+    "FashionMNIST": lambda folder: read_idx(folder / "FashionMNIST"),
+    "KMNIST": lambda folder: read_idx(folder / "KMNIST"),
+}
+"""Sets that have readers of their own."""
 
 
 def known_sets() -> list[str]:
     """Names that `torchvision:NAME` takes."""
-    return sorted((*SETS, *_IDX))
+    return sorted((*SETS, *_OWN))
 
 
 def read_torchvision(folder: Path, name: str) -> Source:
@@ -60,11 +68,12 @@ def read_torchvision(folder: Path, name: str) -> Source:
     Raises UserError if the name is unknown or torchvision finds the files absent or damaged.
     """
     if name not in known_sets():
-        near = difflib.get_close_matches(name, known_sets(), n=1, cutoff=0.5)
-        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
-        raise UserError(f"torchvision:{name}: unknown{hint} known: {', '.join(known_sets())}")
-    if name in _IDX:
-        return read_idx(folder / name)
+        by_lower = {known.lower(): known for known in known_sets()}
+        near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+        hint = f"did you mean torchvision:{by_lower[near[0]]}? " if near else ""
+        raise UserError(f"torchvision:{name}: unknown; {hint}known: {', '.join(known_sets())}")
+    if name in _OWN:
+        return _OWN[name](folder)
     from torchvision import datasets  # imports torch, and is only needed here
 
     source = Source(f"torchvision:{name}", folder)
