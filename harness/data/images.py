@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -250,23 +249,20 @@ def _mp4_problem(raw: bytes) -> str | None:
     if raw[4:8] != b"ftyp":
         return "not an mp4: it does not begin with 'ftyp'"
     names = set()
-    for name, stop in _boxes(raw):
-        names.add(name)
-        if stop > len(raw):
-            return f"cut short: {len(raw)} of at least {stop} bytes"
-    return None if b"moov" in names else "cut short or damaged: an mp4 without 'moov'"
-
-
-def _boxes(raw: bytes) -> Iterator[tuple[bytes, int]]:
     start = 0
     while start + 8 <= len(raw):
         size, name = struct.unpack(">I4s", raw[start : start + 8])
         if size == 1 and start + 16 <= len(raw):
             size = struct.unpack(">Q", raw[start + 8 : start + 16])[0]
-        elif size == 0:
+        elif size == 0:  # the last one
             size = len(raw) - start
-        start += max(size, 8)
-        yield name, start
+        if size < 8:
+            return f"damaged: a box of {size} bytes at byte {start}"
+        names.add(name)
+        start += size
+    if start > len(raw):
+        return f"cut short: {len(raw)} of at least {start} bytes"
+    return None if b"moov" in names else "cut short or damaged: an mp4 without 'moov'"
 
 
 def _webm_problem(raw: bytes) -> str | None:

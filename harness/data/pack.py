@@ -14,9 +14,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import PIL
 from safetensors import SafetensorError
 
@@ -27,7 +29,7 @@ from harness.data.pack_pool import make_all
 from harness.data.pack_shard import Made, Packed, Task, read_made
 from harness.data.shards import split_name
 from harness.data.sources import find_source
-from harness.data.sources.listing import SPLITS, Item, Note, Source
+from harness.data.sources.listing import SPLITS, Item, Note, Source, is_utf8
 from harness.errors import UserError
 from harness.ledger.files import read_json, write_bytes, write_json
 from harness.ledger.lease import Lease, LeaseHeldError
@@ -38,6 +40,7 @@ SHARD_BYTES = 256 << 20
 """Of the source's files: what they become is not known when shards are cut."""
 _PARALLEL_BYTES = 64 << 20
 """Sources from which further processes pay for their start."""
+_LEASE = "lease"
 _VERSION = 1
 """Of what packing does; another one does not go on where this one stopped."""
 Progress = Callable[[int, int], None]
@@ -76,10 +79,9 @@ class PackReport:
                 f" {self.folder / 'left_out.txt'}"
             )
         if self.refused:
-            first = self.refused[0]
             lines.append(
-                f"{len(self.refused)} refused, listed in {self.folder / 'refused.txt'};"
-                f" the first: {first.name}: {first.text}"
+                f"warning: {len(self.refused)} refused, listed in {self.folder / 'refused.txt'};"
+                f" the first: {_said(self.refused[0])}"
             )
         return "\n".join(lines)
 
@@ -105,15 +107,19 @@ def pack(
         raise UserError(f"--split {split}: unknown; known: {', '.join(SPLITS)}")
     work = out.with_name(f".{out.name}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if out.is_dir() and not (work / "set").exists():
+        if work.exists() and not (work / "set").exists():
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed after its last step
         raise UserError(f"{out}: exists and is not empty; choose another --out or remove it")
     source = find_source(src, layout, split)
     options = ImageOptions() if options is None else options
     plan = _Plan(source, options, work)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lease = Lease.acquire(out.with_name(f".{out.name}.lock"))
+        work.mkdir(parents=True, exist_ok=True)
+        lease = Lease.acquire(work / _LEASE)
+    except OSError as error:
+        raise UserError(
+            f"{work}: cannot be written ({error.strerror}); chmod or free space"
+        ) from None
     except LeaseHeldError as error:
         raise UserError(f"{out}: another process is packing to it ({error})") from None
     lease.start_beating()
@@ -122,6 +128,9 @@ def pack(
         report = _pack(plan, work, out, workers, progress or (lambda done, total: None))
     finally:
         lease.release()
+        with suppress(OSError):
+            work.rmdir()  # which fails if there is something to go on with
+    shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -164,7 +173,7 @@ class _Plan:
             digest.update(f"{part}\n".encode())
         for split, pixels in source.arrays.items():
             digest.update(f"{split} {pixels.shape}\n".encode())
-            digest.update(pixels.tobytes())
+            digest.update(np.ascontiguousarray(pixels).data)
         for file, items in self.shards.items():
             digest.update(f"{file}\n".encode())
             for item in items:
@@ -184,6 +193,9 @@ def _valid(source: Source, items: list[Item]) -> list[Item]:
             key = f"{item.key}~{number}"
         if split_name(f"{key}.x") != (key, "x") or key.startswith("/") or "\0" in key:
             source.refuse(item.name, f"'{key}' cannot be a key: it needs a name after its last '/'")
+            continue
+        if not is_utf8(f"{key}{item.hashtags}{item.fields}"):
+            source.refuse(item.name, "its key or labels are not UTF-8")
             continue
         known.add(key)
         num_renamed += number > 1
@@ -217,11 +229,18 @@ def _prepare(work: Path, plan: _Plan, say: Callable[[str], None]) -> None:
         say(f"going on where an earlier run stopped ({work})")
         shutil.rmtree(work / "tmp", ignore_errors=True)
         return
-    if work.exists():
+    if file.exists():
         say(f"starting over: the source or the options changed since {work} was begun")
-        shutil.rmtree(work)
-    work.mkdir()
+    _clear(work)
     write_json(file, {"schema": 1, "plan": plan.digest})
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif _LEASE not in path.name:
+            path.unlink()
 
 
 def _pack(
@@ -242,7 +261,6 @@ def _pack(
             f"{out}: cannot be written ({error}); free space or chmod, then run the same command"
             " again: finished shards are kept"
         ) from None
-    shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -254,10 +272,10 @@ def _finish(plan: _Plan, work: Path, out: Path) -> PackReport:
         split: {file: part for file, part in made.items() if file.split("/")[0] == split}
         for split in source.splits
     }
-    refused = sorted({*source.refused, *(note for part in made.values() for note in part.refused)})
+    refused = sorted(source.refused + [note for part in made.values() for note in part.refused])
     if not any(part.samples for part in made.values()):
-        shutil.rmtree(work)
-        first = f"; the first of {len(refused)} refused: {': '.join(refused[0])}" if refused else ""
+        _clear(work)
+        first = f"; the first of {len(refused)} refused: {_said(refused[0])}" if refused else ""
         raise UserError(f"no image could be packed{first}")
     for path in folder.rglob("*"):  # of a run that was killed while it finished
         if path.is_file() and path.relative_to(folder).as_posix() not in made:
@@ -311,11 +329,14 @@ def _entry(file: str, made: Made) -> ShardEntry:
 
 
 def _line(note: Note) -> str:
-    # A name may hold anything, a line of the list one name.
-    name, text = (
-        part.encode("unicode_escape").decode() if not part.isprintable() else part for part in note
+    return f"{_said(note, between=chr(9))}\n"
+
+
+def _said(note: Note, between: str = ": ") -> str:
+    # A name may hold anything, line ends and what is no text included.
+    return between.join(
+        part if part.isprintable() else part.encode("unicode_escape").decode() for part in note
     )
-    return f"{name}\t{text}\n"
 
 
 def _image_size(source: Source, options: ImageOptions) -> int:
@@ -345,7 +366,7 @@ def _fingerprint(made_of: dict[str, dict[str, Made]], classes: list[str]) -> str
 
 def _row(sample: Packed, classes: list[str]) -> str:
     listed = sample.listed
-    ids = listed.classes if listed.cls is None else (listed.cls,)
+    ids = listed.classes if listed.cls is None else (listed.cls, *listed.classes)
     label = ",".join(classes[int(class_id)] for class_id in ids)
     tags = " ".join(sorted(listed.hashtags))
     extra = f"\t{sample.extra}" if sample.extra else ""

@@ -520,6 +520,65 @@ def test_torchvision_sets_of_files_keep_them(tmp_path: Path) -> None:
     assert read.classes("test") == {"oxford-iiit-pet/images/beagle_7_jpg": "Beagle"}
 
 
+def dtd(root: Path) -> dict[str, dict[str, str]]:
+    found = {}
+    for split, name in (("train", "dots_1"), ("val", "lace_2"), ("test", "dots_3")):
+        folder = name.split("_")[0]
+        image(root / "dtd" / "dtd" / "images" / folder / f"{name}.jpg")
+        text(root / "dtd" / "dtd" / "labels" / f"{split}1.txt", f"{folder}/{name}.jpg")
+        found[split] = {f"dtd/dtd/images/{folder}/{name}_jpg": folder}
+    # torchvision numbers the classes of each split on its own.
+    for split in found:
+        for name in ("dots_8", "lace_9"):
+            folder, name = name[:4], f"{name}{split}"
+            image(root / "dtd" / "dtd" / "images" / folder / f"{name}.jpg")
+            with open(root / "dtd" / "dtd" / "labels" / f"{split}1.txt", "a") as file:
+                file.write(f"{folder}/{name}.jpg\n")
+            found[split][f"dtd/dtd/images/{folder}/{name}_jpg"] = folder
+    return found
+
+
+def gtsrb(root: Path) -> dict[str, dict[str, str]]:
+    base = root / "gtsrb" / "GTSRB"
+    for class_id in (0, 1):
+        image(base / "Training" / f"{class_id:05d}" / "00000_00000.ppm")
+    image(base / "Final_Test" / "Images" / "00000.ppm")
+    header = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
+    text(root / "gtsrb" / "GT-final_test.csv", header, "00000.ppm;24;20;1;1;2;2;1")
+    return {
+        "train": {f"gtsrb/GTSRB/Training/{k:05d}/00000_00000_ppm": str(k) for k in (0, 1)},
+        "test": {"gtsrb/GTSRB/Final_Test/Images/00000_ppm": "1"},
+    }
+
+
+def country211(root: Path) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
+        for name in ("AD", "ZW"):
+            image(root / "country211" / folder / name / "1.jpg")
+            found.setdefault(split, {})[f"country211/{folder}/{name}/1_jpg"] = name
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("DTD", dtd), ("GTSRB", gtsrb), ("Country211", country211)]
+)
+def test_torchvision_sets_have_their_own_splits(
+    tmp_path: Path, name: str, make: Callable[[Path], dict[str, dict[str, str]]]
+) -> None:
+    expected = make(tmp_path / "src")
+    read = Read(tmp_path / "src", tmp_path, layout=f"torchvision:{name}")
+    assert {split: read.classes(split) for split in read.meta.splits} == expected
+
+
+def test_torchvision_sets_without_splits_are_split_by_key(tmp_path: Path) -> None:
+    for number in range(40):
+        image(tmp_path / "src/eurosat/2750" / ("Forest", "River")[number % 2] / f"{number}.jpg")
+    read = Read(tmp_path / "src", tmp_path, layout="torchvision:EuroSAT")
+    assert read.meta.classes == ["Forest", "River"]
+    assert sum(read.meta.splits.values()) == 40 and 1 <= read.meta.splits["test"] <= 20
+
+
 def test_torchvision_sets_of_pixels_are_stored_as_png(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,21 @@ def test_what_cannot_be_packed_is_listed_and_the_rest_is_packed(
     assert len(refused) == 10
 
 
+def test_text_that_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"path": "images/0.jpg", "caption": "fine", "key": None},
+        {"path": "images/1.jpg", "caption": "\ud800", "key": None},
+        {"path": "images/2.jpg", "caption": "", "key": "\udfff"},
+    ]
+    read = Read(write(folder / "m.jsonl", rows), tmp_path)
+    assert sum(read.meta.splits.values()) == 1
+    reason = "its key or labels are not UTF-8"
+    assert read.notes("refused") == {"images/1.jpg": reason, "images/2.jpg": reason}
+    rows = [{"path": "images/0.jpg", "class": "\ud800"}]
+    with pytest.raises(UserError, match="is not UTF-8; rename it"):
+        Read(write(folder / "m.jsonl", rows), tmp_path / "b")
+
+
 def test_images_without_any_label_are_for_pretraining(folder: Path, tmp_path: Path) -> None:
     rows = [{"path": row["path"]} for row in ROWS]
     read = Read(write(folder / "m.csv", rows), tmp_path)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,27 @@ def test_all_that_is_in_a_tar_is_packed_or_listed(tmp_path: Path) -> None:
         "width": 10,
         "caption": "a dog",
     }
+
+
+def test_tars_with_names_or_labels_that_are_no_text_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    image = save(tmp_path / "x.png")
+    with tarfile.open(tmp_path / "src" / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in (
+            ("good.png", image),
+            ("b\udcff.png", image),
+            ("c.png", image),
+            ("c.json", b'{"caption": "\\ud800"}'),
+            ("README", b"no sample"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    report = pack(str(tmp_path / "src"), tmp_path / "out", split="train")
+    assert report.meta.splits == {"train": 1} and len(report.refused) == 2
+    assert {note.text for note in report.refused} == {"its key or labels are not UTF-8"}
+    assert [note.name for note in report.left_out] == ["a.tar: README"]
+    assert "b\\udcff" in (tmp_path / "out" / "refused.txt").read_text()
 
 
 def test_names_that_are_no_text_links_and_hidden_files_are_listed(tmp_path: Path) -> None:

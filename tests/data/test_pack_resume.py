@@ -111,7 +111,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     kept = shards_done(tmp_path)
     assert 3 <= kept < NUM // 20 and not (tmp_path / "out").exists()
     partial = tmp_path / ".out.partial" / "set"
-    times = {path: path.stat().st_mtime_ns for path in partial.rglob("*.tar")}
+    done = tmp_path / ".out.partial" / "done"
+    times = {
+        path: path.stat().st_mtime_ns
+        for path in partial.rglob("*.tar")
+        if (done / f"{path.relative_to(partial)}.json").exists()
+    }
     # Torn files of a crash of the machine are made again, too.
     torn = min(times)
     torn.write_bytes(torn.read_bytes()[:-512])
@@ -217,7 +222,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
 def test_two_runs_do_not_write_the_same_set(source: Path, tmp_path: Path) -> None:
     from harness.ledger.lease import Lease
 
-    lease = Lease.acquire(tmp_path / ".out.lock")
+    lease = Lease.acquire(tmp_path / ".out.partial" / "lease")
     with pytest.raises(UserError, match=r"out: another process is packing to it"):
         pack(str(source), tmp_path / "out")
     lease.release()

@@ -26,7 +26,7 @@ from harness.data.sources.imagenet import (
     read_objectnet,
     read_real,
 )
-from harness.data.sources.listing import SPLITS, Source
+from harness.data.sources.listing import SPLITS, Source, is_utf8
 from harness.data.sources.manifest import SUFFIXES, read_manifest
 from harness.data.sources.tars import has_tars, read_webdataset
 from harness.data.sources.torchvision_sets import read_torchvision
@@ -77,6 +77,17 @@ def find_source(src: str, layout: str = "auto", split: str | None = None) -> Sou
     UserError that say what is accepted.
     """
     _check_layout(layout)
+    source = _read(src, layout, split)
+    source.splits = {name: source.splits[name] for name in SPLITS if name in source.splits}
+    odd = [name for name in source.classes if not is_utf8(name)]
+    if odd:
+        raise UserError(f"{src}: the class {odd[0]!r} is not UTF-8; rename it")
+    if not source.splits and not source.refused:
+        raise UserError(f"{src}: nothing to pack was found in it; {ACCEPTED}")
+    return source
+
+
+def _read(src: str, layout: str, split: str | None) -> Source:
     if src == "digits" and layout == "auto" and not Path(src).exists():
         return _without_split("digits", split, read_digits)
     path = Path(src).expanduser()
@@ -90,20 +101,15 @@ def find_source(src: str, layout: str = "auto", split: str | None = None) -> Sou
     if layout == "auto":
         layout = _fitting(path)
     if layout == "image-folder":
-        source = read_image_folder(path, split)
-    elif layout == "webdataset":
-        source = read_webdataset(path, split)
-    elif layout == "idx":
-        source = _without_split(layout, split, lambda: read_idx(path))
-    elif layout.startswith(TORCHVISION):
+        return read_image_folder(path, split)
+    if layout == "webdataset":
+        return read_webdataset(path, split)
+    if layout == "idx":
+        return _without_split(layout, split, lambda: read_idx(path))
+    if layout.startswith(TORCHVISION):
         name = layout.removeprefix(TORCHVISION)
-        source = _without_split(layout, split, lambda: read_torchvision(path, name))
-    else:
-        source = _without_split(layout, split, lambda: PUBLISHED[layout].read(path))
-    source.splits = {name: source.splits[name] for name in SPLITS if name in source.splits}
-    if not source.splits and not source.refused:
-        raise UserError(f"{path}: nothing to pack was found in it; {ACCEPTED}")
-    return source
+        return _without_split(layout, split, lambda: read_torchvision(path, name))
+    return _without_split(layout, split, lambda: PUBLISHED[layout].read(path))
 
 
 def _check_layout(layout: str) -> None:

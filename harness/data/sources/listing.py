@@ -133,22 +133,22 @@ def walk(source: Source, under: str = "") -> list[File]:
             name = f"{place}/{entry.name}" if place else entry.name
             if entry.name.startswith("."):
                 source.leave_out(name, "hidden")
-            elif not _is_utf8(name):
+            elif not is_utf8(name):
                 source.refuse(name, "the name is not UTF-8: rename it")
             elif entry.is_dir():
                 waiting.append((name, parents | {identity}))
-            elif not entry.is_file():
+            elif (file := find_file(source, name)) is not None:
+                found.append(file)
+            else:
                 what = "a broken link" if entry.is_symlink() else "not a regular file"
                 source.refuse(name, what)
-            else:
-                status = entry.stat()
-                found.append(File(name, status.st_size, status.st_mtime_ns))
     return sorted(found)
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; names of files and JSON may hold what cannot."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -206,12 +206,17 @@ def key_of(name: str) -> str:
 
 def is_test(key: str) -> bool:
     """Whether a sample of a source without splits is one to test with, by its key alone."""
-    return key_hash(key) % TEST_SHARE == 0
+    return _any_hash(key) % TEST_SHARE == 0
 
 
 def is_val(key: str) -> bool:
     """Whether a sample of a manifest without splits is held out, by its key alone."""
-    return key_hash(key) % VAL_SHARE == 0
+    return _any_hash(key) % VAL_SHARE == 0
+
+
+def _any_hash(key: str) -> int:
+    # A key that is not UTF-8 is refused, but later.
+    return key_hash(key if is_utf8(key) else "")
 
 
 def usual_side(source: Source, items: Iterable[Item]) -> int:

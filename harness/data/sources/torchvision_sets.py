@@ -101,7 +101,7 @@ def _add(source: Source, made: Any, split: str) -> None:
         array_items(source, split, keys, np.ascontiguousarray(pixels), labels)
         source.image_size = pixels.shape[1]
         return
-    for path, label in _paths_and_labels(made):
+    for path, label in sorted(_paths_and_labels(made), key=lambda pair: str(pair[0])):
         name = Path(os.path.relpath(path, source.base)).as_posix()
         file = find_file(source, name)
         if file is None:
