@@ -84,10 +84,11 @@ class Stored:
     size: tuple[int, int]
     """Width and height; (0, 0) of a video."""
     changes: tuple[str, ...] = ()
-    """What was done to it, in order; nothing if these are the file's own bytes."""
+    """What had to be done to it, in order."""
+    asked: tuple[str, ...] = ()
+    """What was done because the options say so; without either these are the file's own bytes."""
     scale: tuple[float, float] = (1.0, 1.0)
     """New width and height by the old ones."""
-    cropped: int = 0
 
 
 def store_image(
@@ -135,29 +136,36 @@ def _store(
     pixels, changes = _plain(picture, raw, kind, is_annotated=annotated is not None)
     if changes and options.strict:
         raise Refusal(f"would have to be converted: {', '.join(changes)}")
+    asked: list[str] = []
     border = options.crop_border
     if border:
         if min(pixels.size) <= 2 * border:
             raise Refusal(f"nothing is left without a border of {border} pixels")
         size = pixels.size
         pixels = pixels.crop((border, border, size[0] - border, size[1] - border))
-        changes.append("border cut off")
+        asked.append("border cut off")
     before, pixels = pixels.size, _resized(pixels, options.resize)
-    if pixels.size != before:
-        changes.append("resized")
-    target = _target(kind, options, changes)
-    if not changes and _ENCODED.get(kind) == target:
+    is_resized = pixels.size != before
+    if is_resized:
+        asked.append("resized")
+    target = options.format
+    if target == "keep":
+        # Bytes that are lost to resizing anyway may be small; mere conversion loses nothing.
+        may_lose = is_resized or not (changes or asked)
+        target = _ENCODED.get(kind, "png") if may_lose else "png"
+    if not changes and not asked and _ENCODED.get(kind) == target:
         return Stored(content=raw, kind=kind, size=picture.size)
     content, stored_kind = _encode(pixels, target, options.quality)
-    if not changes:
-        changes.append(f"{(picture.format or '?').lower()} to {stored_kind}")
+    if not changes and not asked:
+        of = changes if options.format == "keep" else asked
+        of.append(f"{(picture.format or '?').lower()} to {stored_kind}")
     return Stored(
         content=content,
         kind=stored_kind,
         size=pixels.size,
         changes=tuple(changes),
+        asked=tuple(asked),
         scale=(pixels.size[0] / before[0], pixels.size[1] / before[1]),
-        cropped=border,
     )
 
 
@@ -211,15 +219,6 @@ def _resized(picture: Image.Image, side: int | None) -> Image.Image:
     size = (max(1, round(width * side / shorter)), max(1, round(height * side / shorter)))
     # Pillow widens the filter by the factor of reduction: this is antialiased.
     return picture.resize(size, Image.Resampling.BICUBIC)
-
-
-def _target(kind: str, options: ImageOptions, changes: list[str]) -> Format:
-    if options.format != "keep":
-        return options.format
-    # Bytes that are lost to resizing anyway may be small; mere conversion loses nothing.
-    if not changes or changes[-1] == "resized":
-        return _ENCODED.get(kind, "png")
-    return "png"
 
 
 def _encode(picture: Image.Image, target: Format, quality: int) -> tuple[bytes, str]:

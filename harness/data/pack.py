@@ -56,6 +56,8 @@ class PackReport:
     refused: list[Note] = field(default_factory=list)
     converted: list[Note] = field(default_factory=list)
     left_out: list[Note] = field(default_factory=list)
+    done: Counter[str] = field(default_factory=Counter)
+    """How often which conversion was done, those that the options ask for included."""
     remarks: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -66,11 +68,12 @@ class PackReport:
             f" {len(self.meta.hashtags)} hashtags, fingerprint {self.meta.fingerprint}",
             *self.remarks,
         ]
+        if self.done:
+            what = ", ".join(f"{kind} {count}" for kind, count in sorted(self.done.items()))
+            lines.append(f"converted: {what}")
         if self.converted:
-            kinds = Counter(kind for note in self.converted for kind in note.text.split(", "))
-            what = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
             lines.append(
-                f"{len(self.converted)} converted ({what}), listed in"
+                f"{len(self.converted)} had to be converted, listed in"
                 f" {self.folder / 'converted.txt'}"
             )
         if self.left_out:
@@ -316,7 +319,8 @@ def _finish(plan: _Plan, work: Path, out: Path) -> PackReport:
         layout={split: _layout(made_of[split]) for split in shards},
     )
     write_json(folder / "dataset.json", meta.model_dump(mode="json", by_alias=True))
-    return PackReport(meta=meta, folder=out, remarks=source.remarks, **notes)
+    done = sum((part.done for part in made.values()), Counter[str]())
+    return PackReport(meta=meta, folder=out, done=done, remarks=source.remarks, **notes)
 
 
 def _entry(file: str, made: Made) -> ShardEntry:

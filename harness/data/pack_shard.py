@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,9 @@ class Made:
     samples: list[Packed] = field(default_factory=list)
     refused: list[Note] = field(default_factory=list)
     converted: list[Note] = field(default_factory=list)
+    """Only what had to be done to an image, not what the options asked for."""
+    done: Counter[str] = field(default_factory=Counter)
+    """How often which conversion was done, both kinds."""
 
 
 def make_shard(task: Task, tick: Tick) -> None:
@@ -137,6 +141,7 @@ def _samples(
         except Refusal as refusal:
             made.refused.append(Note(item.name, str(refusal)))
             continue
+        made.done.update((*stored.changes, *stored.asked))
         if stored.changes:
             made.converted.append(Note(item.name, ", ".join(stored.changes)))
         if "annotations" in fields:
@@ -240,6 +245,7 @@ def _write(task: Task, made: Made) -> None:
         "samples": rows,
         "refused": made.refused,
         "converted": made.converted,
+        "done": made.done,
     }
     write_bytes(task.sidecar, json.dumps(content, ensure_ascii=False).encode())
 
@@ -268,6 +274,7 @@ def read_made(work: Path, file: str, plan: str) -> Made:
         samples=[_packed(*row) for row in content["samples"]],
         refused=[Note(*note) for note in content["refused"]],
         converted=[Note(*note) for note in content["converted"]],
+        done=Counter(content["done"]),
     )
 
 

@@ -61,7 +61,7 @@ def png(rows: bytes, width: int, height: int, depth: int, colour: int, extra: by
 )
 def test_plain_images_keep_their_bytes(raw: bytes, kind: str) -> None:
     stored = store_image(raw, KEEP)
-    assert (stored.content, stored.kind, stored.changes) == (raw, kind, ())
+    assert (stored.content, stored.kind, stored.changes, stored.asked) == (raw, kind, (), ())
     assert stored.size == (17, 12)
 
 
@@ -234,7 +234,7 @@ def test_resizing_brings_the_shorter_side_down_and_never_up() -> None:
     # A ramp stays one: block means are what an antialiased reduction gives.
     means = ramp.reshape(25, 4, 50, 4, 3).mean((1, 3))
     assert np.abs(pixels(stored.content) - means).max() <= 3
-    assert stored.changes == ("resized",)
+    assert stored.asked == ("resized",) and not stored.changes
     for raw in (encoded(ramp, "PNG"), encoded(ramp, "JPEG")):
         assert store_image(raw, ImageOptions(resize=100)).content == raw
 
@@ -247,7 +247,7 @@ def test_resized_images_keep_their_format_and_others_take_the_one_asked_for() ->
     jpeg = ImageOptions(format="jpeg", quality=95)
     assert store_image(raw["JPEG"], jpeg).content == raw["JPEG"]
     stored = store_image(raw["PNG"], jpeg)
-    assert stored.kind == "jpg" and stored.changes == ("png to jpg",)
+    assert stored.kind == "jpg" and stored.asked == ("png to jpg",) and not stored.changes
     assert np.abs(pixels(stored.content).astype(int) - RGB).mean() < 6
     less = store_image(raw["PNG"], ImageOptions(format="jpeg", quality=30))
     assert len(less.content) < len(stored.content)

@@ -27,7 +27,8 @@ def test_what_was_refused_is_said_and_listed_and_is_no_failure(
     done = harness("data", "pack", source, "--out", "out", "--split", "train", "--resize", "20")
     lines = done.stdout.splitlines()
     assert "train 7 images, 2 classes" in lines[0]
-    assert lines[1].startswith("7 converted (bmp to png 1, resized 6), listed in")
+    assert lines[1] == "converted: bmp to png 1, resized 6"
+    assert lines[2].startswith("1 had to be converted, listed in")
     assert lines[-1].startswith("warning: 1 refused, listed in")
     assert lines[-1].endswith("refused.txt; the first: ant/bad.jpg: empty file")
     assert (tmp_path / "out" / "refused.txt").read_text() == "ant/bad.jpg\tempty file\n"

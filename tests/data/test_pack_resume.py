@@ -22,10 +22,15 @@ from harness.errors import DataError, UserError
 NUM = 240
 # Packs with small shards; the first argument is the source, then out and the number of processes.
 SCRIPT = """
-import sys
+import os, sys, time
 from pathlib import Path
-from harness.data import pack
+from harness.data import pack, pack_shard
 pack.SHARD_SAMPLES = 20
+stored = pack_shard._stored
+def slowly(*arguments):
+    time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
+    return stored(*arguments)
+pack_shard._stored = slowly  # in the processes too: they import this file
 if __name__ == "__main__":
     pack.pack(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3]), say=print)
 """
@@ -75,12 +80,16 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def start(script: Path, source: Path, out: Path, workers: int = 1) -> subprocess.Popen[str]:
+def start(
+    script: Path, source: Path, out: Path, workers: int = 1, seconds_each: float = 0
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(script), str(source), str(out), str(workers)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "SECONDS_EACH": str(seconds_each)},
+        start_new_session=True,
     )
 
 
@@ -103,7 +112,7 @@ def shards_done(folder: Path) -> int:
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     script: Path, source: Path, expected: dict[str, str], tmp_path: Path, workers: int
 ) -> None:
-    process = start(script, source, tmp_path / "out", workers)
+    process = start(script, source, tmp_path / "out", workers, seconds_each=0.01)
     while shards_done(tmp_path) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -130,6 +139,42 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     for path, changed in times.items():  # the finished shards are those of the first run
         now = tmp_path / "out" / path.relative_to(partial)
         assert now.stat().st_mtime_ns == changed
+
+
+def test_control_c_stops_all_processes_at_once(
+    script: Path, source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    process = start(script, source, tmp_path / "out", 2, seconds_each=0.02)
+    while shards_done(tmp_path) < 1 and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    started = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - started < 2 and process.returncode != 0
+    assert stderr.rstrip().endswith("KeyboardInterrupt") and "Process Spawn" not in stderr
+    assert 1 <= shards_done(tmp_path) < NUM // 20
+    assert list((tmp_path / ".out.partial" / "tmp").iterdir()) == []
+    start(script, source, tmp_path / "out", 2).communicate()
+    assert digests(tmp_path / "out") == expected
+
+
+def test_a_process_that_dies_is_said_and_the_rest_is_kept(
+    script: Path, source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    process = start(script, source, tmp_path / "out", 2, seconds_each=0.02)
+    while shards_done(tmp_path) < 1 and process.poll() is None:
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [
+        pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    assert "DataError: a process that packed was killed, perhaps for want of memory" in stderr
+    assert not (tmp_path / "out").exists()
+    start(script, source, tmp_path / "out", 1).communicate()
+    assert digests(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
@@ -164,7 +209,7 @@ def test_kills_at_any_moment_leave_the_same_bytes(
 def test_another_source_or_other_options_start_over(
     script: Path, source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    process = start(script, source, tmp_path / "out")
+    process = start(script, source, tmp_path / "out", seconds_each=0.01)
     while shards_done(tmp_path) < 2 and process.poll() is None:
         time.sleep(0.002)
     process.kill()

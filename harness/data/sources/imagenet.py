@@ -98,23 +98,27 @@ def _validation_truth(folder: Path) -> dict[str, str]:
     if solution is not None:
         with open(solution, encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
-            # PredictionString: a WordNet id and a box, again and again; one class per image.
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-    devkit = first_existing(
-        folder / _DEVKIT, folder / "data", folder.parent / _DEVKIT, folder / "val" / _DEVKIT
-    )
-    truth = "ILSVRC2012_validation_ground_truth.txt"
-    devkit = folder if devkit is None or not (devkit / truth).is_file() else devkit
-    if not (devkit / truth).is_file():
+            try:
+                # PredictionString: a WordNet id and a box, again and again; one class per image.
+                return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+            except (KeyError, IndexError, AttributeError) as error:
+                raise UserError(f"{solution}: not ImageId,PredictionString ({error})") from None
+    name = "ILSVRC2012_validation_ground_truth.txt"
+    places = (folder / _DEVKIT, folder.parent / _DEVKIT, folder / "data", folder)
+    truth = first_existing(*(place / name for place in places))
+    if truth is None:
         raise UserError(
-            f"{folder}: val/ is flat and its labels are not here: expected {_DEVKIT}/{truth} with"
+            f"{folder}: val/ is flat and its labels are not here: expected {_DEVKIT}/{name} with"
             " meta.mat, or LOC_val_solution.csv"
         )
-    wnids = _devkit_wnids(devkit / "meta.mat")
-    return {
-        f"ILSVRC2012_val_{number:08d}": wnids[int(line)]
-        for number, line in enumerate(read_lines(devkit / truth), 1)
-    }
+    wnids = _devkit_wnids(truth.with_name("meta.mat"))
+    try:
+        return {
+            f"ILSVRC2012_val_{number:08d}": wnids[int(line)]
+            for number, line in enumerate(read_lines(truth), 1)
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{truth}: not numbers of classes in meta.mat ({error})") from None
 
 
 def _devkit_wnids(path: Path) -> dict[int, str]:
