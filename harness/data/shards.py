@@ -85,14 +85,17 @@ class Member:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Writes a tar whose bytes depend on the samples only; the same as webdataset's TarWriter.
+    """Writes a tar whose bytes depend on the samples only."""
+    from webdataset.writer import TarWriter  # it imports torch: only those who write wait for that
 
-    That one is not used: to import it takes torch, which the processes of `data pack` do without.
-    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    plain: dict[str, Any] = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "compress": False}
+    with open(path, "wb") as file, TarWriter(file, encoder=False, **plain) as writer:
         for sample in samples:
-            members = {sample.image_type: sample.image}
+            members: dict[str, str | bytes] = {
+                "__key__": sample.key,
+                sample.image_type: sample.image,
+            }
             content = dict(sample.fields)
             if sample.hashtags is not None:
                 content = {"hashtags": sample.hashtags, **content}
@@ -100,18 +103,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
                 members["json"] = json.dumps(content, ensure_ascii=False).encode()
             if sample.class_id is not None:
                 members["cls"] = str(sample.class_id).encode()
-            for kind in sorted(members):
-                file.write(_header(f"{sample.key}.{kind}", len(members[kind])))
-                file.write(members[kind])
-                file.write(bytes(-len(members[kind]) % _BLOCK))
-        file.write(bytes(2 * _BLOCK))
-        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
-
-
-def _header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o644
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8")
+            writer.write(members)
 
 
 def walk_tar(path: Path) -> Iterator[Member]:
