@@ -7,13 +7,14 @@ before; a remote shard is checked when it is fetched. Only then is the cache of 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
 
+from harness.data.augment import view
 from harness.data.cache import open_pixels
+from harness.data.decode import decode_image, draw_view, put
 from harness.data.index import (
     Index,
     build_index,
@@ -155,12 +156,33 @@ class Split:
             )
         return raw
 
+    def draw(
+        self,
+        out_1CSS: Tensor,
+        row: int,
+        rng_key: tuple[int, ...] | None,
+        crop_scale: tuple[float, float] = (1.0, 1.0),
+        flip: bool = False,
+    ) -> None:
+        """Draws a view of a sample into uint8 [1, 3, S, S], channels last; see `draw_view`.
+
+        Raises DataError naming the shard and the byte offset.
+        """
+        if self.prepare():
+            seen = view(self.decode(row), out_1CSS.shape[2], rng_key, crop_scale, flip)
+            put(out_1CSS, seen)
+            return
+        raw = self.read(row)
+        try:
+            draw_view(out_1CSS, raw, rng_key, crop_scale, flip)
+        except Exception as error:  # Pillow raises many kinds for bytes that are no image
+            raise DataError(f"{self.where(row)}: not a readable image ({error})") from None
+
     def _decode(self, row: int) -> np.ndarray:
         raw = self.read(row)
         try:
-            with Image.open(io.BytesIO(raw)) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except Exception as error:  # Pillow raises many kinds for bytes that are no image
+            return decode_image(raw)
+        except Exception as error:  # as above
             raise DataError(f"{self.where(row)}: not a readable image ({error})") from None
 
     def _image_offset(self, row: int) -> int:

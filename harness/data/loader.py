@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.data.augment import view
 from harness.data.dataset import Split
 from harness.data.order import Stream
 from harness.study.recipes import Augmentation
@@ -33,7 +32,7 @@ class Batch:
     """Images of consecutive positions, with their labels."""
 
     images: Tensor
-    """uint8 [B, 3, S, S]."""
+    """uint8 [B, 3, S, S]; channels last in memory."""
     label_ids: Tensor
     """int64 [K]: hashtags of image i are label_ids[label_offsets[i]:label_offsets[i + 1]]."""
     label_offsets: Tensor
@@ -57,26 +56,26 @@ def train_batches(
     augment: Augmentation,
     prefetch: int = 2,
     threads: int | None = None,
+    pin: bool = False,
 ) -> Generator[Batch, None, None]:
     """Rank `rank`'s share of steps [start_step, start_step + num_steps).
 
     Step s covers positions [s * batch, (s + 1) * batch) of the endless stream of epochs; each rank
-    takes a contiguous share. Errors of the reading threads are raised here; closing the generator
-    ends them.
+    takes a contiguous share. `pin`: images in pinned memory, for a copy to CUDA that does not wait.
+    Errors of the reading threads are raised here; closing the generator ends them.
     """
     split.prepare()
 
     def read(first: int, share: int) -> Batch:
         places = stream.at(first, share)
         keys = split.key_hashes[places.rows].tolist()
-        images = np.empty((share, image_size, image_size, 3), dtype=np.uint8)
+        images = _empty(share, image_size, pin)
+        epochs, repeats = places.epochs.tolist(), places.repeats.tolist()
         for place, row in enumerate(places.rows.tolist()):
-            key = (stream.seed, int(places.epochs[place]), keys[place])
-            if places.repeats[place]:  # an image shown again in one epoch is cropped anew
-                key += (int(places.repeats[place]),)
-            images[place] = view(
-                split.decode(row), image_size, key, augment.crop_scale, augment.flip
-            )
+            key = (stream.seed, epochs[place], keys[place])
+            if repeats[place]:  # an image shown again in one epoch is cropped anew
+                key += (repeats[place],)
+            split.draw(images[place : place + 1], row, key, augment.crop_scale, augment.flip)
         return _labelled(split, places.rows, images, first)
 
     steps = range(start_step, start_step + num_steps)
@@ -129,12 +128,17 @@ def eval_batches(
 
     def read(first: int) -> Batch:
         chosen = indices[first : first + batch]
-        images = np.empty((len(chosen), image_size, image_size, 3), dtype=np.uint8)
-        for place, index in enumerate(chosen.tolist()):
-            images[place] = view(split.decode(index), image_size, None)
+        images = _empty(len(chosen), image_size, pin=False)
+        for place, row in enumerate(chosen.tolist()):
+            split.draw(images[place : place + 1], row, None)
         return _labelled(split, chosen, images, first)
 
     return _ahead(read, range(0, len(indices), batch), _threads(split, 1), 2)
+
+
+def _empty(num: int, side: int, pin: bool) -> Tensor:
+    """One buffer for a batch: uint8 [B, 3, S, S], channels last, as decoders write them."""
+    return torch.empty((num, side, side, 3), dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2)
 
 
 def _threads(split: Split, ranks: int) -> int:
@@ -158,14 +162,14 @@ def _ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _labelled(split: Split, indices: np.ndarray, images: np.ndarray, first: int) -> Batch:
+def _labelled(split: Split, indices: np.ndarray, images: Tensor, first: int) -> Batch:
     starts, stops = split.label_offsets[indices], split.label_offsets[indices + 1]
     offsets = np.zeros(len(indices) + 1, dtype=np.int64)
     np.cumsum(stops - starts, out=offsets[1:])
     # Row of label_ids for every label of the batch: its image's start plus its place there.
     rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], stops - starts)
     return Batch(
-        images=torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+        images=images,
         label_ids=torch.from_numpy(split.label_ids[rows].astype(np.int64)),
         label_offsets=torch.from_numpy(offsets),
         class_ids=torch.from_numpy(split.class_ids[indices].astype(np.int64)),

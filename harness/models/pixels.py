@@ -17,11 +17,13 @@ STD = (0.229, 0.224, 0.225)
 def standardise(images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Network input from uint8 pixels, on the device the pixels are on.
 
-    The arithmetic is float32 whatever `dtype` is: bfloat16 holds 256 levels only near zero.
+    The arithmetic is float32 whatever `dtype` is: bfloat16 holds 256 levels only near zero. The
+    result is contiguous whatever the order in memory of the pixels.
     """
     mean = torch.tensor(MEAN, device=images_BCHW.device).view(1, -1, 1, 1)
     std = torch.tensor(STD, device=images_BCHW.device).view(1, -1, 1, 1)
-    return ((images_BCHW.float() / 255 - mean) / std).to(dtype)
+    plain = images_BCHW.contiguous().float()
+    return ((plain / 255 - mean) / std).to(dtype)
 
 
 def to_bytes(images_BCHW: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def run(
             ranks=ctx.ranks,
             image_size=config.model.image_size,
             augment=objective.augment,
+            pin=engine.device.type == "cuda",
         )
         on_exit.callback(batches.close)  # ends its reading thread
         for step, rank_batch in enumerate(batches, start=progress.step):
