@@ -41,17 +41,26 @@ def _header(raw: bytes) -> tuple[int, int, str]:
     return int(height), int(width), str(colours)
 
 
-_scratch = threading.local()  # decoded pixels live until the next image of the same thread
+_scratch = threading.local()
+
+
+def _memory(name: str, size: int) -> np.ndarray:
+    """uint8 [size], the same memory at every call of a thread.
+
+    Fresh memory for every image would cost a page fault every 4 KiB.
+    """
+    buffer = getattr(_scratch, name, None)
+    if buffer is None or len(buffer) < size:
+        buffer = np.empty(size, dtype=np.uint8)
+        setattr(_scratch, name, buffer)
+    return buffer[:size]
 
 
 def decode_simplejpeg(raw: bytes, factor: int) -> np.ndarray:
     """By libjpeg-turbo, through simplejpeg; any damage is an error. Valid until the next call."""
     height, width, _ = _header(raw)
     height, width = -(-height // factor), -(-width // factor)
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or len(buffer) < height * width * 3:
-        # Fresh memory for every image would cost a page fault every 4 KiB.
-        buffer = _scratch.buffer = np.empty(height * width * 3, dtype=np.uint8)
+    buffer = _memory("image", height * width * 3)
     return simplejpeg.decode_jpeg(
         raw, min_height=height, min_width=width, min_factor=factor, buffer=buffer
     )
@@ -121,8 +130,12 @@ def _draw_jpeg(
     except (ValueError, OSError):
         return False
     left, top, right, bottom = (round(edge / factor) for edge in box)
-    crop_hwC = torch.from_numpy(pixels_hwC)[top : max(bottom, top + 1), left : max(right, left + 1)]
-    _resize.out(crop_hwC.permute(2, 0, 1)[None], [side, side], False, out=out_1CSS)
+    seen_hwC = pixels_hwC[top : max(bottom, top + 1), left : max(right, left + 1)]
+    # Torch would make it contiguous too, pixel by pixel; numpy copies whole rows.
+    crop_hwC = _memory("crop", seen_hwC.size).reshape(seen_hwC.shape)
+    np.copyto(crop_hwC, seen_hwC)
+    crop_1Chw = torch.from_numpy(crop_hwC).permute(2, 0, 1)[None]
+    _resize.out(crop_1Chw, [side, side], False, out=out_1CSS)
     if flip and is_flipped:
         out_1CSS.copy_(out_1CSS.flip(3))
     return True
