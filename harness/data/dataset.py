@@ -17,7 +17,6 @@ from harness.data.cache import open_pixels
 from harness.data.decode import decode_image, draw_view, put
 from harness.data.index import (
     Index,
-    build_index,
     check_content,
     check_size,
     index_file,
@@ -27,12 +26,13 @@ from harness.data.index import (
 )
 from harness.data.order import Stream
 from harness.data.ready import ready_scenes
+from harness.data.relabel import rebuilt_index
 from harness.data.resample import expected_counts
-from harness.data.shards import list_shard
 from harness.data.storage import Reader, Storage
 from harness.errors import DataError, NotFoundError, UserError
 from harness.ledger.files import read_json, write_json
 from harness.study.datasets import DatasetMeta, describe, locate, scenes_count
+from harness.study.locations import is_remote
 
 
 def open_dataset(spec: str, root: Path) -> Dataset:
@@ -77,9 +77,11 @@ class Split:
     def __init__(self, name: str, meta: DatasetMeta, location: str, cache: Path) -> None:
         self.name = name
         self._entries = meta.shards[name]
-        self._storage = Storage(location, cache / "files")
-        self._shown = [self._storage.name(entry) for entry in self._entries]
-        self.index = _verified_index(name, meta, self._storage, cache)
+        # Shards of a set with derived labels are those of its source: one copy serves both.
+        owner = str(meta.labels.get("source", cache.name))
+        self.storage = Storage(location, cache.with_name(owner) / "files")
+        self._shown = [self.storage.name(entry) for entry in self._entries]
+        self.index = _verified_index(name, meta, self.storage, cache)
         self.num_samples = self.index.num_samples
         if self.num_samples != meta.splits[name]:
             raise DataError(
@@ -92,7 +94,7 @@ class Split:
         self.label_offsets = self.index.label_offsets
         self.label_ids = self.index.label_ids
         self._reader = Reader(
-            len(self._entries), lambda shard: self._storage.local(self._entries[shard])
+            len(self._entries), lambda shard: self.storage.local(self._entries[shard])
         )
         # Decoded pixels are in the order of the shards, which the fingerprint does not tell.
         layout = meta.layout.get(name)
@@ -210,7 +212,7 @@ def _verified_index(split: str, meta: DatasetMeta, storage: Storage, cache: Path
     local = [
         (place, Path(storage.name(entry)), entry)
         for place, entry in enumerate(entries)
-        if not storage.is_remote
+        if not is_remote(storage.name(entry))
     ]
     for place, path, entry in local:
         check_size(path, entry, place, index)
@@ -219,8 +221,7 @@ def _verified_index(split: str, meta: DatasetMeta, storage: Storage, cache: Path
         known.add(path, entry)
     known.save()
     if index is None:
-        listed = [list_shard(storage.local(entry)) for entry in entries]
-        index = build_index(listed, entries, meta.hashtags, meta.classes)
+        index = rebuilt_index(split, meta, storage)
         _restore(index, split, meta, storage)
     return index
 

@@ -155,6 +155,11 @@ def list_shard(path: Path) -> list[Listed]:
     Raises DataError, naming shard and byte offset, for a tar that is damaged or cut short, and
     for a sample without an image or video.
     """
+    return [listed for listed, _ in samples_of(path)]
+
+
+def samples_of(path: Path) -> Iterator[tuple[Listed, Labels]]:
+    """As `list_shard`, with everything that the samples' labels say."""
     groups: list[tuple[str, int, list[Member]]] = []
     end = 0
     for member in walk_tar(path):
@@ -167,15 +172,13 @@ def list_shard(path: Path) -> list[Listed]:
         groups[-1][2].append(member)
     starts = [start for _, start, _ in groups] + [end]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return [
-            _listed(path, view, key, start, starts[place + 1], members)
-            for place, (key, start, members) in enumerate(groups)
-        ]
+        for place, (key, start, members) in enumerate(groups):
+            yield _listed(path, view, key, start, starts[place + 1], members)
 
 
 def _listed(
     path: Path, view: mmap.mmap, key: str, start: int, stop: int, members: list[Member]
-) -> Listed:
+) -> tuple[Listed, Labels]:
     image: Member | None = None
     labels = Labels()
     for member in members:
@@ -193,7 +196,7 @@ def _listed(
         raise DataError(
             f"{path}: byte offset {start}: sample {key} has no image; expected one of {known}"
         )
-    return Listed(
+    listed = Listed(
         key=key,
         start=start,
         stop=stop,
@@ -204,6 +207,7 @@ def _listed(
         cls=labels.cls,
         classes=tuple(labels.classes),
     )
+    return listed, labels
 
 
 class Labels:

@@ -56,6 +56,9 @@ class DatasetMeta(Frozen):
     layout: dict[str, str] = {}
     """Per split: stands for the sequence of samples and how shards cut it, which the fingerprint
     does not. Sets whose fingerprint says it all have none."""
+    labels: ShardEntry = {}
+    """Of a set that `harness data labels` made: its labels.json, and `source`, the fingerprint of
+    the set that its shards belong to."""
     planned_hashtags: int = 0
     """Number of hashtags of a set that is only described."""
     planned_classes: int = 0

@@ -19,7 +19,12 @@ def join_location(base: str, name: str) -> str:
     """A file of a folder or below a URL; absolute names stand for themselves."""
     if is_remote(name) or Path(name).is_absolute():
         return name
-    return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(Path(base) / name)
+    if not is_remote(base):
+        return str(Path(base) / name)
+    base = base.rstrip("/")
+    while name.startswith("../"):  # a bucket has no parent folders to walk
+        base, name = base.rpartition("/")[0], name.removeprefix("../")
+    return f"{base}/{name}"
 
 
 def read_bytes(location: str) -> bytes:
