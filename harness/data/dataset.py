@@ -80,7 +80,7 @@ class Split:
         # Shards of a set with derived labels are those of its source: one copy serves both.
         owner = str(meta.labels.get("source", cache.name))
         self.storage = Storage(location, cache.with_name(owner) / "files")
-        self._shown = [self.storage.name(entry) for entry in self._entries]
+        self._shown = [self.storage.shown(entry) for entry in self._entries]
         self.index = _verified_index(name, meta, self.storage, cache)
         self.num_samples = self.index.num_samples
         if self.num_samples != meta.splits[name]:
@@ -96,6 +96,7 @@ class Split:
         self._reader = Reader(
             len(self._entries), lambda shard: self.storage.local(self._entries[shard])
         )
+        self.cache = cache
         # Decoded pixels are in the order of the shards, which the fingerprint does not tell.
         layout = meta.layout.get(name)
         self._cache_file = cache / (f"{name}-{layout}.npy" if layout else f"{name}.npy")
@@ -140,10 +141,14 @@ class Split:
             self._is_prepared = True
         return self._pixels is not None
 
+    def place(self, row: int) -> tuple[str, int]:
+        """The shard's path or URL, and the byte where the image begins."""
+        return self._shown[self.index.shard_of(row)], self._image_offset(row)
+
     def where(self, row: int) -> str:
         """Shard, byte offset and key of a sample, for messages."""
-        shard, offset = self.index.shard_of(row), self._image_offset(row)
-        return f"{self._shown[shard]}: byte offset {offset}: sample {self.keys[row]}"
+        shard, offset = self.place(row)
+        return f"{shard}: byte offset {offset}: sample {self.keys[row]}"
 
     def read(self, row: int) -> bytes:
         """The image's bytes as they are stored. Raises DataError."""

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
@@ -358,20 +358,24 @@ def _layout(made: dict[str, Made]) -> str:
 
 
 def _fingerprint(made_of: dict[str, dict[str, Made]], classes: list[str]) -> str:
-    """Hash over (split, key, SHA-256 of the image, labels), sorted: shards may be cut anew."""
-    rows = sorted(
-        f"{split}\t{_row(sample, classes)}\n"
+    return fingerprint_of(
+        fingerprint_row(split, sample, classes)
         for split, parts in made_of.items()
         for part in parts.values()
         for sample in part.samples
     )
-    return "packed-" + hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
 
 
-def _row(sample: Packed, classes: list[str]) -> str:
+def fingerprint_of(rows: Iterable[str]) -> str:
+    """Hash over (split, key, SHA-256 of the image, labels), sorted: shards may be cut anew."""
+    return "packed-" + hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()[:16]
+
+
+def fingerprint_row(split: str, sample: Packed, classes: Sequence[str]) -> str:
+    """What the fingerprint says of a sample."""
     listed = sample.listed
     ids = listed.classes if listed.cls is None else (listed.cls, *listed.classes)
     label = ",".join(classes[int(class_id)] for class_id in ids)
     tags = " ".join(sorted(listed.hashtags))
     extra = f"\t{sample.extra}" if sample.extra else ""
-    return f"{listed.key}\t{sample.content}\t{label}\t{tags}{extra}"
+    return f"{split}\t{listed.key}\t{sample.content}\t{label}\t{tags}{extra}\n"

@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +147,7 @@ def _samples(
         if "annotations" in fields:
             fields = _scaled(fields, stored)
         content = hashlib.sha256(stored.content).hexdigest()
-        digests.append((content, _extra_digest(fields, item.hashtags)))
+        digests.append((content, extra_digest(fields, item.hashtags)))
         yield Sample(
             key=item.key,
             image=stored.content,
@@ -214,7 +214,7 @@ def _scaled(fields: dict[str, Any], stored: Stored) -> dict[str, Any]:
     return {**fields, "annotations": annotations, "width": width, "height": height}
 
 
-def _extra_digest(fields: dict[str, Any], hashtags: tuple[str, ...] | None) -> str:
+def extra_digest(fields: Mapping[str, Any], hashtags: Sequence[str] | None) -> str:
     """Stands for labels that are neither hashtags nor classes, in the fingerprint.
 
     A caption whose words serve as the hashtags is counted with these.

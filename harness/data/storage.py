@@ -42,6 +42,11 @@ class Storage:
         """Full path or URL of a file."""
         return join_location(self.location, str(entry["file"]))
 
+    def shown(self, entry: ShardEntry) -> str:
+        """The same for messages: without detours by way of "..", but perhaps of links."""
+        name = self.name(entry)
+        return name if is_remote(name) else os.path.normpath(name)
+
     def local(self, entry: ShardEntry) -> Path:
         """Path of a file, which is fetched if need be.
 
