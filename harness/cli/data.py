@@ -18,7 +18,7 @@ _LINE_EVERY_S = 10.0
 
 
 def data() -> None:
-    """Pack datasets."""
+    """Pack, label, check and look at datasets."""
 
 
 def pack(
@@ -74,7 +74,7 @@ def pack(
 
     options = ImageOptions(resize=resize, format=encode, quality=quality, strict=strict)
     try:
-        with _shown(src) as progress:
+        with shown_progress(f"listing {src}", "packing") as progress:
             result = pack_images(
                 src,
                 out,
@@ -93,10 +93,10 @@ def pack(
 
 
 @contextmanager
-def _shown(src: str) -> Iterator[Progress]:
-    """A progress bar on a terminal, else a line now and then."""
+def shown_progress(before: str, doing: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, else a line now and then; `before` until work begins."""
     if not sys.stderr.isatty():
-        yield _lines()
+        yield _lines(doing)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -105,21 +105,21 @@ def _shown(src: str) -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"listing {src}", total=None)
+        task = bar.add_task(before, total=None)
 
         def update(done: int, total: int) -> None:
-            bar.update(task, description="packing", completed=done, total=total)
+            bar.update(task, description=doing, completed=done, total=total)
 
         yield update
 
 
-def _lines() -> Progress:
+def _lines(doing: str) -> Progress:
     last = time.monotonic()
 
     def update(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= _LINE_EVERY_S:
             last = time.monotonic()
-            print(f"packed {done} of {total}", file=sys.stderr, flush=True)
+            print(f"{doing}: {done} of {total}", file=sys.stderr, flush=True)
 
     return update

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from harness.cli import data, data_sample, grid, logs, report, run, status, tune
+from harness.cli import data, data_checks, data_sample, grid, logs, report, run, status, tune
 from harness.errors import EXIT_FAILED, HarnessError
 
 app = typer.Typer(
@@ -50,10 +50,16 @@ app.command("run")(_exiting(run.run))
 app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
 
-data_app = typer.Typer(help="Pack datasets.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Pack, label, check and look at datasets.", no_args_is_help=True, rich_markup_mode=None
+)
 data_app.callback()(data.data)
 data_app.command("pack")(_exiting(data.pack))
 data_app.command("sample")(_exiting(data_sample.sample))
+data_app.command("labels")(_exiting(data_checks.labels))
+data_app.command("overlap")(_exiting(data_checks.overlap))
+data_app.command("verify")(_exiting(data_checks.verify))
+data_app.command("show")(_exiting(data_checks.show))
 app.add_typer(data_app, name="data")
 
 

@@ -190,6 +190,37 @@ def save_index(index: Index, path: Path, entries: Sequence[ShardEntry]) -> None:
     os.replace(temporary, path)
 
 
+def shard_part(index: Index, place: int) -> Index:
+    """The part of an index that is about one shard, without `by_hash`."""
+    first, last = (int(row) for row in index.shard_rows[place : place + 2])
+    labels, keys = index.label_offsets[first : last + 1], index.key_offsets[first : last + 1]
+    rows = slice(first, last)
+    return Index(
+        shard_rows=np.array([0, last - first]),
+        starts=index.starts[rows],
+        lengths=index.lengths[rows],
+        image_starts=index.image_starts[rows],
+        image_sizes=index.image_sizes[rows],
+        crcs=index.crcs[rows],
+        class_ids=index.class_ids[rows],
+        label_offsets=labels - labels[0],
+        label_ids=index.label_ids[int(labels[0]) : int(labels[-1])],
+        key_offsets=keys - keys[0],
+        key_bytes=index.key_bytes[int(keys[0]) : int(keys[-1])],
+        key_hashes=index.key_hashes[rows],
+        by_hash=np.zeros(0, dtype=np.uint32),
+    )
+
+
+def layout_of(index: Index) -> str:
+    """Stands for the sequence of samples and how shards cut it."""
+    digest = hashlib.sha256()
+    for start, stop in zip(index.shard_rows[:-1], index.shard_rows[1:], strict=True):
+        digest.update("".join(f"{key}\n" for key in index.keys[int(start) : int(stop)]).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
+
+
 def index_file(split: str) -> str:
     """Name of a split's index in the dataset's folder."""
     return f"index/{split}.safetensors"

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from harness.data.dataset import Dataset, open_dataset
-from harness.data.index import Index, file_entry, write_index
+from harness.data.index import Index, file_entry, layout_of, write_index
 from harness.data.label_files import file_record, read_blocked, read_map
 from harness.data.label_report import Fate, LabelReport, make_report, markdown, summary
 from harness.data.relabel import (
@@ -289,7 +289,7 @@ def _write(
             "splits": {split: index.num_samples for split, index in indexes.items()},
             "shards": shards,
             "indexes": {s: write_index(folder, s, indexes[s], shards) for s in indexes},
-            "layout": {split: _layout(index) for split, index in indexes.items()},
+            "layout": {split: layout_of(index) for split, index in indexes.items()},
             "labels": {
                 **file_entry(folder / "labels.json", folder),
                 "source": source.fingerprint,
@@ -316,15 +316,6 @@ def _reference(name: str, out: Path) -> str:
     path = Path(name)
     # Of real folders: the system follows links before it goes up by "..".
     return Path(os.path.relpath(os.path.realpath(path.parent), out), path.name).as_posix()
-
-
-def _layout(index: Index) -> str:
-    """Stands for the sequence of samples and how shards cut it, as in packed sets."""
-    digest = hashlib.sha256()
-    for start, stop in zip(index.shard_rows[:-1], index.shard_rows[1:], strict=True):
-        digest.update("".join(f"{key}\n" for key in index.keys[int(start) : int(stop)]).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()[:16]
 
 
 def labels_fingerprint(source: str, names: list[str], indexes: Mapping[str, Index]) -> str:
