@@ -90,7 +90,7 @@ def overlap(
         typer.Option(help="Split of B; may be given several times. Default: test."),
     ] = None,
     distance: Annotated[
-        int, typer.Option(min=0, max=11, help="Bits of 64 by which hashes may differ.")
+        int, typer.Option(help="Bits of 64 by which hashes may differ; at most 11.")
     ] = 6,
     similarity: Annotated[
         float,
