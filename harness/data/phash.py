@@ -20,7 +20,7 @@ MIN_CLEAR_BITS = 32
 most of their hash is decided by rounding."""
 _CLEAR = 1.0
 """Distance of a coefficient from the median, in grey levels. Rounding pixels to whole levels moves
-a coefficient by 12 ** -0.5 = 0.29 levels (one standard deviation)."""
+most coefficients by 12 ** -0.5 = 0.29 levels (one standard deviation)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +61,12 @@ def _packed(bits: np.ndarray) -> np.ndarray:
 
 
 def _cosines() -> np.ndarray:
-    """float64 [8, 32]: the first rows of the orthonormal DCT-II."""
+    """float64 [8, 32]: the first rows of the DCT-II, orthonormal but for the first.
+
+    That one is not made smaller by sqrt(2), here as in imagehash: it decides some bits.
+    """
     rows, columns = np.arange(_KEPT)[:, None], np.arange(SIDE)[None, :]
-    basis = np.sqrt(2 / SIDE) * np.cos(np.pi * rows * (2 * columns + 1) / (2 * SIDE))
-    basis[0] /= np.sqrt(2)
-    return basis
+    return np.sqrt(2 / SIDE) * np.cos(np.pi * rows * (2 * columns + 1) / (2 * SIDE))
 
 
 _BASIS = _cosines()
