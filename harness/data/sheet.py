@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def draw_sheet(tiles: list[Tile], columns: int, size: int, title: str = "") -> I
     ]
     columns = min(columns, len(tiles))
     width = columns * (size + _GAP) + _GAP
-    heading = textwrap.wrap(title, max(16, width // 8)) if title else []
+    heading = _wrapped(title, font, width - 2 * _GAP) if title else []
     top = _GAP + line_height * len(heading) + (_GAP if heading else 0)
     sheet = Image.new("RGB", (width, top + sum(heights) + _GAP * len(heights)), _PAPER)
     pen = ImageDraw.Draw(sheet)

@@ -377,6 +377,8 @@ def _decoding_problem(raw: bytes) -> str | None:
             picture.convert("RGB")
     except Refusal as refusal:
         return str(refusal)
+    except Image.UnidentifiedImageError:
+        return "not a readable image (of no known type)"
     except Exception as error:  # Pillow raises many kinds for bytes that are no image
         text = " ".join(str(error).split()) or type(error).__name__
         return f"not a readable image ({text})"
