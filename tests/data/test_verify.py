@@ -130,6 +130,25 @@ def test_a_truncated_a_missing_and_a_grown_shard_are_all_named(packed: Path) -> 
     assert any("split pretrain: says 32 samples, found 24" in line for line in lines)
 
 
+def test_any_flipped_bit_and_any_cut_is_noticed_and_named_in_one_line(packed: Path) -> None:
+    rng = np.random.default_rng(0)
+    files = [path for path in sorted(packed.rglob("*")) if path.suffix in (".tar", ".safetensors")]
+    for turn in range(60):
+        path = files[int(rng.integers(len(files)))]
+        before = path.read_bytes()
+        place = int(rng.integers(len(before)))
+        if turn % 6:
+            flip(path, place)
+        else:
+            os.truncate(path, place)
+        lines = check(packed).damage
+        assert lines, (path, place)
+        assert any(str(path) in line and "byte offset" in line for line in lines), lines
+        assert not any("\n" in line for line in lines)
+        path.write_bytes(before)
+    assert check(packed).damage == []
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_a_lost_or_damaged_index_is_named_and_the_rest_is_checked(
     packed: Path, damage: str
