@@ -7,7 +7,6 @@ from the shards and labels.json alone.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import unicodedata
@@ -19,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from harness.data.index import Index, build_index, finish_index, sha256_of
-from harness.data.shards import Labels, Listed, list_shard, samples_of
+from harness.data.shards import Labels, Listed, list_shard, samples_of, tags_in, words_in
 from harness.data.storage import Storage
 from harness.errors import DataError
 from harness.study.datasets import DatasetMeta, ShardEntry
@@ -65,26 +64,6 @@ def _is_edge(character: str) -> bool:
     # Of ASCII everything that is neither letter nor digit, '+' and '$' included, as above.
     category = unicodedata.category(character)
     return category[0] in "PZ" or category in ("Cc", "Cf") or character in _BLANK
-
-
-def tags_in(caption: str) -> list[str]:
-    """The hashtags of a caption, each once, as they are written. '&#39;' and '/#top' are none."""
-    return list(dict.fromkeys(_patterns()[0].findall(caption)))
-
-
-def words_in(caption: str) -> list[str]:
-    """All words of a caption, each once; a script without spaces is not cut into words."""
-    return list(dict.fromkeys(_patterns()[1].findall(caption)))
-
-
-@functools.cache
-def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    r"""Of hashtags, and of words. Python's \w lacks combining marks: half of Hindi's vowels."""
-    codes = range(0x300, 0x20000)
-    marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code))[0] == "M")
-    letter = rf"[\w{re.escape(marks)}\u200c\u200d]"
-    hashtag = re.compile(rf"(?<![&/])[#\uff03]{letter}+")
-    return hashtag, re.compile(rf"{letter}+(?:['\u2019-]{letter}+)*")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,12 @@ a tar: it reads at the offsets that `list_shard` found once.
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import re
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -241,5 +243,25 @@ class Labels:
 
 
 def words_of(caption: str) -> list[str]:
-    """Hashtags of a caption: its #words, or all words of a text that has none."""
-    return re.findall(r"#\w+", caption) or [w for w in re.split(r"[\s,]+", caption) if w]
+    """Hashtags of a caption, or all words of a text that has none."""
+    return tags_in(caption) or [w for w in re.split(r"[\s,]+", caption) if w]
+
+
+def tags_in(caption: str) -> list[str]:
+    """The hashtags of a caption, each once, as they are written. '&#39;' and '/#top' are none."""
+    return list(dict.fromkeys(_patterns()[0].findall(caption)))
+
+
+def words_in(caption: str) -> list[str]:
+    """All words of a caption, each once; a script without spaces is not cut into words."""
+    return list(dict.fromkeys(_patterns()[1].findall(caption)))
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    r"""Of hashtags, and of words. Python's \w lacks combining marks: half of Hindi's vowels."""
+    codes = range(0x300, 0x20000)
+    marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code))[0] == "M")
+    letter = rf"[\w{re.escape(marks)}\u200c\u200d]"
+    hashtag = re.compile(rf"(?<![&/])[#\uff03]{letter}+")
+    return hashtag, re.compile(rf"{letter}+(?:['\u2019-]{letter}+)*")

@@ -1,4 +1,4 @@
-"""Shards: the bytes webdataset writes, and tars whose damage is noticed wherever it is."""
+"""Shards: what webdataset writes and reads, and tars whose damage is noticed wherever it is."""
 
 from __future__ import annotations
 
@@ -29,25 +29,30 @@ def samples(num: int = 20) -> list[Sample]:
     ]
 
 
-def test_shards_have_the_bytes_that_webdataset_writes(tmp_path: Path) -> None:
-    write_shard(tmp_path / "ours.tar", samples())
-    with (
-        open(tmp_path / "theirs.tar", "wb") as file,
-        TarWriter(
-            file, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
-        ) as writer,
-    ):
-        for sample in samples():
-            members: dict[str, object] = {"__key__": sample.key, sample.image_type: sample.image}
-            content = dict(sample.fields)
-            if sample.hashtags is not None:
-                content = {"hashtags": sample.hashtags, **content}
-            if content:
-                members["json"] = json.dumps(content, ensure_ascii=False).encode()
-            if sample.class_id is not None:
-                members["cls"] = str(sample.class_id).encode()
-            writer.write(members)
-    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+def test_equal_samples_give_equal_bytes_whenever_and_by_whomever_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "a.tar", samples())
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    monkeypatch.setenv("USER", "someone")
+    write_shard(tmp_path / "b.tar", samples())
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uname, member.gname, member.uid) == (0, "", "", 0)
+
+
+def test_webdataset_reads_what_was_written(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", samples())
+    read = WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    for sample, found in zip(samples(), read, strict=True):
+        assert found["__key__"] == sample.key
+        assert found[sample.image_type] == sample.image
+        content = json.loads(found["json"]) if "json" in found else {}
+        assert content.get("hashtags") == sample.hashtags
+        assert found.get("cls") == (
+            None if sample.class_id is None else str(sample.class_id).encode()
+        )
 
 
 def test_listed_samples_are_those_written_and_their_offsets_are_right(tmp_path: Path) -> None:
@@ -120,3 +125,12 @@ def test_folders_and_links_hold_no_samples_and_move_no_offset(tmp_path: Path) ->
     assert [member.is_file for member in members] == [False, False, True]
     (found,) = list_shard(path)
     assert path.read_bytes()[found.offset : found.offset + 3] == b"abc"
+
+
+def test_hashtags_of_a_text_keep_their_combining_marks(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with TarWriter(str(path), encoder=False) as writer:
+        text = "#हिन्दी und #café! nicht &#39; #b"
+        writer.write({"__key__": "a", "png": b"x", "txt": text.encode()})
+    (found,) = list_shard(path)
+    assert found.hashtags == ("#हिन्दी", "#café", "#b")
