@@ -179,7 +179,7 @@ def main() -> None:
             print(name, json.dumps(report[name], indent=1))
     names = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset")
     report["machine"] = {
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }
@@ -187,7 +187,8 @@ def main() -> None:
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
