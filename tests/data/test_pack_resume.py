@@ -91,6 +91,8 @@ def start(
         text=True,
         env={**os.environ, "SECONDS_EACH": str(seconds_each)},
         start_new_session=True,
+        # A shell's background job inherits that Ctrl-C is ignored; a person's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
