@@ -116,12 +116,18 @@ class VisionEncoder(VisionTransformer):
         else:
             self.register_buffer("pos_embed", table)
 
-    def forward(self, images_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:  # type: ignore[override]  # timm returns logits
-        """Tokens of the images, or of the patches keep_BK of each sample only, in that order."""
+    def forward(  # type: ignore[override]  # timm returns logits
+        self, images_BCHW: Tensor, keep_BK: Tensor | None = None, normed: bool = True
+    ) -> Tensor:
+        """Tokens of the images, or of the patches keep_BK of each sample only, in that order.
+
+        `normed`: through the final norm.
+        """
         tokens_BKD = self.patch_embed(images_BCHW, keep_BK)
         positions_BLD = self.pos_embed[:, 1:]
         if keep_BK is not None:
             positions_BLD = gather_rows(positions_BLD.expand(len(keep_BK), -1, -1), keep_BK)
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(images_BCHW), -1, -1)
         tokens_BND = torch.cat([cls_B1D, tokens_BKD + positions_BLD], dim=1)
-        return self.norm(self.blocks(tokens_BND))
+        tokens_BND = self.blocks(tokens_BND)
+        return self.norm(tokens_BND) if normed else tokens_BND

@@ -272,7 +272,7 @@ def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:
         child = node.get(part)
         if not isinstance(child, dict):
             child = node[part] = {}
-        if part == "duration":
+        if part in ("duration", "warmup", "cooldown"):
             # A duration has one unit: setting another replaces it.
             child.clear()
         node = child

@@ -9,6 +9,7 @@ from harness.study import flops as count_flops
 from harness.study import identity
 from harness.study.datasets import ORDER_WINDOW, DatasetMeta, locate, scenes_count
 from harness.study.recipes import (
+    Duration,
     Execution,
     FineTune,
     Images,
@@ -143,8 +144,34 @@ class Chain:
         duration = recipe.duration
         epoch = epoch_samples(images, recipe)
         steps = steps_of(duration.unit, duration.amount, epoch, recipe.batch)
+        recipe = self._with_samples(role, recipe, epoch, steps * recipe.batch)
         config = self._config(kind, recipe, split, images, classes, steps, encoder, meta)
         return self._put(role, config, flops_per_image * config.samples, encoder, label)
+
+    def _with_samples(self, role: str, recipe: Any, epoch: int, total: int) -> Any:
+        """The recipe with warm-up and cooldown in samples where they are not fractions.
+
+        Equal lengths written in other units are then one recipe. Raises UserError if they do not
+        fit into the `total` samples of the stage.
+        """
+        given = {"warmup": recipe.warmup}
+        if recipe.schedule == "wsd":
+            given["cooldown"] = recipe.cooldown
+        samples, changed = {}, {}
+        for name, share in given.items():
+            if isinstance(share, Duration):
+                per_unit = {"samples": 1, "epochs": epoch, "steps": recipe.batch}[share.unit]
+                samples[name] = max(1, round(share.amount * per_unit))
+                changed[name] = Duration(samples=samples[name])
+            else:
+                samples[name] = share * total
+        if sum(samples.values()) > total:
+            parts = " and ".join(f"{round(n):,} of {name}" for name, n in samples.items())
+            raise UserError(
+                f"stages.{role}: {parts} are more than its {total:,} samples; shorten them, or"
+                " train longer"
+            )
+        return recipe.model_copy(update=changed) if changed else recipe
 
     def _config(
         self,
@@ -214,10 +241,17 @@ class Chain:
                     f"{where}: {role}.batch {batch} is not a multiple of {chunk}"
                     f" ({wanted.ranks} ranks{per}); use batch {near} or other resources"
                 )
+            forward = wanted.micro_batch or batch // wanted.ranks
+            if getattr(config.recipe, "mixup", 0) and forward % 2:
+                raise UserError(
+                    f"stages.{role}: mixup needs an even number of images in a forward pass, found"
+                    f" {forward}; set an even resources.micro_batch"
+                )
         return Execution(
             ranks=wanted.ranks,
             threads=wanted.threads,
             micro_batch=wanted.micro_batch,
+            head_batch=wanted.head_batch,
             zero_config=wanted.zero,
             checkpoint_every_s=wanted.checkpoint_every,
             eval_points=wanted.eval_points,

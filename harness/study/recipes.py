@@ -12,7 +12,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from harness.errors import UserError
 from harness.units import parse_count
@@ -36,6 +44,11 @@ Count = Annotated[int, BeforeValidator(_count)]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+Pool = Literal["cls", "mean", "mean_fc_norm"]
+"""What stands for an image: the class token, the mean of the normed patch tokens, or the norm of
+the mean of the patch tokens."""
 
 
 class Duration(Frozen):
@@ -64,6 +77,18 @@ class Duration(Frozen):
         return float(getattr(self, self.unit))
 
 
+def _share_tag(value: Any) -> str:
+    return "literal[part]" if isinstance(value, (dict, Duration)) else "literal[fraction]"
+
+
+# Tags are written as pydantic names literals, which messages leave out.
+Share = Annotated[
+    Annotated[Fraction, Tag("literal[fraction]")] | Annotated[Duration, Tag("literal[part]")],
+    Discriminator(_share_tag),
+]
+"""Part of a stage's duration: a fraction of it, or a duration of its own such as {samples: 40k}."""
+
+
 class Optimization(Frozen):
     """AdamW, its schedule and its batch; shared by every gradient stage."""
 
@@ -73,11 +98,11 @@ class Optimization(Frozen):
     lr: Positive = 1e-3
     """Peak learning rate, as it is: not scaled by the batch."""
     lr_min: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Fraction = 0.05
-    """Linear warm-up from 0, as a fraction of the duration."""
+    warmup: Share = 0.05
+    """Linear warm-up from 0."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    cooldown: Fraction = 0.2
-    """Linear decay at the end of `wsd`, as a fraction of the duration."""
+    cooldown: Share = 0.2
+    """Linear decay at the end of `wsd`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -116,8 +141,11 @@ class WspRecipe(Optimization):
 
     kind: Literal["wsp"] = "wsp"
     drop_path: Fraction = 0.0
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Pool = "cls"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Images 2i and 2i + 1 of a batch, and their targets, are mixed with a share drawn from
+    Beta(mixup, mixup) (Zhang et al. 2018, arXiv 1710.09412); 0 mixes nothing."""
     resample: Annotated[float, Field(ge=1)] | None = None
     """Samples of an epoch, as a multiple of its unique images; more than 1 repeats images with rare
     hashtags, by the inverse square root of the frequency (after Mahajan et al. 2018; the paper's
@@ -141,7 +169,7 @@ class LinearProbe(OnDataset):
     """Use at most this many labelled training images; none means all."""
     penalties: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     """L2 penalties tried, per image (ours)."""
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Pool = "cls"
 
 
 class FewShot(OnDataset):
@@ -151,7 +179,7 @@ class FewShot(OnDataset):
     shots: tuple[Count, ...] = (1, 5, 10)
     splits: Count = 5
     penalty: Positive = 1e-3
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Pool = "cls"
 
 
 class FineTune(Optimization, OnDataset):
@@ -164,7 +192,7 @@ class FineTune(Optimization, OnDataset):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     drop_path: Fraction = 0.0
     label_smoothing: Fraction = 0.1
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Pool = "cls"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
 
 
@@ -245,6 +273,8 @@ class Execution(Frozen):
     """CPU threads of one rank."""
     micro_batch: int | None = None
     """Images per forward pass of one rank; none means the whole share of the rank."""
+    head_batch: int | None = None
+    """Images whose logits are there at a time in wsp; none means the whole forward pass's."""
     device: Literal["cpu", "cuda"] = "cpu"
     zero_config: str | None = None
     """Name or path of a DeepSpeed config; none picks ds_configs/ by device."""

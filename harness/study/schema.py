@@ -71,6 +71,9 @@ class Resources(Frozen):
     threads: Count = 1
     """CPU threads of one rank."""
     micro_batch: Count | None = None
+    head_batch: Count | None = None
+    """Images whose logits are in memory at a time in wsp; fewer than the micro-batch costs a second
+    pass through the head."""
     time: Seconds | None = None
     """Time limit handed to a scheduler."""
     memory_gib: Positive | None = None

@@ -188,6 +188,7 @@ class Engine:
         """Shard `model`, which already holds its initial weights on the CPU in float32."""
         self.rank, self.ranks = rank, ranks
         self.device = connect(execution, rank, ranks)
+        self.head_batch = execution.head_batch
         self.micro_batch, self.accumulation = batch_plan(recipe.batch, ranks, execution.micro_batch)
         path = config_path(execution.zero_config, execution.device)
         config = read_config(path) | {
@@ -219,7 +220,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def forward(self, *args: Tensor | None) -> Any:
+    def forward(self, *args: Any) -> Any:
         """The model's forward, through its root, as ZeRO-3 needs."""
         return self._engine(*args)
 

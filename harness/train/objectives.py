@@ -20,12 +20,8 @@ from harness.data import loader
 from harness.data.dataset import Dataset, Split
 from harness.data.loader import Batch
 from harness.ledger.context import StageContext
-from harness.models.heads import (
-    Classifier,
-    label_entropy,
-    multi_label_cross_entropy,
-)
-from harness.models.init import generator_of, initialize
+from harness.models.heads import Classifier, label_entropy, label_targets, mixed_targets
+from harness.models.init import generator_of, initialize, seed_of
 from harness.models.mae import Mae, target_statistics
 from harness.models.pixels import patchify, standardise, to_bytes, unpatchify
 from harness.models.vit import VisionEncoder
@@ -173,15 +169,25 @@ class WspObjective:
 
     def loss(self, engine: Engine, batch: Batch, step: int, first: int) -> Tensor:
         """Softmax cross-entropy against 1/k on the image's k hashtags."""
-        logits_BQ = engine.forward(standardise(batch.images, engine.dtype))
-        return multi_label_cross_entropy(logits_BQ, batch.label_ids, batch.label_offsets).mean()
+        images_BCHW = standardise(batch.images, engine.dtype)
+        targets = label_targets(batch.label_ids, batch.label_offsets)
+        if self.recipe.mixup:
+            # One share a pair, a function of (seed, step, place): ranks change nothing.
+            rng = np.random.default_rng(seed_of(self.config.seed, "mixup", step))
+            shares = rng.beta(self.recipe.mixup, self.recipe.mixup, self.recipe.batch // 2)
+            share_B = torch.from_numpy(shares.astype(np.float32)).repeat_interleave(2)
+            share_B = share_B[first : first + len(images_BCHW)].to(engine.device, non_blocking=True)
+            images_BCHW = mixed(images_BCHW, share_B)
+            targets = mixed_targets(targets, share_B)
+        return engine.forward(images_BCHW, targets, engine.head_batch).mean()
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """val_loss, and val_floor = mean ln k, which no model can beat."""
 
         def losses(batch: Batch, place_B: Tensor) -> Tensor:
-            logits_BQ = engine.forward(standardise(batch.images, engine.dtype))
-            loss_B = multi_label_cross_entropy(logits_BQ, batch.label_ids, batch.label_offsets)
+            targets = label_targets(batch.label_ids, batch.label_offsets)
+            images = standardise(batch.images, engine.dtype)
+            loss_B = engine.forward(images, targets, engine.head_batch)
             return torch.stack([loss_B, label_entropy(batch.label_offsets)], dim=1)
 
         loss, floor = self.val.mean(engine, losses)
@@ -201,6 +207,13 @@ def classifier(config: StageConfig, ctx: StageContext, drop_path: float, pool: A
     if ctx.upstream_weights is not None:
         load_encoder(encoder, ctx.upstream_weights)
     return model
+
+
+def mixed(images_BCHW: Tensor, share_B: Tensor) -> Tensor:
+    """share * an image + (1 - share) * its neighbour, images 2i and 2i + 1."""
+    share_B111 = share_B[:, None, None, None].to(images_BCHW.dtype)
+    neighbours_BCHW = images_BCHW.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return images_BCHW * share_B111 + neighbours_BCHW * (1 - share_B111)
 
 
 def _validation(config: StageConfig, data: Dataset, num_images: int | None) -> HeldOut:

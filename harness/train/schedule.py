@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from harness.study.recipes import Optimization
+from harness.study.recipes import Duration, Optimization
 
 
 def lr_at(recipe: Optimization, step: int, steps: int) -> float:
@@ -16,7 +16,7 @@ def lr_at(recipe: Optimization, step: int, steps: int) -> float:
     """
     total = steps * recipe.batch
     seen = step * recipe.batch
-    warm = recipe.warmup * total
+    warm = samples_of(recipe.warmup, total, recipe.batch)
     if seen + recipe.batch <= warm:
         return recipe.lr * (seen + recipe.batch) / warm
     if recipe.schedule == "constant":
@@ -25,6 +25,14 @@ def lr_at(recipe: Optimization, step: int, steps: int) -> float:
         progress = max(0.0, seen - warm) / (total - warm)
         factor = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        fall = recipe.cooldown * total
+        fall = samples_of(recipe.cooldown, total, recipe.batch)
         factor = min(1.0, (total - seen) / fall) if fall else 1.0
     return recipe.lr_min + (recipe.lr - recipe.lr_min) * factor
+
+
+def samples_of(share: float | Duration, total: int, batch: int) -> float:
+    """Samples of a part of a run of `total` samples. Its epochs were converted when planned."""
+    if not isinstance(share, Duration):
+        return share * total
+    assert share.unit != "epochs", "a plan gives warm-up and cooldown in samples"
+    return share.amount * (batch if share.unit == "steps" else 1)

@@ -16,12 +16,12 @@ from torch import Tensor
 from harness.data import loader
 from harness.data.dataset import Split, open_dataset
 from harness.ledger.context import StageContext
-from harness.models.heads import Pool, pool_tokens
+from harness.models.heads import pooled
 from harness.models.init import initialize
 from harness.models.pixels import standardise
 from harness.models.vit import VisionEncoder
 from harness.models.weights import load_encoder
-from harness.study.recipes import StageFile
+from harness.study.recipes import Pool, StageFile
 
 BATCH = 256
 
@@ -73,8 +73,8 @@ def _pass(
     half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with torch.inference_mode(), half:
         for batch in loader.eval_batches(split, indices, batch=BATCH, image_size=size):
-            tokens_BND = encoder(standardise(batch.images.to(device, non_blocking=True)))
-            values.append(pool_tokens(tokens_BND, pool).float().cpu())
+            images_BCHW = standardise(batch.images.to(device, non_blocking=True))
+            values.append(pooled(encoder, images_BCHW, pool).float().cpu())
             classes.append(batch.class_ids)
     return Features(
         values_MD=torch.cat(values),

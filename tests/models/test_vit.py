@@ -1,15 +1,17 @@
 """The encoder against timm's own forward, published counts and hand-made position tables."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
-from harness.models.heads import Classifier, pool_tokens
+from harness.models.heads import Classifier, pooled
 from harness.models.init import initialize
 from harness.models.vit import VisionEncoder, sincos_positions
-from harness.study.recipes import Model
+from harness.study.recipes import Model, Pool
 from harness.study.sizes import SIZES
 
 SMALL = Model(width=32, depth=2, heads=2, patch=4, image_size=16)
@@ -92,7 +94,28 @@ def test_a_wrong_image_size_is_an_error() -> None:
         VisionEncoder(SMALL)(torch.zeros(1, 3, 20, 20))
 
 
-def test_pooling_takes_the_class_token_or_the_mean_of_the_patches() -> None:
-    tokens = torch.tensor([[[9.0, 9.0], [1.0, 2.0], [3.0, 6.0]]])
-    assert pool_tokens(tokens, "cls").tolist() == [[9.0, 9.0]]
-    assert pool_tokens(tokens, "mean").tolist() == [[2.0, 4.0]]
+@pytest.mark.parametrize(
+    ("pool", "theirs"),
+    [
+        ("cls", {"global_pool": "token"}),
+        ("mean", {"global_pool": "avg", "fc_norm": False}),
+        ("mean_fc_norm", {"global_pool": "avg", "fc_norm": True}),
+    ],
+)
+def test_pooling_is_timms(pool: Pool, theirs: dict[str, Any]) -> None:
+    encoder = VisionEncoder(SMALL)
+    initialize(encoder, 0)
+    for param in encoder.parameters():
+        param.data += 0.1 * torch.randn(param.shape, generator=torch.Generator().manual_seed(1))
+    shape = {"embed_dim": SMALL.width, "depth": SMALL.depth, "num_heads": SMALL.heads}
+    timms = VisionTransformer(
+        img_size=SMALL.image_size, patch_size=SMALL.patch, num_classes=0, **shape, **theirs
+    )
+    weights = encoder.state_dict()
+    if pool == "mean_fc_norm":
+        weights = {
+            k.replace("norm.", "fc_norm.", k.startswith("norm.")): v for k, v in weights.items()
+        }
+    timms.load_state_dict(weights)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(pooled(encoder, images, pool), timms(images))

@@ -74,6 +74,17 @@ def test_equal_durations_in_other_units_are_the_same_stage(study_file: Write) ->
     assert list(a.stages) == list(b.stages)
 
 
+def test_a_warmup_in_samples_steps_or_epochs_is_one_recipe(study_file: Write) -> None:
+    def wsp(warmup: str) -> list[str]:
+        text = SMALL.replace("data: [1k, 4k]", "data: [1k]")
+        text = text.replace("  wsp:\n", f"  wsp:\n    warmup: {warmup}\n")
+        return sorted(ids(grid_of(study_file, text), "wsp"))
+
+    assert wsp("{samples: 256}") == wsp("{steps: 2}") == wsp("{epochs: 0.256}")
+    assert len({*wsp("{samples: 256}"), *wsp("{samples: 257}"), *wsp("0.125")}) == 12
+    assert wsp("0.05") == sorted(ids(grid_of(study_file, SMALL.replace(", 4k]", "]")), "wsp"))
+
+
 @pytest.mark.parametrize(
     "extra",
     [

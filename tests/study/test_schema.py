@@ -53,6 +53,25 @@ def test_a_bad_duration_is_one_line(study_file: Write, duration: str, message: s
     assert "study.yaml:16: stages.wsp.duration" in found[0] and message in found[0]
 
 
+@pytest.mark.parametrize(
+    ("warmup", "message"),
+    [
+        ("2.5", "less than 1"),
+        ("soon", "valid number"),
+        ("{sampels: 5}", "unknown key; did you mean 'samples'?"),
+        (
+            "{samples: 3k}",
+            "3,000 of warmup are more than its 2,048 samples; shorten them, or train",
+        ),
+        ("0.7\n    schedule: wsd\n    cooldown: 0.6", "1,434 of warmup and 1,229 of cooldown are"),
+    ],
+)
+def test_a_bad_warmup_is_one_problem(study_file: Write, warmup: str, message: str) -> None:
+    found = problems(study_file(SMALL.replace("  wsp:\n", f"  wsp:\n    warmup: {warmup}\n")))
+    assert any(message in line and "stages.wsp" in line for line in found), found
+    assert len(found) == 1, found
+
+
 def test_a_batch_that_does_not_divide_says_what_would(study_file: Write) -> None:
     text = SMALL + "resources: {ranks: 2, micro_batch: 24}\n"
     found = problems(study_file(text))

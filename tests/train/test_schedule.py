@@ -39,6 +39,20 @@ def test_wsd_stays_then_falls_linearly_over_the_cooldown() -> None:
     assert lr_at(chosen, 99, STEPS) == pytest.approx(0.05)
 
 
+def test_lengths_in_samples_are_those_samples_whatever_the_run_is_long() -> None:
+    chosen = recipe(schedule="wsd", batch=10, warmup={"samples": 50}, cooldown={"steps": 4})
+    for steps in (10, 40):
+        rates = [lr_at(chosen, step, steps) for step in range(steps)]
+        assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        assert set(rates[5 : steps - 3]) <= {1.0}
+        assert rates[steps - 3 :] == pytest.approx([0.75, 0.5, 0.25])
+
+
+def test_a_warmup_that_ends_within_a_step_reaches_the_peak_in_the_next() -> None:
+    chosen = recipe(schedule="constant", batch=10, warmup={"samples": 25})
+    assert [lr_at(chosen, step, 40) for step in range(4)] == pytest.approx([0.4, 0.8, 1.0, 1.0])
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
 def test_without_warmup_the_first_step_has_the_peak(schedule: str) -> None:
     assert lr_at(recipe(schedule=schedule, warmup=0.0), 0, STEPS) == 1.0
