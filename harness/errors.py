@@ -6,6 +6,8 @@ to do. Everything else that is not one of these is a bug and keeps its traceback
 
 from __future__ import annotations
 
+import math
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -40,13 +42,36 @@ class DataError(HarnessError):
 
 
 class DivergedError(HarnessError):
-    """The loss became non-finite. A result, not a crash."""
+    """The loss, or the norm of its gradient, became non-finite. A result, not a crash."""
 
-    def __init__(self, step: int, samples: int, loss: float) -> None:
-        super().__init__(f"loss became {loss} at step {step} ({samples} samples seen)")
+    def __init__(self, step: int, samples: int, loss: float, norm: float | None = None) -> None:
+        what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
+        super().__init__(f"{what} at step {step} ({samples} samples seen)")
         self.step = step
         self.samples = samples
         self.loss = loss
+        self.norm = norm
+        """Norm of the gradient before clipping; None where none is measured."""
+        self.places: list[int] = []
+        """Places in the step's batch of the images whose forward pass gave no finite loss."""
+        self.keys: list[str] = []
+        """Samples of the forward passes that gave no finite loss; of the whole step where all
+        losses were finite and the gradient was not."""
+
+
+class OutOfMemoryError(HarnessError):
+    """A training step does not fit into memory with this micro-batch."""
+
+    def __init__(self, micro_batch: int, smaller: int | None, cause: str) -> None:
+        advice = (
+            f"next: {smaller}"
+            if smaller
+            else "use more ranks, activation_checkpointing or zero: zero3_offload"
+        )
+        super().__init__(f"out of memory with micro_batch {micro_batch}; {advice} ({cause})")
+        self.micro_batch = micro_batch
+        self.smaller = smaller
+        """The largest smaller one that divides a rank's share of the batch; None at 1."""
 
 
 class LeaseLostError(HarnessError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from harness.errors import (
     DivergedError,
     HarnessError,
     LeaseLostError,
+    OutOfMemoryError,
     PreemptedError,
     UserError,
 )
@@ -36,7 +38,7 @@ from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import JsonlWriter, read_json, write_json
 from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
 from harness.ledger.tree import StageFolder, Tree
-from harness.study.recipes import StageFile
+from harness.study.recipes import Execution, StageFile
 from harness.train import loop
 
 EXIT_BUSY = 76
@@ -134,8 +136,9 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tree = Tree(root)
     folder = tree.stage(kind, stage_id)
-    stage = store.read_stage(folder)
+    stage = _fitting(store.read_stage(folder), folder)
     torch.set_num_threads(stage.execution.threads)
+    _limit_memory(stage.execution)
     if rank != 0:
         return _guarded(lambda: _run_rank(tree, folder, stage, rank, ranks, stop), folder, attempt)
     try:
@@ -151,6 +154,25 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
         return _guarded(job.run, folder, attempt, job)
     finally:
         lease.release()
+
+
+def _fitting(stage: StageFile, folder: StageFolder) -> StageFile:
+    """The stage with the micro-batch that an earlier attempt left the memory for, if it did."""
+    execution, found = stage.execution, read_json(folder.memory)
+    asked = {"ranks": execution.ranks, "micro_batch": execution.micro_batch}
+    if found is None or found["asked"] != asked:
+        return stage
+    execution = execution.model_copy(update={"micro_batch": found["micro_batch"]})
+    return stage.model_copy(update={"execution": execution})
+
+
+def _limit_memory(execution: Execution) -> None:
+    """On a CPU, `memory_gib` bounds the data of all ranks: it ends the stage, not the machine."""
+    if execution.memory_gib is not None and execution.device == "cpu":
+        limit = int(execution.memory_gib * 2**30 / execution.ranks)
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        )
 
 
 def _upstream_uids(tree: Tree, stage: StageFile) -> dict[str, str]:
@@ -277,6 +299,7 @@ class _RankZero:
                 "wall_s": {**result.wall_s, "total": total, "harness": total - busy},
                 "device": self.stage.execution.device,
                 "processes": self.ranks * threads,
+                "micro_batch": self.stage.execution.micro_batch,
                 "attempts": self.attempt,
                 "upstream_uids": uids,
                 "harness_version": __version__,
@@ -287,7 +310,12 @@ class _RankZero:
     def _attempt_file(self) -> Path:
         return self.folder.attempt(self.attempt) / "attempt.json"
 
-    def _write_attempt(self, ended: str | None, message: str | None = None) -> None:
+    def _write_attempt(
+        self,
+        ended: str | None,
+        message: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         before = read_json(self._attempt_file) or {}
         row = {
             **before,
@@ -304,13 +332,20 @@ class _RankZero:
             "end": ended,
             "message": message,
             "ended": time.time() if ended else None,
+            **(details or {}),
         }
         write_json(self._attempt_file, row)
 
-    def finish(self, state: str, reason: str | None = None, message: str | None = None) -> None:
+    def finish(
+        self,
+        state: str,
+        reason: str | None = None,
+        message: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         """Notes how the attempt ended. Nothing is written once the lease is lost."""
         self.lease.check()
-        self._write_attempt(reason or state, message)
+        self._write_attempt(reason or state, message, details)
         store.add_event(self.folder, state, attempt=self.attempt, reason=reason, message=message)
         self.status.write(state, reason, message)
 
@@ -330,8 +365,10 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
         return _end(folder, attempt, job, "failed", "data", error, EXIT_FAILED)
     except UserError as error:
         return _end(folder, attempt, job, "failed", "config", error, EXIT_FAILED)
-    except torch.OutOfMemoryError as error:
-        return _end(folder, attempt, job, "failed", "oom", error, EXIT_FAILED)
+    except OutOfMemoryError as error:
+        return _out_of_memory(folder, attempt, job, error)
+    except torch.OutOfMemoryError as error:  # outside of a step, where a smaller one is no help
+        return _end(folder, attempt, job, "failed", "too_large", error, EXIT_FAILED)
     except HarnessError as error:
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
     except Exception as error:
@@ -339,6 +376,19 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
         # reach the status file; the traceback goes to the attempt's stderr.log.
         traceback.print_exc()
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
+
+
+def _out_of_memory(
+    folder: StageFolder, attempt: int, job: _RankZero | None, error: OutOfMemoryError
+) -> int:
+    """Leaves the next micro-batch to try in the stage's folder; any rank may find out first."""
+    stage = store.read_stage(folder)
+    if error.smaller is None:
+        return _end(folder, attempt, job, "failed", "too_large", error, EXIT_FAILED)
+    asked = {"ranks": stage.execution.ranks, "micro_batch": stage.execution.micro_batch}
+    row = {"schema": 1, "asked": asked, "micro_batch": error.smaller, "failed": error.micro_batch}
+    write_json(folder.memory, row)
+    return _end(folder, attempt, job, "failed", "oom", error, EXIT_FAILED)
 
 
 def _end(
@@ -357,7 +407,7 @@ def _end(
     print(f"{state} ({reason}): {message}", file=sys.stderr)
     if job is not None:
         try:
-            job.finish(state, reason, message)
+            job.finish(state, reason, message, _details(error))
         except LeaseLostError as lost:
             print(lost, file=sys.stderr)
             return EXIT_BUSY
@@ -368,6 +418,20 @@ def _end(
             {"schema": 1, "state": state, "reason": reason, "message": f"rank {rank}: {message}"},
         )
     return code
+
+
+def _details(error: BaseException) -> dict[str, Any]:
+    """What the record of an attempt holds beyond the message."""
+    if not isinstance(error, DivergedError):
+        return {}
+    about = {
+        "step": error.step,
+        "samples": error.samples,
+        "loss": error.loss if _finite(error.loss) else str(error.loss),
+        "grad_norm": error.norm if error.norm is None or _finite(error.norm) else str(error.norm),
+        "keys": error.keys,
+    }
+    return {"diverged": about}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -49,6 +49,11 @@ class StageFolder:
         return self.path / "result.json"
 
     @property
+    def memory(self) -> Path:
+        """The micro-batch to go on with after an attempt ran out of memory."""
+        return self.path / "memory.json"
+
+    @property
     def weights(self) -> Path:
         """Encoder weights of a finished mae or wsp stage."""
         return self.path / "weights.safetensors"

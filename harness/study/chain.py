@@ -252,6 +252,7 @@ class Chain:
             threads=wanted.threads,
             micro_batch=wanted.micro_batch,
             head_batch=wanted.head_batch,
+            memory_gib=wanted.memory_gib,
             zero_config=wanted.zero,
             checkpoint_every_s=wanted.checkpoint_every,
             eval_points=wanted.eval_points,

@@ -276,6 +276,8 @@ class Execution(Frozen):
     head_batch: int | None = None
     """Images whose logits are there at a time in wsp; none means the whole forward pass's."""
     device: Literal["cpu", "cuda"] = "cpu"
+    memory_gib: float | None = None
+    """Memory of all ranks; enforced on a CPU. None means no limit."""
     zero_config: str | None = None
     """Name or path of a DeepSpeed config; none picks ds_configs/ by device."""
     checkpoint_every_s: float = 60.0

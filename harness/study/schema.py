@@ -77,6 +77,7 @@ class Resources(Frozen):
     time: Seconds | None = None
     """Time limit handed to a scheduler."""
     memory_gib: Positive | None = None
+    """Memory of a stage, all its ranks: handed to a scheduler, and a limit on a CPU."""
     zero: str | None = None
     """DeepSpeed config: a name in ds_configs/ or a path; none picks one by device."""
     checkpoint_every: Seconds = 60.0
@@ -100,6 +101,8 @@ class Retry(Frozen):
     timeout: Tries = 20
     killed: Tries = 2
     """Ended by a signal nobody here sent: out of memory, a node failure, `kill -9`."""
+    oom: Tries = 30
+    """Out of memory in a training step; each try takes the next smaller micro-batch."""
     data: Tries = 0
     code: Tries = 0
     diverged: Tries = 0

@@ -240,6 +240,13 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    def norm_is_bad(self) -> Tensor:
+        """1 if that norm is not finite, else 0; on the device, without waiting for it."""
+        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            return torch.zeros((), device=self.device)
+        return (~torch.as_tensor(norm, device=self.device).isfinite()).float()
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside: no gradients, no drop path. `forward` is used as in training."""

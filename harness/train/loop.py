@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.data import loader
 from harness.data.dataset import Split, open_dataset
+from harness.data.order import Stream
 from harness.errors import DivergedError, PreemptedError
 from harness.ledger.context import StageContext, StageResult
 from harness.models.init import seed_of
@@ -26,6 +27,7 @@ from harness.study.recipes import Optimization, StageFile
 from harness.train import checkpoint
 from harness.train.checkpoint import Progress
 from harness.train.engine import Engine
+from harness.train.memory import memory_checked
 from harness.train.objectives import OBJECTIVES, Objective, part, to_device
 from harness.train.schedule import lr_at
 
@@ -37,7 +39,8 @@ def train(stage: StageFile, ctx: StageContext) -> StageResult:
     """Run the stage (kinds mae and wsp) to its end, from its last checkpoint if it has one.
 
     Leaves metrics rows, weights.safetensors and, for mae, reconstructions.npz.
-    Raises DivergedError on a non-finite loss, PreemptedError when asked to stop.
+    Raises DivergedError on a non-finite loss or gradient, OutOfMemoryError where a step does not
+    fit, PreemptedError when asked to stop.
     """
     started = time.perf_counter()
     data = open_dataset(stage.execution.dataset_path, ctx.root)
@@ -78,9 +81,10 @@ def run(
         other_s = 0.0  # evaluation and checkpoints, within the training time
         last_row: dict[str, float | None] = {}
 
+        stream = split.stream(config.images.images, config.seed, getattr(recipe, "resample", None))
         batches = loader.train_batches(
             split,
-            split.stream(config.images.images, config.seed, getattr(recipe, "resample", None)),
+            stream,
             batch=batch,
             start_step=progress.step,
             num_steps=steps - progress.step,
@@ -96,25 +100,26 @@ def run(
             engine.set_lr(lr_at(recipe, step, steps))
             share = batch // ctx.ranks
             losses = []
-            for start in range(0, share, engine.micro_batch):
-                first = ctx.rank * share + start
-                torch.manual_seed(seed_of(config.seed, "forward", step, first))
-                micro = part(rank_batch, start, start + engine.micro_batch)
-                micro = to_device(micro, engine.device)
-                loss = objective.loss(engine, micro, step, first)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.detach())
+            with memory_checked(engine):
+                for start in range(0, share, engine.micro_batch):
+                    first = ctx.rank * share + start
+                    torch.manual_seed(seed_of(config.seed, "forward", step, first))
+                    micro = part(rank_batch, start, start + engine.micro_batch)
+                    micro = to_device(micro, engine.device)
+                    loss = objective.loss(engine, micro, step, first)
+                    engine.backward(loss)
+                    engine.step()
+                    losses.append(loss.detach())
 
             # --- what all ranks must agree on: the loss, and whether to stop or save ---
             due = time.perf_counter() - last_checkpoint >= execution.checkpoint_every_s
             done = step + 1
-            signals = reader.put(
-                done,
-                torch.stack(losses).mean(),
-                stop=ctx.should_stop(),
-                save=due and ctx.rank == 0,
-            )
+            wishes = {"stop": ctx.should_stop(), "save": due and ctx.rank == 0}
+            try:
+                signals = reader.put(done, torch.stack(losses), **wishes)
+            except DivergedError as error:
+                error.keys = _keys_of(split, stream, error, batch)
+                raise
             progress.step = done
 
             # --- metrics row, with held-out metrics at the evaluation points ---
@@ -184,17 +189,18 @@ class _LossReader:
     def __init__(self, engine: Engine, progress: Progress, batch: int, lag: int) -> None:
         self.engine, self.progress, self.batch, self.lag = engine, progress, batch, lag
         self.last_loss = math.nan
-        self._pending: deque[tuple[int, Tensor]] = deque()
+        self._pending: deque[tuple[int, Tensor, Tensor]] = deque()
 
-    def put(self, step: int, loss: Tensor, *, stop: bool, save: bool) -> _Signals:
-        """Queue the loss of `step` (counted from 1) and this rank's wishes; all must call.
+    def put(self, step: int, losses: Tensor, *, stop: bool, save: bool) -> _Signals:
+        """Queue a rank's losses of `step` (counted from 1) and its wishes; all must call.
 
         The answer is that of the step `lag` before. Raises DivergedError for its loss.
         """
         flags = torch.tensor([stop, save], dtype=torch.float32)
-        flags = flags.to(loss.device, non_blocking=True)
-        # One small reduction a step carries all three.
-        self._pending.append((step, self.engine.total(torch.cat([loss.float()[None], flags]))))
+        flags = flags.to(losses.device, non_blocking=True)
+        # One small reduction a step carries all four.
+        own = torch.cat([losses.float().mean()[None], flags, self.engine.norm_is_bad()[None]])
+        self._pending.append((step, self.engine.total(own), losses))
         return self._read() if len(self._pending) > self.lag else _Signals(False, False)
 
     def drain(self) -> None:
@@ -203,15 +209,32 @@ class _LossReader:
             self._read()
 
     def _read(self) -> _Signals:
-        step, values = self._pending.popleft()
-        loss, stop, save = values.tolist()
+        step, values, losses = self._pending.popleft()
+        loss, stop, save, bad_norm = values.tolist()
         loss /= self.engine.ranks
-        if not math.isfinite(loss):
-            raise DivergedError(step, step * self.batch, loss)
+        if bad_norm or not math.isfinite(loss):
+            raise self._diverged(step, loss, losses)
         self.last_loss = loss
         self.progress.loss_sum += loss
         self.progress.loss_count += 1
         return _Signals(stop > 0, save > 0)
+
+    def _diverged(self, step: int, loss: float, losses: Tensor) -> DivergedError:
+        """All ranks get here in the same step: they may speak to each other."""
+        engine = self.engine
+        error = DivergedError(step, step * self.batch, loss, engine.grad_norm())
+        share = self.batch // engine.ranks
+        bad_S = torch.zeros(self.batch, device=losses.device)
+        own_S = (~losses.isfinite()).float().repeat_interleave(engine.micro_batch)
+        bad_S[engine.rank * share : (engine.rank + 1) * share] = own_S
+        error.places = engine.total(bad_S).nonzero().flatten().tolist()
+        return error
+
+
+def _keys_of(split: Split, stream: Stream, error: DivergedError, batch: int) -> list[str]:
+    """Keys of the samples that an error is about: see DivergedError.keys."""
+    rows = stream.at((error.step - 1) * batch, batch).rows
+    return [str(split.keys[row]) for row in (rows[error.places] if error.places else rows)]
 
 
 class _Elapsed:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional as F
 
 from harness.data import loader
@@ -20,8 +22,10 @@ from harness.models.mae import Mae
 from harness.models.pixels import standardise
 from harness.models.vit import VisionEncoder
 from harness.study.recipes import Duration, MaeRecipe, WspRecipe
+from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
 from harness.train.loop import train
+from harness.train.objectives import WspObjective
 from harness.train.schedule import lr_at
 
 
@@ -197,6 +201,41 @@ def test_a_diverged_loss_ends_the_stage_and_names_the_step(tmp_path: Path) -> No
     assert error.value.samples == 16 * error.value.step
     assert all(math.isfinite(row["loss"]) for row in rows.rows)
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+def fails_with(
+    patch: pytest.MonkeyPatch, at: tuple[int, int], spoil: Callable[[Tensor], Tensor]
+) -> None:
+    """Spoils the loss of the forward pass at (step, place of its first image)."""
+    whole = WspObjective.loss
+
+    def loss(self: WspObjective, engine: Engine, batch: Batch, step: int, first: int) -> Tensor:
+        found = whole(self, engine, batch, step, first)
+        return spoil(found) if (step, first) == at else found
+
+    patch.setattr(WspObjective, "loss", loss)
+
+
+def test_a_diverged_run_names_the_samples_of_the_pass_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_with(monkeypatch, (3, 8), lambda loss: loss * math.nan)
+    with pytest.raises(DivergedError, match="loss became nan at step 4") as error:
+        train(tiny.stage(wsp_recipe(), micro_batch=4), tiny.context(tmp_path))
+    split = tiny.opened(tmp_path).split("pretrain")
+    rows = split.stream(200, 0).at(3 * 16 + 8, 4).rows
+    assert error.value.keys == [split.keys[row] for row in rows]
+
+
+def test_a_gradient_that_is_not_finite_is_found_in_its_own_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A root of 0: the loss is what it was, its gradient is infinite.
+    fails_with(monkeypatch, (3, 0), lambda loss: loss + (loss - loss.detach()).sqrt())
+    with pytest.raises(DivergedError, match="gradient norm became (inf|nan) at step 4") as error:
+        train(tiny.stage(wsp_recipe()), tiny.context(tmp_path))
+    assert error.value.norm is not None and not math.isfinite(error.value.norm)
+    assert len(error.value.keys) == 16
 
 
 def test_masks_depend_on_seed_and_step_not_on_the_micro_batch(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Out of memory: real limits, a smaller micro-batch, the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.errors import OutOfMemoryError
+from harness.ledger.files import read_json
+from harness.train.memory import memory_checked, smaller_micro_batch
+from tests.conftest import Harness
+
+STUDY = """\
+name: large
+axes:
+  size: [d64x4]
+  data: [1k]
+  init: [random]
+defaults:
+  dataset: scenes-2k
+  image_size: 24
+stages:
+  wsp:
+    duration: {steps: 2}
+    batch: 1024
+    val_images: 64
+resources: {MEMORY}
+"""
+
+
+class Batches:
+    micro_batch, accumulation = 32, 3
+
+
+@pytest.mark.parametrize(
+    ("share", "micro", "smaller"), [(64, 64, 32), (96, 32, 24), (7, 7, 1), (8, 1, None)]
+)
+def test_the_next_micro_batch_is_the_largest_that_still_divides(
+    share: int, micro: int, smaller: int | None
+) -> None:
+    assert smaller_micro_batch(share, micro) == smaller
+
+
+def test_other_errors_come_out_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory_checked(Batches()):
+        raise RuntimeError("shapes do not agree")
+    with (
+        pytest.raises(OutOfMemoryError, match="micro_batch 32; next: 24") as error,
+        memory_checked(Batches()),
+    ):
+        raise MemoryError
+    assert error.value.smaller == 24
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_too_large_for_its_memory_goes_on_with_the_largest_part_that_fits(
+    harness: Harness, tmp_path: Path
+) -> None:
+    free = tmp_path / "free.yaml"
+    free.write_text(STUDY.replace("MEMORY", "threads: 2"))
+    harness("grid", free, "--submit", env={"HARNESS_CORES": "2"})
+    (whole,) = (tmp_path / "runs").glob("stages/wsp/*")
+    expected = read_json(whole / "result.json")
+    assert expected and expected["micro_batch"] is None
+    # A worker starts with about 1 GiB; the whole batch needs as much again, a single image little.
+    bound = tmp_path / "bound.yaml"
+    bound.write_text(STUDY.replace("MEMORY", "threads: 2, memory_gib: 1.5"))
+    harness("grid", bound, "--submit", "--mode", "force", env={"HARNESS_CORES": "2"})
+    result = read_json(whole / "result.json")
+    assert result and result["micro_batch"] in (32, 64, 128, 256, 512)
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+    memory = read_json(whole / "memory.json")
+    assert memory and memory["micro_batch"] == result["micro_batch"]
+    assert memory["failed"] == 2 * result["micro_batch"]
+    ends = [
+        read_json(attempt / "attempt.json")["end"]  # type: ignore[index]  # each attempt has one
+        for attempt in sorted((whole / "attempts").iterdir(), key=lambda path: int(path.name))
+    ]
+    assert ends[-1] == "done" and set(ends[1:-1]) == {"oom"}
