@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from harness.study.starting import label_of
+
 INK, MUTED, RULE, PAPER = "#1c2024", "#66707b", "#d8dee4", "#fefefe"
 
 # Okabe and Ito's set for colour-blind readers; marks differ too, for print in grey.
@@ -51,7 +53,7 @@ def mark(init: str) -> str:
 
 def init_label(init: str) -> str:
     """Name of an init as shown."""
-    return INIT_LABELS.get(init, f"{init} init")
+    return INIT_LABELS.get(init, f"{label_of(init)} init")
 
 
 def settings() -> dict[str, Any]:

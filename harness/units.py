@@ -42,6 +42,11 @@ def format_count(number: int) -> str:
     return str(number)
 
 
+def safe_name(text: str) -> str:
+    """At most 48 characters that are safe in a folder's name; others become '_'."""
+    return "".join(c if c.isalnum() or c in "_.+=" else "_" for c in text)[:48]
+
+
 def format_si(number: float, unit: str = "") -> str:
     """Three significant digits with a decimal multiple: 1.23e12 -> '1.23 T'."""
     for suffix, power in _SI_POWERS:

@@ -39,6 +39,7 @@ from harness.ledger.files import JsonlWriter, read_json, write_json
 from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.recipes import Execution, StageFile
+from harness.study.starting import content_hash
 from harness.train import loop
 
 EXIT_BUSY = 76
@@ -193,7 +194,16 @@ def _is_done(tree: Tree, folder: StageFolder, stage: StageFile) -> bool:
 
 def _upstream_weights(tree: Tree, stage: StageFile) -> Path | None:
     encoder = stage.config.upstream.get("encoder")
-    return tree.stage(stage.upstream_kinds[encoder], encoder).weights if encoder else None
+    if encoder:
+        return tree.stage(stage.upstream_kinds[encoder], encoder).weights
+    if not stage.config.weights:
+        return None
+    path = Path(stage.execution.weights_path)
+    if content_hash(path) != stage.config.weights:
+        raise UserError(
+            f"{path}: the weights have changed since the study was planned; submit again"
+        )
+    return path
 
 
 def _call(stage: StageFile, context: StageContext) -> StageResult:

@@ -30,7 +30,8 @@ from harness.study.schema import (
 )
 from harness.study.sizes import SIZES
 from harness.study.source import Location
-from harness.units import format_count
+from harness.study.starting import label_of
+from harness.units import format_count, safe_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,19 +282,18 @@ def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:
 
 
 def _cell_name(axes: dict[str, Any], loaded: LoadedStudy, ablation: Ablation | None) -> str:
-    parts = [str(axes["size"]), format_count(axes["data"]), str(axes["init"]), f"s{axes['seed']}"]
+    parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"]))]
+    parts.append(f"s{axes['seed']}")
     varied = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
     for key in sorted(varied - {"size", "data", "init", "seed"}):
         # What the study says of all cells does not tell one from another.
         if key in axes and not same(axes[key], loaded.study.defaults.get(key)):
-            parts.append(_slug(f"{key.split('.')[-1]}={axes[key]}"))
+            parts.append(safe_name(f"{key.split('.')[-1]}={axes[key]}"))
     if ablation:
-        parts.append(_slug(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items())))
+        parts.append(
+            safe_name(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items()))
+        )
     return "-".join(parts)
-
-
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "_.+=" else "_" for c in text)[:48]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

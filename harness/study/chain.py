@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from harness.errors import UserError
@@ -22,6 +23,7 @@ from harness.study.recipes import (
     epoch_samples,
 )
 from harness.study.schema import LoadedStudy, Resources, Stages
+from harness.study.starting import content_hash, find, is_checkpoint
 from harness.units import format_count, steps_of
 
 
@@ -58,6 +60,10 @@ class Chain:
         self.builder, self.meta = builder, meta
         self.model, self.axes, self.images = model, axes, images
         self.ids: dict[str, str] = {}
+        self.weights: Path | None = None
+        """Weights from elsewhere that the cell starts from."""
+        if is_checkpoint(axes["init"]):
+            self.weights = find(axes["init"], builder.loaded.bases)
 
     def build(self, recipes: Stages) -> None:
         """Makes every stage of the cell; `ids` then holds role -> stage id."""
@@ -72,6 +78,12 @@ class Chain:
             self._transfer(task, recipe, encoder)
         if not self.ids:
             raise UserError(f"a cell with init {self.axes['init']} has no stage; add stages.wsp")
+
+    def _start(self) -> str:
+        # By content: the ids of transfers hold the whole id of what they start from.
+        if self.weights is not None:
+            return f"weights_{content_hash(self.weights)[:8]}"
+        return str(self.axes["init"])
 
     def _mae(self, recipe: MaeRecipe) -> str:
         full = self.meta.count("pretrain")
@@ -99,7 +111,7 @@ class Chain:
     def _wsp(self, recipe: WspRecipe, encoder: str | None) -> str:
         classes = self.meta.num_hashtags
         per_image = count_flops.vit_train(self.model, classes)
-        label = f"{format_count(self.images)}-{self.axes['init']}"
+        label = f"{format_count(self.images)}-{self._start()}"
         return self._gradient(
             "wsp", "wsp", recipe, "pretrain", self.images, classes, per_image, encoder, label
         )
@@ -117,7 +129,7 @@ class Chain:
         images = train
         if isinstance(recipe, (LinearProbe, FineTune)) and recipe.train_images:
             images = min(train, recipe.train_images)
-        label = f"{format_count(self.images)}-{self.axes['init']}-{task}"
+        label = f"{format_count(self.images)}-{self._start()}-{task}"
         if isinstance(recipe, FineTune):
             per_image = count_flops.vit_train(self.model, classes)
             self._gradient(
@@ -202,6 +214,7 @@ class Chain:
             recipe=recipe,
             steps=steps,
             seed=self.axes["seed"],
+            weights="" if self.weights is None or encoder else content_hash(self.weights),
             upstream={"encoder": encoder} if encoder else {},
         )
 
@@ -253,6 +266,7 @@ class Chain:
             micro_batch=wanted.micro_batch,
             head_batch=wanted.head_batch,
             memory_gib=wanted.memory_gib,
+            weights_path=str(self.weights) if config.weights else "",
             zero_config=wanted.zero,
             checkpoint_every_s=wanted.checkpoint_every,
             eval_points=wanted.eval_points,

@@ -11,6 +11,7 @@ from harness.errors import UserError
 from harness.study.schema import CORE_AXES, INITS, LoadedStudy
 from harness.study.sizes import SIZES
 from harness.study.source import Location
+from harness.study.starting import find, is_checkpoint
 from harness.units import parse_count
 
 
@@ -170,8 +171,14 @@ def normalise(point: Point, loaded: LoadedStudy, problems: list[str]) -> Point:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         bad("size", f"unknown{hint} known sizes: {', '.join(SIZES)}")
     values["size"] = size
-    if values.get("init", "random") not in INITS:
-        bad("init", f"unknown; known: {', '.join(INITS)}")
+    init = str(values.get("init", "random"))
+    if is_checkpoint(init):
+        try:
+            find(init, loaded.bases)
+        except UserError as error:
+            bad("init", str(error))
+    elif init not in INITS:
+        bad("init", f"unknown; known: {', '.join(INITS)}, checkpoint:PATH")
     if values.get("data", "full") != "full":
         values["data"] = _whole(values["data"], "data", bad)
     for axis in ("image_size", "patch"):

@@ -51,6 +51,11 @@ Pool = Literal["cls", "mean", "mean_fc_norm"]
 the mean of the patch tokens."""
 
 
+Resize = Literal["timm", "mae", "swag"]
+"""How a position table is resized to another grid, bicubic: as timm does (antialiased), as MAE does
+(neither antialiased nor corners aligned), or as SWAG does (corners aligned)."""
+
+
 class Duration(Frozen):
     """How long a stage trains, in exactly one unit; converted by `harness.units.steps_of`."""
 
@@ -142,6 +147,7 @@ class WspRecipe(Optimization):
     kind: Literal["wsp"] = "wsp"
     drop_path: Fraction = 0.0
     pool: Pool = "cls"
+    resize: Resize = "timm"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Images 2i and 2i + 1 of a batch, and their targets, are mixed with a share drawn from
@@ -170,6 +176,7 @@ class LinearProbe(OnDataset):
     penalties: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     """L2 penalties tried, per image (ours)."""
     pool: Pool = "cls"
+    resize: Resize = "timm"
 
 
 class FewShot(OnDataset):
@@ -180,6 +187,7 @@ class FewShot(OnDataset):
     splits: Count = 5
     penalty: Positive = 1e-3
     pool: Pool = "cls"
+    resize: Resize = "timm"
 
 
 class FineTune(Optimization, OnDataset):
@@ -193,6 +201,7 @@ class FineTune(Optimization, OnDataset):
     drop_path: Fraction = 0.0
     label_smoothing: Fraction = 0.1
     pool: Pool = "cls"
+    resize: Resize = "timm"
     augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
 
 
@@ -250,6 +259,8 @@ class StageConfig(Frozen):
     steps: int = 0
     """Optimizer steps; 0 for protocols that train by a solver."""
     seed: int = 0
+    weights: str = ""
+    """sha256 of the weights from elsewhere that the encoder starts from; none if empty."""
     upstream: dict[str, str] = {}
     """Role -> stage id. The only role so far is `encoder`: where the weights come from."""
 
@@ -283,6 +294,8 @@ class Execution(Frozen):
     checkpoint_every_s: float = 60.0
     eval_points: int = 8
     """How often val_loss is measured during wsp, evenly spaced, the last at the end."""
+    weights_path: str = ""
+    """Where the weights from elsewhere are."""
     dataset_path: str
     """Where the shards are: 'scenes', 'scenes-64k' or a directory."""
 

@@ -1,5 +1,6 @@
 """Which cells and stages a study file stands for, and what they are called."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,49 @@ def test_equal_durations_in_other_units_are_the_same_stage(study_file: Write) ->
     a = grid_of(study_file)
     b = grid_of(study_file, SMALL.replace("samples: 2k", "steps: 16"))
     assert list(a.stages) == list(b.stages)
+
+
+def test_weights_from_elsewhere_enter_an_identity_by_content_not_by_path(
+    study_file: Write, tmp_path: Path
+) -> None:
+    def grid(name: str) -> Grid:
+        text = SMALL.replace("init: [random, mae]", f"init: [random, 'checkpoint:{name}']")
+        return grid_of(study_file, text)
+
+    (tmp_path / "a-1.safetensors").write_bytes(b"weights")
+    (tmp_path / "b.pth").write_bytes(b"weights")
+    (tmp_path / "c.bin").write_bytes(b"others")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    found = {name: grid(name) for name in ("a-1.safetensors", "b.pth", "c.bin", "hf")}
+
+    def hashes(name: str, kind: str) -> set[str]:
+        return {stage.rsplit("-", 1)[1] for stage in ids(found[name], kind)}
+
+    for kind in ("wsp", "linear_probe"):
+        assert hashes("a-1.safetensors", kind) == hashes("b.pth", kind)
+        random = {s.rsplit("-", 1)[1] for s in ids(grid_of(study_file), kind) if "random" in s}
+        for name in ("c.bin", "hf"):
+            assert hashes(name, kind) & hashes("b.pth", kind) == random
+    stage = next(s for s in found["a-1.safetensors"].stages.values() if s.config.weights)
+    assert stage.config.weights == hashlib.sha256(b"weights").hexdigest()
+    assert stage.execution.weights_path == str(tmp_path / "a-1.safetensors")
+    names = {c.name for c in found["a-1.safetensors"].cells}
+    assert "d16x2-1k-a_1-s0" in names and "d16x2-1k-random-s0" in names
+    # Transfers start from what wsp made, which started from the file.
+    probes = [s for s in found["b.pth"].stages.values() if s.kind == "linear_probe"]
+    assert all(s.config.upstream and not s.config.weights for s in probes)
+
+
+def test_without_wsp_the_tasks_judge_the_weights_themselves(
+    study_file: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    text = SMALL.replace("[random, mae]", "['checkpoint:a.pth']")
+    text = text.replace("  wsp:\n    duration: {samples: 2k}\n", "")
+    stages = grid_of(study_file, text).stages.values()
+    assert {s.kind for s in stages} == {"linear_probe"} and all(s.config.weights for s in stages)
 
 
 def test_a_warmup_in_samples_steps_or_epochs_is_one_recipe(study_file: Write) -> None:

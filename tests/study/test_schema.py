@@ -86,7 +86,9 @@ def test_a_batch_that_does_not_divide_says_what_would(study_file: Write) -> None
     [
         ("size: [d16x2, d32x3]", "size: [d16x2, d32x2]", "did you mean"),
         ("data: [1k, 4k]", "data: [1k, 5k]", "has 4k pretraining images"),
-        ("init: [random, mae]", "init: [random, moco]", "known: random, mae"),
+        ("init: [random, mae]", "init: [random, moco]", "known: random, mae, checkpoint:PATH"),
+        ("init: [random, mae]", "init: ['checkpoint:no.pth']", "no such file or folder of weights"),
+        ("init: [random, mae]", "init: ['checkpoint:.']", "holds no weights; expected files that"),
         ("image_size: 24", "image_size: 23", "not a multiple of patch 4"),
         ("image_size: 24", "image_sise: 24", "did you mean 'image_size'?"),
         ("dataset: scenes-4k", "dataset: no/such", "harness data pack"),

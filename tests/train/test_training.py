@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_is_found_in_its_own_step(
 ) -> None:
     # A root of 0: the loss is what it was, its gradient is infinite.
     fails_with(monkeypatch, (3, 0), lambda loss: loss + (loss - loss.detach()).sqrt())
-    with pytest.raises(DivergedError, match="gradient norm became (inf|nan) at step 4") as error:
+    with pytest.raises(DivergedError, match=r"gradient norm became (inf|nan) at step 4") as error:
         train(tiny.stage(wsp_recipe()), tiny.context(tmp_path))
     assert error.value.norm is not None and not math.isfinite(error.value.norm)
     assert len(error.value.keys) == 16
