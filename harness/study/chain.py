@@ -265,6 +265,7 @@ class Chain:
             threads=wanted.threads,
             micro_batch=wanted.micro_batch,
             head_batch=wanted.head_batch,
+            activation_checkpointing=wanted.activation_checkpointing,
             memory_gib=wanted.memory_gib,
             weights_path=str(self.weights) if config.weights else "",
             zero_config=wanted.zero,

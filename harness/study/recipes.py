@@ -284,6 +284,8 @@ class Execution(Frozen):
     """CPU threads of one rank."""
     micro_batch: int | None = None
     """Images per forward pass of one rank; none means the whole share of the rank."""
+    activation_checkpointing: bool = False
+    """Blocks keep their input only, and are computed again in the backward pass."""
     head_batch: int | None = None
     """Images whose logits are there at a time in wsp; none means the whole forward pass's."""
     device: Literal["cpu", "cuda"] = "cpu"

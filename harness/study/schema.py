@@ -74,6 +74,8 @@ class Resources(Frozen):
     head_batch: Count | None = None
     """Images whose logits are in memory at a time in wsp; fewer than the micro-batch costs a second
     pass through the head."""
+    activation_checkpointing: bool = False
+    """Less memory for a third more computing: a block keeps its input only."""
     time: Seconds | None = None
     """Time limit handed to a scheduler."""
     memory_gib: Positive | None = None

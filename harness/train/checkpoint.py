@@ -79,20 +79,18 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path, engine: Engine) -> Progress:
     """Restore `engine` from a complete checkpoint, and return where the run stood.
 
-    UserError if it was written by another number of ranks.
+    The checkpoint may be of another number of ranks; losses then go on as they would have, to
+    rounding. UserError where DeepSpeed's files cannot be read so.
     """
     content = json.loads((path / "progress.json").read_text())
     ranks = content.pop("ranks")
     schema = content.pop("schema")
     if schema != SCHEMA:
         raise UserError(f"{path}: checkpoint has schema {schema}, this version reads {SCHEMA}")
-    if ranks != engine.ranks:
-        raise UserError(
-            f"{path}: checkpoint was written by {ranks} rank{'s' * (ranks != 1)}, this attempt"
-            f" has {engine.ranks}; resume with resources.ranks: {ranks}, or remove the checkpoint"
-            " to start the stage again"
-        )
-    engine.load(path)
+    if ranks == engine.ranks:
+        engine.load(path)
+    else:
+        engine.load_from_other_ranks(path, ranks)
     return Progress(**content)
 
 

@@ -57,10 +57,6 @@ def main(out: Path) -> None:
         run("diverged", WSP.model_copy(update={"lr": 1e30, "warmup": 0.0}), rows["diverged"])
     except DivergedError as error:
         (out / f"diverged_{rank}.txt").write_text(str(error))
-    try:
-        run("preempted", WSP, tiny.Rows(), stop=3)
-    except PreemptedError:
-        pass
     content = {name: value.timeless() for name, value in rows.items()}
     (out / f"rows_{rank}.json").write_text(json.dumps(content))
 

@@ -15,7 +15,6 @@ from rank_jobs import FINE_TUNE, MAE, WSP
 from safetensors.torch import load_file
 
 from harness import transfer
-from harness.errors import UserError
 from harness.study.recipes import Optimization
 from harness.train.loop import train
 
@@ -103,8 +102,3 @@ def test_divergence_is_raised_on_all_ranks(two_ranks: Path) -> None:
     messages = {(two_ranks / f"diverged_{rank}.txt").read_text() for rank in range(2)}
     assert len(messages) == 1
     assert "loss became" in messages.pop()
-
-
-def test_a_checkpoint_of_two_ranks_is_refused_by_one(two_ranks: Path) -> None:
-    with pytest.raises(UserError, match="was written by 2 ranks, this attempt has 1; resume with"):
-        train(tiny.stage(WSP), tiny.context(two_ranks / "preempted"))

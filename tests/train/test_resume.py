@@ -1,17 +1,26 @@
 """A run that was stopped or killed and resumed is the undisturbed run, to the last bit."""
 
 import json
+import shutil
 from pathlib import Path
 
+import deepspeed
+import numpy as np
 import pytest
 import tiny
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 
+from harness.data.loader import eval_batches
 from harness.errors import PreemptedError, UserError
+from harness.models.mae import Mae
 from harness.study.recipes import Duration, FineTune, MaeRecipe, Optimization, WspRecipe
 from harness.train import checkpoint
+from harness.train.engine import Engine, checkpoint_blocks
 from harness.train.loop import train
+from harness.train.objectives import OBJECTIVES
+from harness.train.reshard import shares
 
 MAE = MaeRecipe(
     duration=Duration(steps=12), batch=16, decoder_width=16, decoder_depth=1, decoder_heads=2
@@ -99,18 +108,24 @@ def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
 
 
-def test_a_checkpoint_of_other_ranks_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wrote", "reads"), [(1, 1), (1, 3), (3, 1)])
+def test_only_zero_3_goes_on_with_other_ranks_and_that_is_said(
+    wrote: int, reads: int, tmp_path: Path
+) -> None:
+    for stage in (1, 3):
+        config = {"zero_optimization": {"stage": stage}}
+        (tmp_path / f"{stage}.json").write_text(json.dumps(config))
     with pytest.raises(PreemptedError):
-        run(WSP, tmp_path, tiny.Rows(), stop=3)
+        run(WSP, tmp_path, tiny.Rows(), stop=3, zero_config=str(tmp_path / f"{wrote}.json"))
     progress = tmp_path / "checkpoints" / "step_3" / "progress.json"
     content = json.loads(progress.read_text())
     progress.write_text(json.dumps(content | {"ranks": 2}))
-    with pytest.raises(UserError) as error:
-        run(WSP, tmp_path, tiny.Rows())
-    assert error.value.problems == (
-        f"{progress.parent}: checkpoint was written by 2 ranks, this attempt has 1; resume with"
-        " resources.ranks: 2, or remove the checkpoint to start the stage again",
-    )
+    folder = progress.parent / "deepspeed"
+    for file in folder.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        shutil.copy(file, folder / file.name.replace("rank_0_mp", "rank_1_mp"))
+    with pytest.raises(UserError, match="resume with") as error:
+        run(WSP, tmp_path, tiny.Rows(), zero_config=str(tmp_path / f"{reads}.json"))
+    assert len(error.value.problems) == 1 and "2" in error.value.problems[0]
 
 
 def test_a_checkpoint_runs_no_code_when_read(tmp_path: Path) -> None:
@@ -124,3 +139,84 @@ def test_a_checkpoint_runs_no_code_when_read(tmp_path: Path) -> None:
     torch.save({"module": Bomb()}, states)
     with pytest.raises(Exception, match="Weights only load failed"):
         run(WSP, tmp_path, tiny.Rows())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_shares_put_together_are_the_whole(ranks: int) -> None:
+    whole = torch.arange(11.0)
+    cut = [shares(whole, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in cut}) == 1
+    assert torch.equal(torch.cat(cut)[:11], whole) and torch.cat(cut)[11:].eq(0).all()
+
+
+def test_the_export_is_what_deepspeeds_own_tool_finds_in_the_checkpoint(tmp_path: Path) -> None:
+    """Weights of weights.safetensors, gathered by name, against zero_to_fp32 on the same step."""
+    stage = tiny.stage(WSP)
+    context = tiny.context(tmp_path, should_stop=tiny.StopAfter(5))
+    objective = OBJECTIVES["wsp"](stage.config, context, tiny.opened(tmp_path))
+    model, groups = objective.build()
+    engine = Engine(model, groups, WSP, stage.execution, rank=0, ranks=1)
+    split = tiny.opened(tmp_path).split("pretrain")
+    for step in range(3):
+        batch = next(
+            eval_batches(
+                tiny.opened(tmp_path).split("pretrain"), np.arange(16), batch=16, image_size=16
+            )
+        )
+        engine.set_lr(1e-2)
+        engine.backward(objective.loss(engine, batch, step, 0))
+        engine.step()
+    engine.save(tmp_path)
+    exported = dict(engine.tensors())
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="deepspeed")
+    live = {}
+    for name, param in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            live[name] = param.detach().clone()
+    engine.close()
+    assert exported.keys() == found.keys() == live.keys()
+    for name, value in exported.items():
+        assert torch.equal(value, found[name]) and torch.equal(value, live[name]), name
+
+
+@pytest.mark.parametrize("recipe", [MAE, WSP], ids=["mae", "wsp"])
+def test_activation_checkpointing_changes_no_bit_drop_path_included(
+    recipe: Optimization, tmp_path: Path
+) -> None:
+    rows = {"without": tiny.Rows(), "with": tiny.Rows()}
+    for name, found in rows.items():
+        run(recipe, tmp_path / name, found, activation_checkpointing=name == "with")
+    assert rows["with"].timeless() == rows["without"].timeless()
+    same_weights(tmp_path / "with", tmp_path / "without")
+
+
+def test_activation_checkpointing_keeps_a_block_s_input_only(tmp_path: Path) -> None:
+    def kept(checkpointed: bool) -> int:
+        model = Mae(tiny.MODEL, MAE)
+        if checkpointed:
+            checkpoint_blocks(model)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.zeros(64, 3, 16, 16))
+        return sum(sizes.values())
+
+    assert kept(True) < kept(False) / 3
+
+
+def test_offload_to_the_host_trains_the_same(tmp_path: Path) -> None:
+    shipped = json.loads((Path(__file__).parents[2] / "ds_configs/zero3_offload.json").read_text())
+    assert shipped.pop("bf16") == {"enabled": True}  # emulated on a CPU, and far too slow
+    for part in ("offload_optimizer", "offload_param"):
+        assert shipped["zero_optimization"][part].pop("pin_memory")
+    (tmp_path / "offload.json").write_text(json.dumps(shipped))
+    rows = {"without": tiny.Rows(), "with": tiny.Rows()}
+    run(WSP, tmp_path / "without", rows["without"])
+    run(WSP, tmp_path / "with", rows["with"], zero_config=str(tmp_path / "offload.json"))
+    losses = {name: [row["loss"] for row in found.rows] for name, found in rows.items()}
+    assert losses["with"] == pytest.approx(losses["without"], rel=1e-5)

@@ -1,0 +1,99 @@
+"""ZeRO-3 trains what a plain loop trains, on any number of ranks, also after a change of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from plain import plain_loop
+from safetensors.torch import load_file
+from zero_jobs import RECIPES, STEPS
+
+pytestmark = pytest.mark.slow
+
+STOP = 28
+KINDS = tuple(RECIPES)
+
+
+def do(jobs: list[dict[str, object]], ranks: int, folder: Path) -> None:
+    """Runs zero_jobs.py on several ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = folder / f"jobs-{ranks}-{jobs[0]['folder']!s}.json".replace("/", "_")
+    file = folder / file.name
+    file.write_text(json.dumps(jobs))
+    about = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zero_jobs.py")), str(file)],
+            env={
+                **os.environ,
+                **about,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    by_step = {row["step"]: row["loss"] for row in rows}
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    return [by_step[step] for step in range(1, STEPS + 1)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders <ranks>/<kind> of whole runs, and <from>to<to>/<kind> of those that changed ranks."""
+    top = tmp_path_factory.mktemp("zero3")
+    accumulating = {"micro_batch": 8}
+    whole = [
+        {"recipe": kind, "folder": f"{top}/2/{kind}", "execution": accumulating} for kind in KINDS
+    ]
+    stopped = [{"recipe": kind, "folder": f"{top}/2to1/{kind}", "stop": STOP} for kind in KINDS]
+    do(whole + stopped, 2, top)
+    for kind in KINDS:
+        shutil.copytree(top / "2to1" / kind, top / "2to3" / kind)
+    ends = {n: [{"recipe": k, "folder": f"{top}/2to{n}/{k}"} for k in KINDS] for n in (1, 3)}
+    single = [
+        {"recipe": kind, "folder": f"{top}/1/{kind}", "execution": accumulating} for kind in KINDS
+    ]
+    do(single + ends[1], 1, top)
+    do(ends[3], 3, top)
+    return top
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["1", "2", "2to1", "2to3"])
+def test_fifty_steps_have_the_losses_of_a_plain_loop(which: str, kind: str, runs: Path) -> None:
+    """Clipping, two kinds of groups and more, and accumulation; where ranks changed, after 28.
+
+    Measured: at most 8e-7 off. A wrong weight decay in one group from step 29 on makes 4e-6 (mae)
+    to 4e-4, with nothing to see in the first step.
+    """
+    expected, _ = plain_loop(RECIPES[kind], runs)
+    assert losses(runs / which / kind) == pytest.approx(expected, rel=2.5e-6)
+
+
+@pytest.mark.parametrize("kind", ["mae", "wsp"])
+@pytest.mark.parametrize("which", ["1", "2", "2to1", "2to3"])
+def test_the_weights_are_those_of_a_plain_loop(which: str, kind: str, runs: Path) -> None:
+    _, encoder = plain_loop(RECIPES[kind], runs)
+    found = load_file(runs / which / kind / "weights.safetensors")
+    tiny.assert_same_to_rounding(found, encoder)
