@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +25,53 @@ from torch import Tensor, nn
 from harness.models.heads import Classifier
 from harness.models.vit import VisionEncoder, sincos_positions
 
+Values = dict[str, Callable[[], Tensor]]
+"""Name of a parameter -> a function that makes its value, whole, on the CPU in float32."""
+
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Set every parameter and table of `model`, in place, on the CPU in float32.
+    """Set every parameter of `model`, in place, on the CPU in float32.
 
     Must come before deepspeed.initialize: a partitioned parameter is an empty tensor, and
     writing to it changes nothing, without an error.
     """
+    assign(model, initial_values(model, seed))
+
+
+def assign(model: nn.Module, values: Values) -> None:
+    """Set every parameter of `model`, in place."""
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            assert param.numel() > 0, f"{name} is empty: initialize before sharding"
+            param.copy_(values[name]())
+
+
+def initial_values(model: nn.Module, seed: int) -> Values:
+    """The initial value of every parameter; `model` may be on the meta device."""
     zeroed = {
         id(param)
         for module in model.modules()
         if isinstance(module, Classifier)
         for param in module.head.parameters()
     }
-    with torch.no_grad():
-        for prefix, module in model.named_modules():
-            for name, param in module.named_parameters(recurse=False):
-                full_name = f"{prefix}.{name}" if prefix else name
-                assert param.numel() > 0, f"{full_name} is empty: initialize before sharding"
-                if id(param) in zeroed:
-                    param.zero_()
-                else:
-                    _fill(module, name, param, generator_of(seed, full_name))
+    values: Values = {}
+    for prefix, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            full_name = f"{prefix}.{name}" if prefix else name
+            if id(param) in zeroed:
+                values[full_name] = partial(torch.zeros, param.shape, device="cpu")
+            else:
+                values[full_name] = partial(_value, module, name, param.shape, seed, full_name)
+    return values
+
+
+def set_tables(model: nn.Module) -> None:
+    """Fixed position tables, which a model that was built on the meta device lacks."""
+    for module in model.modules():
+        table = dict(module.named_buffers(recurse=False)).get("pos_embed")
+        if table is not None:
+            grid = math.isqrt(table.shape[1] - 1)
+            module.pos_embed = sincos_positions(grid, table.shape[2])
 
 
 def seed_of(seed: int, *key: object) -> int:
@@ -57,6 +84,12 @@ def seed_of(seed: int, *key: object) -> int:
 def generator_of(seed: int, *key: object) -> torch.Generator:
     """A CPU generator whose state is a function of (seed, key) alone."""
     return torch.Generator().manual_seed(seed_of(seed, *key))
+
+
+def _value(module: nn.Module, name: str, shape: torch.Size, seed: int, full_name: str) -> Tensor:
+    value = torch.empty(shape, device="cpu")
+    _fill(module, name, value, generator_of(seed, full_name))
+    return value
 
 
 def _fill(module: nn.Module, name: str, param: Tensor, generator: torch.Generator) -> None:

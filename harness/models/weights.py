@@ -28,6 +28,14 @@ def save_encoder(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def load_encoder(encoder: VisionEncoder, path: Path) -> None:
     """Copy the weights of `path` into `encoder`. UserError unless names and shapes agree."""
+    encoder.load_state_dict(read_encoder(encoder, path))
+
+
+def read_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Tensor]:
+    """The weights of `path`, mapped, not read: a tensor costs memory when it is looked at.
+
+    UserError unless names and shapes are those of `encoder`, which may be on the meta device.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -46,4 +54,4 @@ def load_encoder(encoder: VisionEncoder, path: Path) -> None:
             problems.append(f"{path}: {name} is {found}, the model has {expected}")
     if problems:
         raise UserError(*problems)
-    encoder.load_state_dict(tensors)
+    return tensors

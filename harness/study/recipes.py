@@ -286,6 +286,8 @@ class Execution(Frozen):
     """Images per forward pass of one rank; none means the whole share of the rank."""
     activation_checkpointing: bool = False
     """Blocks keep their input only, and are computed again in the backward pass."""
+    sharded_init: bool | None = None
+    """Whether the model is built shard by shard; none means where it is large for the host."""
     head_batch: int | None = None
     """Images whose logits are there at a time in wsp; none means the whole forward pass's."""
     device: Literal["cpu", "cuda"] = "cpu"

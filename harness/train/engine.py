@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-import harness
 from harness.errors import UserError
+from harness.models.init import Values
 from harness.study.recipes import Execution, Optimization
-from harness.train.reshard import Saved, recut
+from harness.train.reshard import Saved, recut, shares
+from harness.train.zero_config import batch_plan, config_path, read_config
 
 # DeepSpeed picks its accelerator when imported. device_count asks NVML and creates no context.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
@@ -41,6 +41,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
     set_z3_leaf_modules,
 )
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -63,72 +64,6 @@ logger.setLevel(logging.WARNING)
 _module("utils.nvtx").enable_nvtx = False
 for _name in ("partition_parameters", "partitioned_param_coordinator"):
     _module(f"runtime.zero.{_name}").print_rank_0 = lambda *args, **kwargs: None
-
-OWNED_KEYS = {
-    "train_batch_size": "stages.<stage>.batch",
-    "train_micro_batch_size_per_gpu": "resources.micro_batch",
-    "gradient_accumulation_steps": "resources.micro_batch",
-    "optimizer": "the recipe (lr, betas, weight_decay)",
-    "scheduler": "stages.<stage>.schedule",
-    "gradient_clipping": "stages.<stage>.clip",
-}
-"""DeepSpeed settings that the harness derives, and what to change instead."""
-
-DEFAULT_CONFIGS = {"cpu": "zero3_fp32", "cuda": "zero3_bf16"}
-
-
-# --- configuration ------------------------------------------------------------------------
-
-
-def config_path(name: str | None, device: str) -> Path:
-    """The DeepSpeed JSON of `name`: a path, or a name in ds_configs/; None picks by device."""
-    wanted = name or DEFAULT_CONFIGS[device]
-    if wanted.endswith(".json"):
-        path = Path(wanted)
-        if not path.is_file():
-            raise UserError(f"{path}: no such DeepSpeed config")
-        return path
-    package = Path(harness.__file__).parent
-    # Beside the package in a checkout, inside it when installed from a wheel.
-    folders = [package.parent / "ds_configs", package / "ds_configs"]
-    for folder in folders:
-        if (folder / f"{wanted}.json").is_file():
-            return folder / f"{wanted}.json"
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
-    raise UserError(f"zero_config {wanted!r}: unknown; known: {', '.join(known)}, or a .json path")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON of `path`. UserError if it is no JSON object or sets what the harness owns."""
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds {type(config).__name__}, expected a JSON object")
-    problems = [
-        f"{path}: sets {key}; the harness owns it: remove it and set {instead}"
-        for key, instead in OWNED_KEYS.items()
-        if key in config
-    ]
-    if problems:
-        raise UserError(*problems)
-    return config
-
-
-def batch_plan(batch: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:
-    """(images per forward pass of a rank, accumulation steps). UserError if not whole."""
-    if batch % ranks:
-        raise UserError(f"batch {batch} is not a multiple of {ranks} ranks")
-    share = batch // ranks
-    micro = min(micro_batch or share, share)
-    if share % micro:
-        raise UserError(
-            f"batch {batch} is not a multiple of {ranks * micro} ({ranks} ranks x micro-batch"
-            f" {micro}); use a micro_batch that divides {share}"
-        )
-    return micro, share // micro
-
 
 # --- processes ----------------------------------------------------------------------------
 
@@ -270,6 +205,25 @@ class Engine:
                 full = param
             yield name, full.detach().float().cpu().clone()
 
+    def set_weights(self, values: Values) -> None:
+        """Set the float32 weights that the optimizer keeps, tensor by tensor.
+
+        DeepSpeed takes them from the model's bfloat16 ones: MAE's last digits would be lost between
+        its stage and the next.
+        """
+        zero: Any = self._engine.optimizer
+        if self._engine.zero_optimization_stage() < 3:
+            for name, param in self._engine.module.named_parameters():
+                safe_set_full_fp32_param(param, values[name]().to(self.device))
+            return
+        # DeepSpeed's function for this fails where a parameter does not divide by the ranks.
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            offset = 0
+            for param in group:
+                own = shares(values[zero.param_names[param]]().flatten(), self.rank, self.ranks)
+                flat.data[offset : offset + len(own)].copy_(own)
+                offset += len(own)
+
     # --- ranks ---
 
     def any_rank(self, flag: bool) -> bool:
@@ -333,6 +287,12 @@ class Engine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model. The process group stays: it is the process's."""
         self._engine.destroy()
+
+
+def partition(module: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Every rank keeps its share of the parameters of `module` that are whole; no more is left."""
+    settings = {"train_micro_batch_size_per_gpu": 1, **config}  # DeepSpeed wants to know a batch
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

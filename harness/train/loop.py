@@ -25,6 +25,7 @@ from harness.ledger.context import StageContext, StageResult
 from harness.models.init import seed_of
 from harness.study.recipes import Optimization, StageFile
 from harness.train import checkpoint
+from harness.train.build import build_engine
 from harness.train.checkpoint import Progress
 from harness.train.engine import Engine
 from harness.train.memory import memory_checked
@@ -61,8 +62,9 @@ def run(
     assert isinstance(recipe, Optimization), f"stage {stage.id} has no gradient recipe"
     steps, batch = config.steps, recipe.batch
     with ExitStack() as on_exit:  # whatever ends the run
-        model, groups = objective.build()
-        engine = Engine(model, groups, recipe, execution, rank=ctx.rank, ranks=ctx.ranks)
+        engine = build_engine(
+            objective.blueprint(), recipe, execution, rank=ctx.rank, ranks=ctx.ranks
+        )
         on_exit.callback(engine.close)
         progress = Progress()
         found = checkpoint.latest(ctx.folder)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,12 +21,20 @@ from harness.data.dataset import Dataset, Split
 from harness.data.loader import Batch
 from harness.ledger.context import StageContext
 from harness.models.heads import Classifier, label_entropy, label_targets, mixed_targets
-from harness.models.init import generator_of, initialize, seed_of
+from harness.models.init import generator_of, seed_of
 from harness.models.mae import Mae, target_statistics
 from harness.models.pixels import patchify, standardise, to_bytes, unpatchify
 from harness.models.vit import VisionEncoder
-from harness.models.weights import load_encoder, save_encoder
-from harness.study.recipes import Augmentation, MaeRecipe, StageConfig, WspRecipe
+from harness.models.weights import save_encoder
+from harness.study.recipes import (
+    Augmentation,
+    FineTune,
+    MaeRecipe,
+    Optimization,
+    StageConfig,
+    WspRecipe,
+)
+from harness.train.blueprint import Blueprint, Groups
 from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
 
@@ -43,8 +51,8 @@ class Objective(Protocol):
     evaluated_on_the_way: bool
     """Whether held-out metrics are measured at every evaluation point, or at the end only."""
 
-    def build(self) -> tuple[nn.Module, list[dict[str, Any]]]:
-        """The model with its initial weights, whole and on the CPU, and its optimizer groups."""
+    def blueprint(self) -> Blueprint:
+        """The model, its initial weights and its optimizer groups."""
         ...
 
     def loss(self, engine: Engine, batch: Batch, step: int, first: int) -> Tensor:
@@ -76,12 +84,13 @@ class MaeObjective:
         self.val = _validation(config, data, self.recipe.val_images)
         self._noise: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def build(self) -> tuple[nn.Module, list[dict[str, Any]]]:
+    def blueprint(self) -> Blueprint:
         """Encoder with fixed positions, and decoder."""
-        model = Mae(self.config.model, self.recipe)
-        initialize(model, self.config.seed)
-        depth = self.config.model.depth
-        return model, parameter_groups(model, depth=depth, weight_decay=self.recipe.weight_decay)
+        return Blueprint(
+            make=lambda: Mae(self.config.model, self.recipe),
+            seed=self.config.seed,
+            groups=lambda model: groups_of(model, self.config),
+        )
 
     def loss(self, engine: Engine, batch: Batch, step: int, first: int) -> Tensor:
         """Masked reconstruction error; masks depend on (seed, step, place) only."""
@@ -161,11 +170,9 @@ class WspObjective:
         self.augment = self.recipe.augment
         self.val = _validation(config, data, self.recipe.val_images)
 
-    def build(self) -> tuple[nn.Module, list[dict[str, Any]]]:
+    def blueprint(self) -> Blueprint:
         """Encoder from `upstream_weights` or initial weights, and a head of zeros."""
-        model = classifier(self.config, self.ctx, self.recipe.drop_path, self.recipe.pool)
-        depth = self.config.model.depth
-        return model, parameter_groups(model, depth=depth, weight_decay=self.recipe.weight_decay)
+        return classifier(self.config, self.ctx.upstream_weights)
 
     def loss(self, engine: Engine, batch: Batch, step: int, first: int) -> Tensor:
         """Softmax cross-entropy against 1/k on the image's k hashtags."""
@@ -199,14 +206,33 @@ class WspObjective:
         return {}
 
 
-def classifier(config: StageConfig, ctx: StageContext, drop_path: float, pool: Any) -> Classifier:
+def classifier(config: StageConfig, weights: Path | None) -> Blueprint:
     """Encoder and zero head; weights by seed, the encoder's from upstream where there is one."""
-    encoder = VisionEncoder(config.model, drop_path=drop_path)
-    model = Classifier(encoder, config.num_classes, pool)
-    initialize(model, config.seed)
-    if ctx.upstream_weights is not None:
-        load_encoder(encoder, ctx.upstream_weights)
-    return model
+    recipe = config.recipe
+    assert isinstance(recipe, WspRecipe | FineTune), f"{recipe} trains no classifier"
+
+    def make() -> Classifier:
+        encoder = VisionEncoder(config.model, drop_path=recipe.drop_path)
+        return Classifier(encoder, config.num_classes, recipe.pool)
+
+    return Blueprint(
+        make=make,
+        seed=config.seed,
+        groups=lambda model: groups_of(model, config),
+        weights=weights,
+    )
+
+
+def groups_of(model: nn.Module, config: StageConfig) -> Groups:
+    """Optimizer groups by the recipe, with layer-wise rates where it has them."""
+    recipe = config.recipe
+    assert isinstance(recipe, Optimization), f"{recipe} is no gradient recipe"
+    return parameter_groups(
+        model,
+        depth=config.model.depth,
+        weight_decay=recipe.weight_decay,
+        layer_decay=getattr(recipe, "layer_decay", 1.0),
+    )
 
 
 def mixed(images_BCHW: Tensor, share_B: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ Shapes: B images of one forward pass, M test images, Q classes.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.data.dataset import Dataset, open_dataset
 from harness.data.loader import Batch
@@ -17,8 +16,8 @@ from harness.ledger.context import StageContext, StageResult
 from harness.models.heads import class_cross_entropy
 from harness.models.pixels import standardise
 from harness.study.recipes import FineTune, StageConfig, StageFile
+from harness.train.blueprint import Blueprint
 from harness.train.engine import Engine
-from harness.train.groups import parameter_groups
 from harness.train.loop import run
 from harness.train.objectives import HeldOut, classifier
 from harness.transfer.predictions import write_predictions
@@ -46,15 +45,9 @@ class FineTuneObjective:
         self._label_M = torch.zeros(self.test.num_images, dtype=torch.int64)
         self._pred_M = torch.zeros(self.test.num_images, dtype=torch.int64)
 
-    def build(self) -> tuple[nn.Module, list[dict[str, Any]]]:
+    def blueprint(self) -> Blueprint:
         """Encoder from `upstream_weights` or initial weights, zero head, layer-wise scales."""
-        model = classifier(self.config, self.ctx, self.recipe.drop_path, self.recipe.pool)
-        return model, parameter_groups(
-            model,
-            depth=self.config.model.depth,
-            weight_decay=self.recipe.weight_decay,
-            layer_decay=self.recipe.layer_decay,
-        )
+        return classifier(self.config, self.ctx.upstream_weights)
 
     def loss(self, engine: Engine, batch: Batch, step: int, first: int) -> Tensor:
         """Cross-entropy with label smoothing."""

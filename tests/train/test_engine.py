@@ -14,8 +14,9 @@ from harness.models.init import initialize
 from harness.models.vit import VisionEncoder
 from harness.study.recipes import Duration, Execution, WspRecipe
 from harness.train import engine as engine_room
-from harness.train.engine import Engine, batch_plan, config_path, read_config
+from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
+from harness.train.zero_config import batch_plan, config_path, read_config
 
 
 def small_engine(**execution: object) -> tuple[Engine, dict[str, torch.Tensor]]:

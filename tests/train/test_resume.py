@@ -154,15 +154,11 @@ def test_the_export_is_what_deepspeeds_own_tool_finds_in_the_checkpoint(tmp_path
     stage = tiny.stage(WSP)
     context = tiny.context(tmp_path, should_stop=tiny.StopAfter(5))
     objective = OBJECTIVES["wsp"](stage.config, context, tiny.opened(tmp_path))
-    model, groups = objective.build()
+    model, groups = objective.blueprint().whole()
     engine = Engine(model, groups, WSP, stage.execution, rank=0, ranks=1)
     split = tiny.opened(tmp_path).split("pretrain")
     for step in range(3):
-        batch = next(
-            eval_batches(
-                tiny.opened(tmp_path).split("pretrain"), np.arange(16), batch=16, image_size=16
-            )
-        )
+        batch = next(eval_batches(split, np.arange(16), batch=16, image_size=16))
         engine.set_lr(1e-2)
         engine.backward(objective.loss(engine, batch, step, 0))
         engine.step()

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from plain import plain_loop
 from safetensors.torch import load_file
 from zero_jobs import RECIPES, STEPS
+
+from harness.train.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.slow
 
@@ -74,13 +77,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     single = [
         {"recipe": kind, "folder": f"{top}/1/{kind}", "execution": accumulating} for kind in KINDS
     ]
-    do(single + ends[1], 1, top)
+    sharded = [
+        {"recipe": kind, "folder": f"{top}/{n}-sharded/{kind}", "execution": {"sharded_init": True}}
+        for n in (1, 2)
+        for kind in KINDS
+    ]
+    mae = f"{top}/2/mae/weights.safetensors"
+    initial = [
+        {"weights": kind, "folder": f"{top}/initial-{n}/{name}", "upstream": upstream}
+        for n in (1, 2)
+        for name, kind, upstream in (("mae", "mae", ""), ("wsp", "wsp", ""), ("on", "wsp", mae))
+    ]
+    do(single + ends[1] + sharded[: len(KINDS)] + initial[:3], 1, top)
+    do(sharded[len(KINDS) :] + initial[3:], 2, top)
     do(ends[3], 3, top)
     return top
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("which", ["1", "2", "2to1", "2to3"])
+@pytest.mark.parametrize("which", ["1", "2", "2to1", "2to3", "1-sharded", "2-sharded"])
 def test_fifty_steps_have_the_losses_of_a_plain_loop(which: str, kind: str, runs: Path) -> None:
     """Clipping, two kinds of groups and more, and accumulation; where ranks changed, after 28.
 
@@ -97,3 +112,25 @@ def test_the_weights_are_those_of_a_plain_loop(which: str, kind: str, runs: Path
     _, encoder = plain_loop(RECIPES[kind], runs)
     found = load_file(runs / which / kind / "weights.safetensors")
     tiny.assert_same_to_rounding(found, encoder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["mae", "wsp", "on"])
+def test_weights_built_in_shards_are_those_of_the_whole_model(
+    name: str, ranks: int, runs: Path
+) -> None:
+    """Every tensor, to the bit; `on` starts from the encoder of an MAE run."""
+    recipe = RECIPES["mae" if name == "mae" else "wsp"]
+    stage = tiny.stage(recipe)
+    upstream = runs / "2" / "mae" / "weights.safetensors" if name == "on" else None
+    context = tiny.context(runs / "whole" / name, upstream=upstream)
+    objective = OBJECTIVES[stage.config.kind](stage.config, context, tiny.opened(runs))
+    model, _ = objective.blueprint().whole()
+    expected = dict(model.named_parameters())
+    found = load_file(runs / f"initial-{ranks}" / name / "initial.safetensors")
+    assert found.keys() == expected.keys() and len(found) > 30
+    for key, value in expected.items():
+        assert torch.equal(found[key], value.detach()), key
+    if name == "on":
+        encoder = load_file(upstream)  # type: ignore[arg-type]  # it is a path here
+        assert all(torch.equal(found[f"encoder.{key}"], value) for key, value in encoder.items())

@@ -1,7 +1,8 @@
 """Child of test_zero3.py: one of several ranks, doing the jobs of a list.
 
 Usage: zero_jobs.py JOBS.json, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT set.
-A job: {"recipe": name, "folder": where, "stop": step to be asked to stop at, "execution": {...}}.
+A job: {"recipe": name, "folder": where, "stop": step to be asked to stop at, "execution": {...}},
+or {"weights": recipe, "folder": where, "upstream": file}, which keeps the initial weights there.
 """
 
 import json
@@ -12,9 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
+from safetensors.torch import save_file
 
 from harness.errors import PreemptedError
 from harness.study.recipes import Duration, FineTune, MaeRecipe, WspRecipe
+from harness.train.build import build_engine
+from harness.train.objectives import OBJECTIVES
 
 STEPS = 50
 RECIPES = {
@@ -38,6 +42,9 @@ def main(jobs: list[dict[str, object]]) -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for job in jobs:
+        if "weights" in job:
+            keep_initial_weights(job, rank, ranks)
+            continue
         folder, recipe, rows = Path(str(job["folder"])), RECIPES[str(job["recipe"])], tiny.Rows()
         context = tiny.context(
             folder,
@@ -55,6 +62,20 @@ def main(jobs: list[dict[str, object]]) -> None:
         if rank == 0:
             with (folder / "rows.jsonl").open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows.timeless())
+
+
+def keep_initial_weights(job: dict[str, object], rank: int, ranks: int) -> None:
+    """The weights that an engine starts with, and what timm's own construction would have left."""
+    recipe, folder = RECIPES[str(job["weights"])], Path(str(job["folder"]))
+    upstream = Path(str(job["upstream"])) if job.get("upstream") else None
+    context = tiny.context(folder, upstream=upstream, rank=rank, ranks=ranks)
+    stage = tiny.stage(recipe, sharded_init=True)
+    objective = OBJECTIVES[stage.config.kind](stage.config, context, tiny.opened(folder))
+    engine = build_engine(objective.blueprint(), recipe, stage.execution, rank=rank, ranks=ranks)
+    tensors = dict(engine.tensors())
+    engine.close()
+    if rank == 0:
+        save_file(tensors, folder / "initial.safetensors")
 
 
 if __name__ == "__main__":
