@@ -33,7 +33,7 @@ def build_engine(
         raise UserError("a model is built in shards by ZeRO stage 3 only; use a zero config of it")
     if in_shards:
         connect(execution, rank, ranks)
-        model, groups = _sharded(blueprint, stage)
+        model, groups = build_sharded(blueprint, stage)
     else:
         model, groups = blueprint.whole()
     engine = Engine(model, groups, recipe, execution, rank=rank, ranks=ranks)
@@ -50,7 +50,7 @@ def _is_large(model: nn.Module, execution: Execution) -> bool:
     return size * here > memory / 4
 
 
-def _sharded(blueprint: Blueprint, config: Mapping[str, Any]) -> tuple[nn.Module, Groups]:
+def build_sharded(blueprint: Blueprint, config: Mapping[str, Any]) -> tuple[nn.Module, Groups]:
     """The model with partitioned parameters, Block by Block, and its optimizer groups."""
     model = blueprint.empty()
     values = blueprint.values(model)

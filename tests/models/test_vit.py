@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
 
 from harness.models.heads import Classifier, pooled
 from harness.models.init import initialize
@@ -119,3 +120,17 @@ def test_pooling_is_timms(pool: Pool, theirs: dict[str, Any]) -> None:
     timms.load_state_dict(weights)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(pooled(encoder, images, pool), timms(images))
+
+
+def test_layer_norm_of_a_bfloat16_model_computes_in_float32() -> None:
+    """Its kernel reads bfloat16 and rounds once, at the end; else some per mille would differ."""
+    norm = VisionEncoder(model_of("b")).norm
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.data.normal_(1, 0.2, generator=generator)
+    norm.bias.data.normal_(0, 0.2, generator=generator)
+    norm = norm.bfloat16()
+    tokens = (3 * torch.randn(64, 50, 768, generator=generator)).bfloat16()
+    exact = F.layer_norm(
+        tokens.float(), (768,), norm.weight.float(), norm.bias.float(), norm.eps
+    ).bfloat16()
+    assert (norm(tokens) != exact).float().mean() < 1e-4

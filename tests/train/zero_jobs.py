@@ -2,7 +2,8 @@
 
 Usage: zero_jobs.py JOBS.json, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT set.
 A job: {"recipe": name, "folder": where, "stop": step to be asked to stop at, "execution": {...}},
-or {"weights": recipe, "folder": where, "upstream": file}, which keeps the initial weights there.
+or {"weights": recipe, "folder": where, "upstream": file, "sharded": how, "config": of DeepSpeed},
+which keeps the initial weights there.
 """
 
 import json
@@ -69,7 +70,7 @@ def keep_initial_weights(job: dict[str, object], rank: int, ranks: int) -> None:
     recipe, folder = RECIPES[str(job["weights"])], Path(str(job["folder"]))
     upstream = Path(str(job["upstream"])) if job.get("upstream") else None
     context = tiny.context(folder, upstream=upstream, rank=rank, ranks=ranks)
-    stage = tiny.stage(recipe, sharded_init=True)
+    stage = tiny.stage(recipe, sharded_init=job["sharded"], zero_config=job["config"])
     objective = OBJECTIVES[stage.config.kind](stage.config, context, tiny.opened(folder))
     engine = build_engine(objective.blueprint(), recipe, stage.execution, rank=rank, ranks=ranks)
     tensors = dict(engine.tensors())
