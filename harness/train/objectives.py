@@ -6,10 +6,8 @@ checkpoints. Shapes: B images of one forward pass, L patches, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +20,7 @@ from harness.data.loader import Batch
 from harness.ledger.context import StageContext
 from harness.models.heads import (
     Classifier,
+    Pool,
     label_entropy,
     multi_label_cross_entropy,
 )
@@ -29,8 +28,9 @@ from harness.models.init import generator_of, initialize
 from harness.models.mae import Mae, target_statistics
 from harness.models.pixels import patchify, standardise, to_bytes, unpatchify
 from harness.models.vit import VisionEncoder
+from harness.models.weight_files import write_atomically
 from harness.models.weights import load_encoder, save_encoder
-from harness.study.recipes import Augmentation, MaeRecipe, StageConfig, WspRecipe
+from harness.study.recipes import Augmentation, MaeRecipe, Model, StageConfig, WspRecipe
 from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
 
@@ -113,7 +113,7 @@ class MaeObjective:
 
     def finish(self, engine: Engine) -> dict[str, float]:
         """weights.safetensors and reconstructions.npz."""
-        _save_encoder(engine, self.ctx, positions_of=self.config)
+        _save_encoder(engine, self.ctx, self.config.model, has_fixed_positions=True)
         self._save_pictures(engine)
         return {}
 
@@ -189,7 +189,7 @@ class WspObjective:
 
     def finish(self, engine: Engine) -> dict[str, float]:
         """weights.safetensors."""
-        _save_encoder(engine, self.ctx)
+        _save_encoder(engine, self.ctx, self.config.model, pool=self.recipe.pool)
         return {}
 
 
@@ -320,7 +320,12 @@ def _target(images_BCHW: Tensor, patch: int, normalised: bool) -> Tensor:
 
 
 def _save_encoder(
-    engine: Engine, ctx: StageContext, positions_of: StageConfig | None = None
+    engine: Engine,
+    ctx: StageContext,
+    model: Model,
+    *,
+    pool: Pool | None = None,
+    has_fixed_positions: bool = False,
 ) -> None:
     """weights.safetensors: the encoder alone, timm's names, float32; by rank 0."""
     tensors = {
@@ -328,20 +333,11 @@ def _save_encoder(
         for name, value in engine.tensors()
         if name.startswith("encoder.")
     }
-    if positions_of is not None:
+    if has_fixed_positions:
         # MAE's positions are a buffer: no parameter, and rounded to bfloat16 in a bf16 run.
-        tensors["pos_embed"] = VisionEncoder(positions_of.model).pos_embed
+        tensors["pos_embed"] = VisionEncoder(model).pos_embed
     if engine.rank == 0:
-        save_encoder(ctx.folder / "weights.safetensors", tensors)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary) and rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        save_encoder(ctx.folder / "weights.safetensors", tensors, model, pool)
 
 
 OBJECTIVES: dict[str, type[MaeObjective] | type[WspObjective]] = {
