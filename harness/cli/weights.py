@@ -207,10 +207,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     rows += [("left out", ", ".join(found[k])) for k in ("beside", "dropped") if found[k]]
     rows += [("problem", problem) for problem in found["problems"]]
     size = f", size {found['size']}" if found["size"] else ""
-    return [
-        f"{found['file']}: {found['layout']}{size}",
-        *(f"  {name:<10} {text}" for name, text in rows),
-    ]
+    title = f"{found['file']}: {found['layout']}{size}"
+    return [title, *(f"  {name:<10} {text}" for name, text in rows)]
 
 
 def _kind(found: dict[str, Any]) -> str:

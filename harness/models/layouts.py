@@ -163,7 +163,7 @@ def recognise(names: Iterable[str]) -> tuple[Layout, str] | None:
 
 def outer_prefix(prefix: str) -> str:
     """Prefix of decoder and head, from the encoder's: `encoder.` and `vit.` cover it alone."""
-    return prefix.removesuffix("encoder.").removesuffix("vit.")
+    return re.sub(r"(^|\.)(?:encoder|vit)\.$", r"\1", prefix)
 
 
 def depth_of(names: Iterable[str], stem: str) -> int:
