@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# How torch says that a pickle names a function or class that it does not know.
+_FOREIGN = re.compile(r"\bGLOBAL (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ def _read_safetensors(path: Path) -> RawFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors: {_line(error)}") from None
+        raise UserError(f"{path}: cannot be read as safetensors: {_line(str(error))}") from None
     try:
         said = json.loads(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
@@ -135,13 +138,14 @@ def _read_torch(path: Path) -> RawFile:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind of error for damaged files
-        text = str(error)
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in text:
-            what = _after(text, ("Unsupported global: GLOBAL ", "Unsupported operand "))
-            raise UserError(f"{path}: refused, it holds code or objects ({what})") from None
+        text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        foreign = _FOREIGN.search(text)
+        if isinstance(error, pickle.UnpicklingError) and foreign:
+            raise UserError(f"{path}: refused, it holds code or objects ({foreign[1]})") from None
         if "TorchScript" in text:
             raise UserError(f"{path}: refused, it is a TorchScript program, not weights") from None
-        raise UserError(f"{path}: cannot be read as a torch file: {_line(error)}") from None
+        why = _line(text) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as a torch file: {why}") from None
     container = ""
     if isinstance(content, dict):
         for key in _STATE_DICTS:
@@ -180,7 +184,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {_line(error)}") from None
+        raise UserError(f"{path}: cannot be read as JSON: {_line(str(error))}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
     return content
@@ -253,14 +257,6 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be made ({error.strerror})") from None
 
 
-def _line(error: Exception) -> str:
-    """The error's first sentence on one line; its kind if it says nothing."""
-    words = " ".join(str(error).split())
-    return words.split(". ")[0][:200] or type(error).__name__
-
-
-def _after(text: str, marks: Sequence[str]) -> str:
-    for mark in marks:
-        if mark in text:
-            return text.split(mark, 1)[1].split()[0]
-    return _line(ValueError(text))
+def _line(text: str) -> str:
+    """The first sentence on one line."""
+    return " ".join(text.split()).split(". ")[0][:200]
