@@ -9,7 +9,18 @@ from typing import Any
 
 import typer
 
-from harness.cli import data, data_checks, data_sample, grid, logs, report, run, status, tune
+from harness.cli import (
+    data,
+    data_checks,
+    data_sample,
+    grid,
+    logs,
+    report,
+    run,
+    status,
+    tune,
+    weights,
+)
 from harness.errors import EXIT_FAILED, HarnessError
 
 app = typer.Typer(
@@ -61,6 +72,14 @@ data_app.command("overlap")(_exiting(data_checks.overlap))
 data_app.command("verify")(_exiting(data_checks.verify))
 data_app.command("show")(_exiting(data_checks.show))
 app.add_typer(data_app, name="data")
+
+weights_app = typer.Typer(
+    help="Look into weight files, convert them.", no_args_is_help=True, rich_markup_mode=None
+)
+weights_app.callback()(weights.weights)
+weights_app.command("inspect")(_exiting(weights.inspect))
+weights_app.command("convert")(_exiting(weights.convert))
+app.add_typer(weights_app, name="weights")
 
 
 def main() -> None:

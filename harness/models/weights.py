@@ -1,34 +1,51 @@
-"""Encoder weights on disk: one safetensors file, timm's names, float32."""
+"""Encoder weights of a stage: one safetensors file, timm's names, float32."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.models.convert import encoder_tensors_for
 from harness.models.vit import VisionEncoder
+from harness.models.weight_files import read_weights, write_safetensors
+from harness.study.recipes import Model, Pool, StageConfig
 
 
-def save_encoder(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` (timm name -> value) as float32; readers see the old file or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file(
-        {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()},
-        temporary,
-    )
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def save_encoder(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    model: Model | None = None,
+    pool: Pool | None = None,
+) -> None:
+    """Write `tensors` (timm name -> value) as float32; readers see the old file or the new.
+
+    With `model`, the header says what the tensors do not: heads, image size, pooling.
+    """
+    said = {}
+    if model is not None:
+        said = {"layout": "harness", **model.model_dump(), "pool": pool}
+    write_safetensors(path, {name: value.float() for name, value in tensors.items()}, said)
 
 
-def load_encoder(encoder: VisionEncoder, path: Path) -> None:
-    """Copy the weights of `path` into `encoder`. UserError unless names and shapes agree."""
-    encoder.load_state_dict(read_encoder(encoder, path))
+def start_of(config: StageConfig, path: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
+    """What the encoder of a stage starts from: an upstream stage's file, or one from elsewhere.
+
+    `encoder` may be on the meta device. UserError with everything that does not fit.
+    """
+    if not config.weights:
+        return read_encoder(encoder, path)
+    recipe: Any = config.recipe
+    try:
+        return encoder_tensors_for(read_weights(path), config.model, recipe.resize, recipe.pool)
+    except UserError as error:
+        lines = (line.removeprefix(f"{path}: ") for line in error.problems)
+        raise UserError(*(f"{path}: {line}" for line in lines)) from None
 
 
 def read_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Tensor]:

@@ -27,9 +27,14 @@ def _patch_embed(model: Model, patches: int | None = None) -> float:
     return 2.0 * count * 3 * model.patch**2 * model.width
 
 
+def attention(tokens: float, width: float) -> float:
+    """The two products of attention, scores and weighted values; its projections not counted."""
+    return 4.0 * tokens**2 * width
+
+
 def _block(tokens: float, width: float) -> float:
-    """One transformer block: qkv, projection and a 4x MLP (24 n d^2), two attention products."""
-    return 24.0 * tokens * width**2 + 4.0 * tokens**2 * width
+    """One transformer block: qkv, projection and a 4x MLP (24 n d^2), and attention."""
+    return 24.0 * tokens * width**2 + attention(tokens, width)
 
 
 def num_kept(model: Model, mask_ratio: float) -> int:
@@ -53,12 +58,21 @@ def mae_forward(model: Model, recipe: MaeRecipe) -> float:
 
     Hidden patches are never projected, and pixels are predicted for patches, not the class token.
     """
-    n, d = model.num_patches, model.width
+    return mae_encoder_forward(model, recipe) + mae_decoder_forward(model, recipe)
+
+
+def mae_encoder_forward(model: Model, recipe: MaeRecipe) -> float:
+    """FLOPs of the encoder alone on the visible patches of one image."""
     kept = num_kept(model, recipe.mask_ratio)
-    width = recipe.decoder_width
-    encoder = _patch_embed(model, kept) + model.depth * _block(kept + 1, d)
-    decoder = 2.0 * (kept + 1) * d * width + recipe.decoder_depth * _block(n + 1, width)
-    return encoder + decoder + 2.0 * n * width * 3 * model.patch**2
+    return _patch_embed(model, kept) + model.depth * _block(kept + 1, model.width)
+
+
+def mae_decoder_forward(model: Model, recipe: MaeRecipe) -> float:
+    """FLOPs of the decoder alone: from the visible tokens to the pixels of every patch."""
+    n, width = model.num_patches, recipe.decoder_width
+    embed = 2.0 * (num_kept(model, recipe.mask_ratio) + 1) * model.width * width
+    blocks = recipe.decoder_depth * _block(n + 1, width)
+    return embed + blocks + 2.0 * n * width * 3 * model.patch**2
 
 
 def mae_train(model: Model, recipe: MaeRecipe) -> float:

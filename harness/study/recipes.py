@@ -52,8 +52,9 @@ the mean of the patch tokens."""
 
 
 Resize = Literal["timm", "mae", "swag"]
-"""How a position table is resized to another grid, bicubic: as timm does (antialiased), as MAE does
-(neither antialiased nor corners aligned), or as SWAG does (corners aligned)."""
+"""How a position table is resized to another grid, bicubic: as timm does (antialiased, and by
+another cubic kernel, so it differs also where the grid grows), as the MAE reference does (neither
+antialiased nor corners aligned), or as SWAG does (corners aligned)."""
 
 
 class Duration(Frozen):

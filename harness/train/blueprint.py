@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.models.init import Values, assign, initial_values, set_tables
-from harness.models.weights import read_encoder
+from harness.models.vit import VisionEncoder
 
 Groups = list[dict[str, Any]]
 
@@ -24,8 +23,8 @@ class Blueprint:
     seed: int
     groups: Callable[[nn.Module], Groups]
     """Optimizer groups of a model whose parameters have their shapes."""
-    weights: Path | None = None
-    """Encoder weights to start from."""
+    start: Callable[[VisionEncoder], Mapping[str, Tensor]] | None = None
+    """Encoder weights to start from, for an encoder of that shape; none: initial ones."""
 
     def whole(self) -> tuple[nn.Module, Groups]:
         """The model with its weights, on the CPU in float32, and its optimizer groups."""
@@ -43,8 +42,8 @@ class Blueprint:
     def values(self, model: nn.Module) -> Values:
         """What every parameter starts with."""
         values = initial_values(model, self.seed)
-        if self.weights is not None:
+        if self.start is not None:
             encoder: Any = model.get_submodule("encoder")
-            tensors = read_encoder(encoder, self.weights)
+            tensors = self.start(encoder)
             values |= {f"encoder.{name}": tensor.float for name, tensor in tensors.items()}
         return values

@@ -6,9 +6,9 @@ checkpoints. Shapes: B images of one forward pass, L patches, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +25,15 @@ from harness.models.init import generator_of, seed_of
 from harness.models.mae import Mae, target_statistics
 from harness.models.pixels import patchify, standardise, to_bytes, unpatchify
 from harness.models.vit import VisionEncoder
-from harness.models.weights import save_encoder
+from harness.models.weight_files import write_atomically
+from harness.models.weights import save_encoder, start_of
 from harness.study.recipes import (
     Augmentation,
     FineTune,
     MaeRecipe,
+    Model,
     Optimization,
+    Pool,
     StageConfig,
     WspRecipe,
 )
@@ -118,7 +121,7 @@ class MaeObjective:
 
     def finish(self, engine: Engine) -> dict[str, float]:
         """weights.safetensors and reconstructions.npz."""
-        _save_encoder(engine, self.ctx, positions_of=self.config)
+        _save_encoder(engine, self.ctx, self.config.model, has_fixed_positions=True)
         self._save_pictures(engine)
         return {}
 
@@ -202,7 +205,7 @@ class WspObjective:
 
     def finish(self, engine: Engine) -> dict[str, float]:
         """weights.safetensors."""
-        _save_encoder(engine, self.ctx)
+        _save_encoder(engine, self.ctx, self.config.model, pool=self.recipe.pool)
         return {}
 
 
@@ -219,7 +222,7 @@ def classifier(config: StageConfig, weights: Path | None) -> Blueprint:
         make=make,
         seed=config.seed,
         groups=lambda model: groups_of(model, config),
-        weights=weights,
+        start=None if weights is None else partial(start_of, config, weights),
     )
 
 
@@ -359,7 +362,12 @@ def _target(images_BCHW: Tensor, patch: int, normalised: bool) -> Tensor:
 
 
 def _save_encoder(
-    engine: Engine, ctx: StageContext, positions_of: StageConfig | None = None
+    engine: Engine,
+    ctx: StageContext,
+    model: Model,
+    *,
+    pool: Pool | None = None,
+    has_fixed_positions: bool = False,
 ) -> None:
     """weights.safetensors: the encoder alone, timm's names, float32; by rank 0."""
     tensors = {
@@ -367,20 +375,11 @@ def _save_encoder(
         for name, value in engine.tensors()
         if name.startswith("encoder.")
     }
-    if positions_of is not None:
+    if has_fixed_positions:
         # MAE's positions are a buffer: no parameter, and rounded to bfloat16 in a bf16 run.
-        tensors["pos_embed"] = VisionEncoder(positions_of.model).pos_embed
+        tensors["pos_embed"] = VisionEncoder(model).pos_embed
     if engine.rank == 0:
-        save_encoder(ctx.folder / "weights.safetensors", tensors)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary) and rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        save_encoder(ctx.folder / "weights.safetensors", tensors, model, pool)
 
 
 OBJECTIVES: dict[str, type[MaeObjective] | type[WspObjective]] = {

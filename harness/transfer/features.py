@@ -20,7 +20,7 @@ from harness.models.heads import pooled
 from harness.models.init import initialize
 from harness.models.pixels import standardise
 from harness.models.vit import VisionEncoder
-from harness.models.weights import load_encoder
+from harness.models.weights import start_of
 from harness.study.recipes import Pool, StageFile
 
 BATCH = 256
@@ -49,7 +49,7 @@ def extract(
     encoder = VisionEncoder(stage.config.model)
     initialize(encoder, stage.config.seed)
     if ctx.upstream_weights is not None:
-        load_encoder(encoder, ctx.upstream_weights)
+        encoder.load_state_dict(start_of(stage.config, ctx.upstream_weights, encoder))
     device = torch.device(stage.execution.device)
     encoder = encoder.to(device).eval()
     data = open_dataset(stage.execution.dataset_path, ctx.root)

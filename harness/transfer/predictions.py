@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from harness.train.objectives import write_atomically
+from harness.models.weight_files import write_atomically
 
 
 def write_predictions(

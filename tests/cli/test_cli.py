@@ -17,7 +17,8 @@ def test_help_of_every_verb_has_an_example(harness: Harness) -> None:
     verbs = re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE)
     assert set(verbs) >= {"grid", "status", "logs", "run", "report", "data"}
     for verb in verbs:
-        text = harness(verb, *(["pack"] if verb == "data" else []), "--help").stdout
+        inner = {"data": ["pack"], "weights": ["inspect"]}.get(verb, [])
+        text = harness(verb, *inner, "--help").stdout
         assert "Example:" in text and f"harness {verb}" in text, text
 
 

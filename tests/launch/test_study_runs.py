@@ -402,6 +402,31 @@ def test_workers_do_not_outlive_a_killed_command(
     assert wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in pids), 60)
 
 
+def test_weights_from_elsewhere_start_a_cell_as_the_mae_stage_itself_would(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The encoder of the study's own MAE run, taken out as a .pth of timm and brought back in."""
+    root = tmp_path / "runs"
+    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    (mae,) = (finished[0] / "stages/mae").iterdir()
+    command = [sys.executable, "-m", "harness.cli.main", "weights", "convert"]
+    taken = [str(mae / "weights.safetensors"), str(tmp_path / "mae.pth"), "--to", "timm"]
+    subprocess.run([*command, *taken], check=True, capture_output=True)
+    file = tmp_path / "tiny.yaml"
+    text = TINY.replace("[random, mae]", "['checkpoint:mae.pth']").replace("[500, 2k]", "[2k]")
+    file.write_text(text)
+    submit(root, file)
+    for kind in ("wsp", "linear_probe", "fine_tune"):
+        (found,) = (root / "stages" / kind).iterdir()
+        (own,) = (finished[0] / "stages" / kind).glob("d16x2-2k-mae-*")
+        results = [read_json(folder / "result.json") or {} for folder in (found, own)]
+        assert results[0]["metrics"] == results[1]["metrics"]
+    # Other content under the same name is another starting point, noticed before it is used.
+    (tmp_path / "mae.pth").write_bytes(b"no weights")
+    done = submit(root, file, check=1)
+    assert "mae.pth: " in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
 def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -61,3 +61,46 @@ def test_mae(size: str, side: int, train: bool) -> None:
         got = counted(module, images, noise, train=train)
     formula = flops.mae_train if train else flops.mae_forward
     assert got == formula(model, recipe)
+
+
+@pytest.mark.parametrize(("size", "side"), SIZES_AND_SIDES)
+def test_each_part_of_the_mae(size: str, side: int) -> None:
+    model = model_of(size, side)
+    recipe = MaeRecipe(
+        duration=Duration(steps=1), decoder_width=32, decoder_depth=2, decoder_heads=2
+    )
+    kept = flops.num_kept(model, recipe.mask_ratio)
+    with torch.device("meta"):
+        module = Mae(model, recipe)
+        keep = torch.zeros(1, kept, dtype=torch.long)
+        encoder = counted(module.encoder, torch.rand(1, 3, side, side), keep, train=False)
+        decoder = counted(module.decoder, torch.rand(1, kept + 1, model.width), keep, train=False)
+    assert encoder == flops.mae_encoder_forward(model, recipe)
+    assert decoder == flops.mae_decoder_forward(model, recipe)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "h", "2b", "6.5b"])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_attention_alone(size: str, is_fused: bool) -> None:
+    model = model_of(size, 224)
+    tokens, d = model.num_patches + 1, model.width
+    with torch.device("meta"):
+        block = VisionEncoder(model.model_copy(update={"depth": 1})).blocks[0]
+        assert isinstance(block.attn, Attention)
+        block.attn.fused_attn = is_fused
+        with FlopCounterMode(display=False) as counter:
+            block.attn(torch.rand(1, tokens, d))
+    projections = 8.0 * tokens * d * d
+    assert counter.get_total_flops() == flops.attention(tokens, d) + projections
+
+
+@pytest.mark.parametrize(("size", "side"), [("b", 512), ("h", 518), ("6.5b", 224)])
+def test_the_papers_own_sizes(size: str, side: int) -> None:
+    model, recipe = model_of(size, side), MaeRecipe(duration=Duration(steps=1))
+    with torch.device("meta"):
+        images = torch.rand(1, 3, side, side)
+        vit = counted(Classifier(VisionEncoder(model), 1000, "cls"), images, train=True)
+        noise = torch.rand(1, model.num_patches)
+        mae = counted(Mae(model, recipe), images, noise, train=True)
+    assert vit == flops.vit_train(model, 1000)
+    assert mae == flops.mae_train(model, recipe)

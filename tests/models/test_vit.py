@@ -44,6 +44,37 @@ def test_parameter_counts_are_the_published_ones(size: str, bare: int, with_head
         assert count(Classifier(encoder, 1000, "cls")) == with_head
 
 
+@pytest.mark.parametrize(
+    ("size", "image_size", "patches", "with_head", "minus_positions", "hashtag_head"),
+    [
+        ("b", 512, 1024, 87_203_560, 85_647_360, 21_532_000),
+        ("l", 512, 1024, 305_174_504, 303_099_904, 28_700_000),
+        ("h", 518, 1369, 633_470_440, 630_435_840, 35_868_000),
+        ("2b", 518, 1369, 1_895_819_240, 1_889_751_040, 71_708_000),
+        ("6.5b", 518, 1369, 6_456_288_232, 6_446_579_712, 114_716_000),
+    ],
+)
+def test_parameter_counts_at_high_resolution_and_of_the_heads(
+    size: str,
+    image_size: int,
+    patches: int,
+    with_head: int,
+    minus_positions: int,
+    hashtag_head: int,
+) -> None:
+    with torch.device("meta"):
+        encoder = VisionEncoder(model_of(size, image_size))
+        assert encoder.pos_embed.shape[1] == patches + 1
+        assert count(Classifier(encoder, 1000, "cls")) == with_head
+        # Whatever the resolution, nothing but the positions depends on it.
+        assert count(encoder) - encoder.pos_embed.numel() == minus_positions
+        hashtags = Classifier(VisionEncoder(model_of(size)), 28_000, "cls")
+        assert count(hashtags.head) == hashtag_head
+        assert (
+            count(hashtags) == minus_positions + hashtags.encoder.pos_embed.numel() + hashtag_head
+        )
+
+
 def test_timm_weights_load_strictly_and_give_timms_features() -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).eval()
     ours = VisionEncoder(model_of("ti", 32)).eval()

@@ -61,3 +61,33 @@ def test_visible_patches_are_rounded_down() -> None:
     assert flops.num_kept(model("b"), 0.9) == 19
     assert flops.num_kept(model("h"), 0.75) == 64
     assert flops.num_kept(model("h", 518), 0.75) == 342
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "params"),
+    [
+        ("b", 512, 87_203_560),
+        ("l", 512, 305_174_504),
+        ("h", 518, 633_470_440),
+        ("2b", 518, 1_895_819_240),
+        ("6.5b", 518, 6_456_288_232),
+    ],
+)
+def test_parameter_counts_at_high_resolution_with_1000_classes(
+    size: str, image_size: int, params: int
+) -> None:
+    shape = model(size, image_size)
+    assert flops.encoder_params(shape) + 1000 * shape.width + 1000 == params
+
+
+def test_parts_of_the_mae_add_up() -> None:
+    recipe = MaeRecipe.model_validate({"duration": {"samples": 1}})
+    for size in PARAMS:
+        shape = model(size)
+        encoder, decoder = (
+            part(shape, recipe) for part in (flops.mae_encoder_forward, flops.mae_decoder_forward)
+        )
+        assert encoder + decoder == flops.mae_forward(shape, recipe)
+        # A quarter of the patches, and attention among them alone: less than a quarter of the ViT,
+        # but for the class token.
+        assert 0.2 < encoder / flops.vit_forward(shape) < 0.26
