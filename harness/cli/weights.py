@@ -217,4 +217,4 @@ def _kind(found: dict[str, Any]) -> str:
         return "not compared with sin-cos"
     lowest = {"float16": 1e-3, "bfloat16": 8e-3}
     close = max(lowest.get(kind, _CLOSE_TO_SINCOS) for kind in found["dtypes"])
-    return "2-D sin-cos" if distance <= close else f"learned ({distance:.3g} from 2-D sin-cos)"
+    return "2-D sin-cos" if distance <= close else f"not 2-D sin-cos (off by {distance:.3g})"

@@ -19,7 +19,7 @@ from harness.models.layouts import Layout, Section
 from harness.models.positions import grid_of
 from harness.models.vit import sincos_positions
 from harness.study.recipes import Pool
-from harness.study.sizes import SIZES
+from harness.study.sizes import SIZES, Size
 
 _HEADS_BY_WIDTH = {size.width: size.heads for size in SIZES.values()}
 _SINCOS_NOTE = "positions of the {} are not in the file; they are 2-D sin-cos, as in MAE"
@@ -64,9 +64,11 @@ class Weights:
 
     @property
     def size_name(self) -> str | None:
-        """Name in the size table, None if it has no such width, depth and patch."""
-        key = (self.width, self.depth, self.patch)
-        return next((n for n, s in SIZES.items() if (s.width, s.depth, s.patch) == key), None)
+        """Name in the size table, None if it has no such width, depth, heads and patch."""
+        if self.heads is None:
+            return None
+        size = Size(width=self.width, depth=self.depth, heads=self.heads, patch=self.patch)
+        return next((name for name, known in SIZES.items() if known == size), None)
 
     def sections(self) -> dict[Section, dict[str, Tensor]]:
         """Encoder, decoder and head, those that are there."""

@@ -70,9 +70,8 @@ def test_parameter_counts_at_high_resolution_and_of_the_heads(
         assert count(encoder) - encoder.pos_embed.numel() == minus_positions
         hashtags = Classifier(VisionEncoder(model_of(size)), 28_000, "cls")
         assert count(hashtags.head) == hashtag_head
-        assert (
-            count(hashtags) == minus_positions + hashtags.encoder.pos_embed.numel() + hashtag_head
-        )
+        positions = hashtags.encoder.pos_embed.numel()
+        assert count(hashtags) == minus_positions + positions + hashtag_head
 
 
 def test_timm_weights_load_strictly_and_give_timms_features() -> None:
