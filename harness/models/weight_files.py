@@ -200,7 +200,7 @@ def write_weights(weights: Weights, path: Path, layout: Layout) -> list[Path]:
         # The reference keeps its state dict under `model`, timm and MAWS have it bare.
         content = {"model": tensors} if layout == "mae" else tensors
         _make_folder(path.parent)
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_atomically(path, lambda temporary: _save_torch(content, temporary))
         return [path]
     if path.suffix == ".safetensors":
         _make_folder(path.parent)
@@ -214,6 +214,12 @@ def write_weights(weights: Weights, path: Path, layout: Layout) -> list[Path]:
     write_safetensors(written[0], tensors, weights.said(layout))
     files.write_json(written[1], config)
     return written
+
+
+def _save_torch(content: Mapping[str, Any], path: Path) -> None:
+    # Through an open file: torch would put the temporary name, and so the process id, inside.
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:

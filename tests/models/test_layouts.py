@@ -58,12 +58,16 @@ def test_every_pair_of_layouts_is_an_exact_round_trip(
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     weights = cases.weights_of(cases.mae())
+    for name in ("a.pth", "longer.pth"):
+        write_weights(weights, tmp_path / name, "mae")
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "longer.pth").read_bytes()
     for name in ("a.safetensors", "b.safetensors"):
         write_weights(weights, tmp_path / name, "harness")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     found = read_weights(tmp_path / "a.safetensors")
     assert (found.layout, found.heads, found.decoder_heads) == ("harness", 4, 3)
-    assert cases.contents(tmp_path) == ["a.safetensors", "b.safetensors"]
+    names = ["a.pth", "a.safetensors", "b.safetensors", "longer.pth"]
+    assert cases.contents(tmp_path) == names
 
 
 @pytest.mark.parametrize(
