@@ -23,6 +23,9 @@ from harness.ledger.tree import Tree
 
 Array = NDArray[np.float64]
 
+_WIDE = 100.0
+"""A band that spans more than this factor would only tint the whole panel."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RateFit:
@@ -168,8 +171,10 @@ def _caption(tuning: Tuning, laws: Mapping[str, RateFit]) -> str:
     return (
         "Filled: finished trials; hollow: pruned ones, at their last value. Diverged trials have"
         " no value and are counted in the table. Ringed: the best. Trials used:"
-        f" {used}. Last panel: the best rate of each size, with a power law of the encoder's parameters and its 95 %"
-        f" confidence band (Student's t; the scatter of the best trials about the line). {words}."
+        f" {used}. Last panel: the best rate of each size, with a power law of the encoder's"
+        " parameters and its 95 % confidence band (Student's t; the scatter of the best trials"
+        " about the line; not drawn where it spans"
+        f" more than a factor of {_WIDE:.0f}). {words}."
     )
 
 
@@ -186,7 +191,7 @@ def _trial_panel(rows: pd.DataFrame, size: str, field: str, tuning: Tuning) -> P
     best = tuning.best[(tuning.best["field"] == field) & (tuning.best["size"] == size)]
 
     def draw(ax: Axes) -> None:
-        style.log_x(ax, list(rows["setting"]))
+        _rate_axis(ax, rows["setting"].to_numpy(float))
         for init, own in seen.groupby("init", sort=True):
             tone, mark = style.colour(str(init)), style.mark(str(init))
             done = own[own["outcome"] == "finished"].sort_values("setting")
@@ -208,6 +213,18 @@ def _trial_panel(rows: pd.DataFrame, size: str, field: str, tuning: Tuning) -> P
     return Panel(title=size, alt=alt, draw=draw, width=3.9, height=3.3)
 
 
+def _rate_axis(ax: Axes, rates: Array) -> None:
+    """Log x axis with ticks at 1 and 3 of each decade: trials lie anywhere."""
+    ax.set_xscale("log")
+    low, high = float(rates.min()) / 1.3, float(rates.max()) * 1.3
+    ax.set_xlim(low, high)
+    step = (1, 3) if high / low < 1e3 else (1,)
+    ticks = [m * 10.0**k for k in range(-12, 13) for m in step if low <= m * 10.0**k <= high]
+    ax.xaxis.set_major_locator(style.FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(style.FixedFormatter([f"{t:.0e}" for t in ticks]))
+    ax.xaxis.set_minor_locator(style.NullLocator())
+
+
 def _best_panel(best: pd.DataFrame, field: str, laws: Mapping[str, RateFit]) -> Panel:
     def draw(ax: Axes) -> None:
         style.log_x(ax, list(best["params"]))
@@ -218,7 +235,9 @@ def _best_panel(best: pd.DataFrame, field: str, laws: Mapping[str, RateFit]) -> 
             if law.reason:
                 continue
             line = np.geomspace(own["params"].min(), own["params"].max(), 60)
-            ax.fill_between(line, *law.band(line), color=tone, alpha=0.14, lw=0)
+            low, high = law.band(line)
+            if (high / low).max() < _WIDE:
+                ax.fill_between(line, low, high, color=tone, alpha=0.14, lw=0)
             ax.plot(line, law.predict(line), color=tone)
         ax.set_xlabel("model parameters")
         ax.set_ylabel(f"best {field}")
