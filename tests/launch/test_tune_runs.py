@@ -14,6 +14,8 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from harness.ledger.files import read_json, read_jsonl
 from harness.study.cells import build_grid
@@ -109,7 +111,7 @@ def starts(folder: Path) -> dict[str, int]:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished search over a range with hopeless rates."""
     folder = tmp_path_factory.mktemp("searched")
-    file = write(folder, GRID, steps=240)
+    file = write(folder, GRID, steps=160)
     finish(start(folder, "tune", file))
     return folder
 
@@ -120,10 +122,20 @@ def test_both_arms_get_the_same_budget_and_the_same_rates(searched: Path) -> Non
     for group in groups(searched).values():
         assert [t["number"] for t in group["trials"]] == [0, 1, 2, 3]
         assert [t["set"]["wsp.lr"] for t in group["trials"]] == pytest.approx([1e-3, 0.1, 10, 1e3])
+        assert [t["outcome"] for t in group["trials"]][2:] == ["pruned", "diverged"]
         assert group["best"]["set"]["wsp.lr"] <= 0.1
     # One MAE stage feeds all trials of its arm, which stop before the probe.
     assert len(list(searched.glob("runs/stages/mae/*"))) == 1
     assert not list(searched.glob("runs/stages/linear_probe/*"))
+
+
+def test_optuna_hears_of_every_end(searched: Path) -> None:
+    journal = JournalFileBackend(str(searched / "runs/tune/rates.journal"))
+    storage = JournalStorage(journal)
+    for name in optuna.get_all_study_names(storage):
+        trials = optuna.load_study(study_name=name, storage=storage).trials
+        assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL"]
+        assert trials[2].intermediate_values and len(trials[0].intermediate_values) == 8
 
 
 def test_a_hopeless_rate_is_stopped_at_a_checkpoint_and_keeps_its_rows(searched: Path) -> None:
@@ -135,7 +147,7 @@ def test_a_hopeless_rate_is_stopped_at_a_checkpoint_and_keeps_its_rows(searched:
         status = read_json(folder / "status.json") or {}
         assert (status["state"], status["reason"]) == ("cancelled", "pruned")
         rows = read_jsonl(folder / "metrics.jsonl")
-        assert 0 < rows[-1]["step"] < 240 and "val_loss" in str(rows)
+        assert 0 < rows[-1]["step"] < 160 and "val_loss" in str(rows)
         assert not (folder / "result.json").exists()
         assert list(folder.glob("checkpoints/*/COMPLETE"))
     finished = [t for g in groups(searched).values() for t in g["trials"] if t["value"]]
@@ -164,7 +176,7 @@ def test_the_fragment_sets_the_best_rates_of_a_study(searched: Path, tmp_path: P
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_exact_budget(tmp_path: Path) -> None:
-    file = write(tmp_path, RANDOM, steps=60)
+    file = write(tmp_path, RANDOM, steps=30)
     process = start(tmp_path, "tune", file)
     deadline = time.monotonic() + 120
     # Some trial is done and another one is on its way.
@@ -185,7 +197,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_exact_budget(tmp_path: Path) -> 
 
 
 def test_two_processes_share_one_budget(tmp_path: Path) -> None:
-    file = write(tmp_path, RANDOM, steps=60)
+    file = write(tmp_path, RANDOM, steps=30)
     both = [start(tmp_path, "tune", file, cores=1) for _ in range(2)]
     for process in both:
         finish(process)
