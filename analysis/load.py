@@ -16,6 +16,7 @@ from harness.ledger import store
 from harness.ledger.files import read_json
 from harness.ledger.states import FAILED, read_state
 from harness.ledger.tree import StageFolder, Tree
+from harness.study.cells import TUNE
 from harness.study.expand import same
 from harness.study.plan import cell_state
 from harness.units import format_count
@@ -92,7 +93,8 @@ class StudyData:
 def load(root: Path, study: str) -> StudyData:
     """Reads one study. Raises NotFoundError, naming the studies there are."""
     tree = Tree(root)
-    rows = store.read_cells(tree, study)
+    # Trials of a search have a section of their own; see analysis.tuning.
+    rows = [r for r in store.read_cells(tree, study) if r["tag"] != TUNE]
     folder = tree.study(study)
     resolved = read_json(folder / "resolved.json") or {}
     study_file = folder / "study.yaml"

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from analysis import figures, gain, laws, panels, pictures, tables
+from analysis import figures, gain, laws, panels, pictures, tables, tuning
 from analysis.finding import Counts, count, paragraph
 from analysis.load import StudyData, load
 from analysis.metrics import Metric, headline, metrics_of
@@ -67,12 +67,17 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     variants = _drawn_variants(data)
     for variant in variants[:MAX_VARIANTS]:
         drawn += _figures(data, variant, metrics, main, loss, pairs, charged, charged_runs, fitted)
+    searched = tuning.load_tuning(root, study)
+    if searched is not None:
+        drawn += tuning.figures(searched)
     for figure in drawn:
         panels.save(figure, folder / "figures")
     strips = pictures.strips(data)
     pictures.save(strips, folder / "figures")
 
     all_tables = _tables(data, metrics, main, loss, pairs, charged, fitted)
+    if searched is not None:
+        all_tables.append(tuning.table(searched))
     counts = count(data)
     context: dict[str, Any] = {
         "study": data,

@@ -38,12 +38,16 @@ def test_links_and_pictures_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_study_files_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
     from harness.study.cells import build_grid
+    from harness.study.groups import groups_of
     from harness.study.schema import load_study
 
     for i, text in enumerate(b for b in blocks(page, "yaml") if "axes:" in b):
         file = tmp_path / f"{i}.yaml"
         file.write_text(text)
-        assert build_grid(load_study(file)).cells
+        grid = build_grid(load_study(file))
+        assert grid.cells
+        if grid.loaded.study.tune is not None:
+            assert groups_of(grid)
 
 
 def test_ids_in_the_docs_are_those_of_the_shipped_studies() -> None:

@@ -11,7 +11,7 @@ import typer
 from harness.cli import shared, show
 from harness.errors import UserError
 from harness.launch.driver import Mode
-from harness.study.cells import build_grid, only
+from harness.study.cells import TUNE, build_grid, only
 from harness.study.plan import check_budget
 from harness.study.schema import load_study
 from harness.study.select import select
@@ -50,7 +50,9 @@ def grid(
     loaded = load_study(shared.study_file(file))
     ablations = shared.known_ablations(tree, loaded.study.name)
     full = build_grid(loaded, ablations)
-    grid = only(full, select(full.cells, selection)) if selection else full
+    # Trials of a search are cells too, but theirs is `harness tune`: a pruned one stays pruned.
+    own = [c for c in full.cells if c.tag != TUNE]
+    grid = only(full, select(own, selection))
     if device and submit:
         raise UserError("--device is for estimates; where stages run is the machine's own matter")
     machine, plan = shared.plan(tree, grid, device)

@@ -46,6 +46,11 @@ def plan(
     return machine, make_plan(grid, found, speeds, len(machine.slots))
 
 
+def slots() -> int:
+    """Stages this machine runs at a time, if each needs one core or GPU."""
+    return len(detect().slots)
+
+
 def study_file(path: Path) -> Path:
     """The file itself, or the shipped study of that name (`grids/smoke.yaml`)."""
     package = Path(harness.__file__).parent

@@ -1,94 +1,106 @@
-"""`harness tune`: search hyper-parameters on one cell."""
+"""`harness tune`: search learning rates or any other field, the same budget for every group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from harness.cli import shared
-from harness.cli.run import find_in_studies
-from harness.errors import UserError
-from harness.ledger import store
-from harness.ledger.files import read_json
-from harness.study.cells import Ablation, Cell, Grid, build_grid, only
+from harness.cli import shared, show
+from harness.errors import EXIT_FAILED, EXIT_OK
+from harness.launch.driver import Driver, Mode
+from harness.ledger import tuned
+from harness.study.cells import build_grid
+from harness.study.groups import groups_of
 from harness.study.schema import load_study
+from harness.study.select import select
 
 
 def tune(
-    cell: Annotated[str, typer.Argument(help="Name or id of a cell; a small one.")],
-    params: Annotated[
-        list[str], typer.Option("--param", help="wsp.lr=1e-4..1e-2:log or wsp.batch=64|128.")
-    ],
-    metric: Annotated[
-        str, typer.Option(help="Stage and metric; less is better if its name has loss.")
-    ] = "wsp.val_loss",
-    trials: Annotated[int, typer.Option(min=1, help="Trials to add.")] = 8,
-    study: Annotated[str | None, typer.Option(help="Study, if several have the cell.")] = None,
+    file: Annotated[Path, typer.Argument(help="Study file (YAML) with a section `tune`.")],
+    selection: Annotated[
+        str | None, typer.Option("--only", help="Groups: 'axis=value[|value],axis=value'.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials of each group in all, instead of the file's.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Database URL for optuna's record. Default: a journal in the run tree."),
+    ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="retry: run failed stages of open trials again.")
+    ] = "cached",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     root: shared.Root = None,
 ) -> int:
-    """Search hyper-parameters on one cell with optuna; every trial is a cell of the study.
+    """Search the study's `tune` section with optuna; every trial is a cell of the study.
+
+    Kill it and run it again: it goes on. Run it several times at once: they share the work.
 
     Example:
 
-      harness tune d32x3-16k-random-s0 --param wsp.lr=3e-4..1e-2:log --trials 8
+      harness tune grids/tune_small.yaml
     """
     # optuna takes half a second to import; the other verbs must not wait for it
-    from harness import tune as tuner
+    from harness.tune import Search
 
     tree = shared.tree(root)
-    name, row = find_in_studies(tree, cell, study)
-    role, _, key = metric.partition(".")
-    if role not in row["stages"] or not key:
-        raise UserError(
-            f"--metric {metric!r}: expected stage.metric; stages: {', '.join(row['stages'])}"
-        )
-    space = dict(tuner.parse_space(p) for p in params)
-    loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
-    machine = shared.detect()
-
-    def run(round_: Sequence[dict[str, Any]]) -> list[float | None]:
-        ablations = store.read_ablations(tree, name)
-        new = [
-            Ablation(parent=row["id"], values=row["axes"], set=dict(values), tag="tune")
-            for values in round_
-        ]
-        ablations += [a for a in new if a not in ablations]
-        full = build_grid(loaded, ablations)
-        cells = [_cell_of(full, a) for a in new]
-        # The metric's stage and what it starts from; other tasks would only cost time.
-        needed = {"mae", "wsp", role}
-        parts = {
-            c.id: replace(c, stages={r: s for r, s in c.stages.items() if r in needed})
-            for c in cells
-        }
-        grid = only(full, list(parts.values()))
-        _, plan = shared.plan(tree, grid)
-        shared.submit(tree, full, ablations, grid, machine, plan, "cached")
-        found = []
-        for wanted in cells:
-            stage = grid.stages[wanted.stages[role]]
-            result = read_json(tree.stage(stage.kind, stage.id).result) or {}
-            found.append(result.get("metrics", {}).get(key))
-        return found
-
-    best = tuner.search(
-        tree.root / "tune" / f"{name}.journal",
-        f"{row['name']} {metric} {' '.join(sorted(space))}",
-        space,
-        maximize="loss" not in key,
-        trials=trials,
-        parallel=len(machine.slots),
-        seed=0,
-        run=run,
-    )
-    print(f"best of {best.finished} trials: {metric} {best.metric:.4f} with")
-    for field, value in best.values.items():
-        print(f"  {field}: {value}")
-    return 0
+    loaded = load_study(shared.study_file(file))
+    grid = build_grid(loaded)
+    section, groups = groups_of(grid)
+    if trials is not None:
+        section = section.model_copy(update={"trials": trials})
+    shown = groups
+    if selection:
+        chosen = {c.id for c in select([g.cell for g in groups], selection)}
+        shown = [g for g in groups if g.cell.id in chosen]
+    shared.check_images(grid)
+    shared.check_drift(tree, grid)
+    search = Search(grid, section, shown, tree, storage, shared.slots())
+    interrupted = False
+    if mode != "read-only" and search.missing:
+        search.register()
+        part = replace(grid, cells=[], stages=dict(search.stages), feeds={})
+        machine, plan = shared.plan(tree, part)
+        with show.Live(plan, machine) as live:
+            driver = Driver(part, tree, machine, plan.speeds, live.update, search)
+            interrupted = driver.run(mode).interrupted
+        search.register()
+    # All groups, also those of an earlier call with another --only.
+    whole = search if shown == groups else Search(grid, section, groups, tree, storage, 1)
+    result = tuned.write(tree, loaded.study.name, section, whole.rows())
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(result, tree.tune(loaded.study.name, "yaml"))
+    failed = search.failed()
+    for stage, message in failed.items():
+        print(f"{stage} failed: {message}; its trial stays open, run again with --mode retry")
+    if interrupted:
+        return 130
+    return EXIT_FAILED if failed or search.missing else EXIT_OK
 
 
-def _cell_of(grid: Grid, ablation: Ablation) -> Cell:
-    return next(c for c in grid.cells if c.parent == ablation.parent and c.set == ablation.set)
+def _print(result: Mapping[str, Any], fragment: Path) -> None:
+    for group in result["groups"]:
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(group["counts"].items()))
+        best = group["best"]
+        if best is None:
+            print(f"{group['label']}: no finished trial ({counts or 'none asked'})")
+            continue
+        values = ", ".join(f"{k} {v}" for k, v in best["set"].items())
+        print(f"{group['label']}: {values}, {result['metric']} {best['value']:.4f} ({counts})")
+        for key, end in group["at_edge"].items():
+            space = group["space"][key]
+            print(
+                f"  {key} lies at the {end} end of {space['low']:g} to {space['high']:g};"
+                " widen the range"
+            )
+    used = ", ".join(f"{arm} {n}" for arm, n in result["budget_used"].items())
+    print(f"trials used: {used}")
+    print(f"overrides: {fragment}")

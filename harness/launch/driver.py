@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal
@@ -59,6 +59,21 @@ class Summary:
     wall_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What a feed wants of a driver that runs already."""
+
+    add: Mapping[str, StageFile] = field(default_factory=dict)
+    """More stages, in dependency order; those known already are left as they are."""
+    cancel: Mapping[str, str] = field(default_factory=dict)
+    """Stages running here to stop at a checkpoint, and the reason their state will have."""
+
+
+Feed = Callable[[Mapping[str, StageState], Mapping[str, Running]], Orders]
+"""Asked every half second, with the states of all stages (a new mapping when they were read
+again) and the stages running here."""
+
+
 @dataclass
 class _Job:
     stage: StageFile
@@ -76,15 +91,17 @@ class Driver:
         machine: Machine,
         speeds: Speeds,
         watch: Callable[[Progress], None] = lambda _: None,
+        feed: Feed | None = None,
     ) -> None:
         self.grid, self.tree, self.machine, self.speeds = grid, tree, machine, speeds
-        self.watch = watch
+        self.watch, self.feed = watch, feed
         self.retry: Retry = grid.loaded.study.retry
         self.stages = {k: self._placed(s) for k, s in grid.stages.items()}
         self.interrupted = False
         self._kill = False
         self._ran: list[str] = []
         self._external: set[str] = set()
+        self._cancelled: dict[str, str] = {}
         self.live: dict[str, dict[str, object]] = {}
 
     def _placed(self, stage: StageFile) -> StageFile:
@@ -98,7 +115,7 @@ class Driver:
         self._reset(mode)
         states = read_states(self.tree, self.stages)
         todo = self._todo(states)
-        if not todo or mode == "read-only":
+        if (not todo and self.feed is None) or mode == "read-only":
             return self._summary(states, started)
         self.git = provenance.git_state()
         stops = (signal.SIGINT, signal.SIGTERM)
@@ -167,6 +184,10 @@ class Driver:
             if changed or time.monotonic() - read_at > _REREAD_S:
                 states = read_states(self.tree, self.stages)
                 read_at, changed = time.monotonic(), False
+            if self.feed is not None and not self.interrupted:
+                # Again after new stages: some may be done already, and their end is news too.
+                while self._obey(self.feed(states, pool.running), pool, todo):
+                    states = read_states(self.tree, self.stages)
             waiting = self._waiting(states, todo, pool)
             if not self.interrupted:
                 self._place(pool, waiting, states)
@@ -180,6 +201,20 @@ class Driver:
             for ended in pool.poll(_POLL_S):
                 self._ended(ended, todo)
                 changed = True
+
+    def _obey(self, orders: Orders, pool: Pool, todo: dict[str, _Job]) -> bool:
+        """Takes in new stages and stops unwanted ones; True if there are new ones."""
+        for stage_id, why in orders.cancel.items():
+            if stage_id in pool.running and stage_id not in self._cancelled:
+                self._cancelled[stage_id] = why
+                pool.stop(pool.running[stage_id])
+        new = {k: self._placed(s) for k, s in orders.add.items() if k not in self.stages}
+        if new:
+            self.stages |= new
+            self._check_slots()
+            jobs = self._todo(read_states(self.tree, self.stages))
+            todo |= {k: job for k, job in jobs.items() if k in new}
+        return bool(new)
 
     def _waiting(
         self, states: dict[str, StageState], todo: dict[str, _Job], pool: Pool
@@ -228,6 +263,12 @@ class Driver:
         if status.get("attempt") != attempt or status.get("state") in (None, *ACTIVE):
             status = self._write_end(ended, status)
         cause = str(status.get("reason") or "code")
+        why = self._cancelled.pop(stage.id, None)
+        if why is not None and status.get("state") in ("preempted", "cancelled"):
+            store.add_event(folder, "cancelled", attempt=attempt, reason=why)
+            write_json(folder.status, {**status, "state": "cancelled", "reason": why})
+            del todo[stage.id]
+            return
         if self.interrupted:
             return
         job = todo[stage.id]

@@ -38,7 +38,10 @@ def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
     write_bytes(
         folder / "ablations.jsonl",
         jsonl(
-            {"schema": 1, "parent": a.parent, "values": a.values, "set": a.set, "tag": a.tag}
+            {
+                **{"schema": 1, "parent": a.parent, "values": a.values, "set": a.set},
+                **{"tag": a.tag, "until": a.until},
+            }
             for a in ablations
         ),
     )
@@ -48,7 +51,14 @@ def read_ablations(tree: Tree, study: str) -> list[Ablation]:
     """The ablations that were run on a study so far."""
     rows = read_jsonl(tree.study(study) / "ablations.jsonl")
     return [
-        Ablation(parent=r["parent"], values=r["values"], set=r["set"], tag=r["tag"]) for r in rows
+        Ablation(
+            parent=r["parent"],
+            values=r["values"],
+            set=r["set"],
+            tag=r["tag"],
+            until=r.get("until"),  # older files do not have it
+        )
+        for r in rows
     ]
 
 

@@ -111,6 +111,10 @@ class Tree:
         """Folder of one stage."""
         return StageFolder(self.root / "stages" / kind / stage_id)
 
+    def tune(self, study: str, suffix: str) -> Path:
+        """A file of a study's search: journal (optuna's), json (results), yaml (fragment)."""
+        return self.root / "tune" / f"{study}.{suffix}"
+
     @property
     def sacred(self) -> Path:
         """Sacred's records, one per attempt."""

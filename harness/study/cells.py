@@ -75,6 +75,12 @@ class Ablation:
     """The parent's point, before `set`."""
     set: dict[str, Any]
     tag: str | None = None
+    until: str | None = None
+    """Role of the last stage that is wanted; what comes after it is left out. None: all."""
+
+
+TUNE = "tune"
+"""Tag of the trials of `harness tune`; `harness grid` neither plans nor runs them."""
 
 
 def build_grid(loaded: LoadedStudy, ablations: Iterable[Ablation] = ()) -> Grid:
@@ -84,16 +90,15 @@ def build_grid(loaded: LoadedStudy, ablations: Iterable[Ablation] = ()) -> Grid:
         builder.add(point)
     for ablation in ablations:
         builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
-    if builder.problems:
-        raise UserError(*dict.fromkeys(builder.problems))
-    builder.check_clashes()
-    return Grid(
-        loaded=loaded,
-        cells=list(builder.cells.values()),
-        stages=builder.stages,
-        feeds=builder.feeds,
-        datasets=builder.datasets,
-    )
+    return builder.grid()
+
+
+def build_ablations(loaded: LoadedStudy, ablations: Iterable[Ablation]) -> Grid:
+    """Cells of these ablations only, in their order. Raises UserError with every problem."""
+    builder = _Builder(loaded)
+    for ablation in ablations:
+        builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
+    return builder.grid()
 
 
 def _ablation_point(ablation: Ablation, loaded: LoadedStudy, problems: list[str]) -> Point:
@@ -117,6 +122,18 @@ class _Builder:
         self.datasets: dict[str, DatasetMeta] = {}
         self._stages_cache: dict[str, Stages | None] = {}
 
+    def grid(self) -> Grid:
+        if self.problems:
+            raise UserError(*dict.fromkeys(self.problems))
+        self.check_clashes()
+        return Grid(
+            loaded=self.loaded,
+            cells=list(self.cells.values()),
+            stages=self.stages,
+            feeds=self.feeds,
+            datasets=self.datasets,
+        )
+
     # -- one cell ---------------------------------------------------------------------------
 
     def add(self, point: Point, ablation: Ablation | None = None) -> None:
@@ -137,6 +154,8 @@ class _Builder:
         recipes = self._recipes(point)
         if recipes is None:
             return
+        if ablation and ablation.until:
+            recipes = _cut(recipes, ablation.until)
         available = meta.count("pretrain")
         images = available if values["data"] == "full" else int(values["data"])
         if images > available:
@@ -262,6 +281,13 @@ class _Builder:
             key = stage.id.rsplit("-", 1)[1]
             fields = identity.semantic_fields(stage.config)
             assert seen.setdefault(key, fields) == fields, f"hash clash at {stage.id}"
+
+
+def _cut(recipes: Stages, until: str) -> Stages:
+    """The recipes that a cell needs to come to the stage of this role."""
+    kept = {task: recipe for task, recipe in recipes.transfer.items() if task == until}
+    wsp = None if until == "mae" else recipes.wsp
+    return recipes.model_copy(update={"wsp": wsp, "transfer": kept})
 
 
 def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from harness.errors import UserError
 from harness.study import source as study_source
 from harness.study.recipes import Count, Frozen, MaeRecipe, Positive, TransferRecipe, WspRecipe
+from harness.study.tuning import Tune
 from harness.units import parse_seconds
 
 CORE_AXES = ("size", "data", "init", "seed", "dataset", "image_size", "patch")
@@ -133,6 +134,7 @@ class Study(Frozen):
     resources: list[ResourceRule] = []
     retry: Retry = Retry()
     budget: Budget = Budget()
+    tune: Tune | None = None
 
 
 class LoadedStudy(Frozen):

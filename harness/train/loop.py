@@ -138,6 +138,10 @@ def run(
                     with _timed(progress, "eval") as eval_time:
                         last_row |= objective.evaluate(engine)
                     other_s += eval_time.seconds
+                for value in last_row.values():
+                    # The loss can be finite while its gradient or the held-out loss no longer is.
+                    if value is not None and not math.isfinite(value):
+                        raise DivergedError(done, done * batch, value)
                 wall_s = train_before_s + time.perf_counter() - train_started - other_s
                 row = {"step": done, "samples": done * batch, "wall_s": wall_s, **last_row}
                 ctx.metrics.append(row)
