@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install study test test-system check format clean
+.PHONY: install study test test-long test-system check format clean
 
 install: $(STAMP)
 
@@ -22,8 +22,12 @@ study: install
 
 # Fast tests first, so that a mistake shows early.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm and not browser and not system"
-	$(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest -m "not slow and not long and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest -m "slow and not long and not gpu and not slurm and not browser and not system"
+
+# Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces.
+test-long: install
+	$(BIN)/python -m pytest -m "long and not gpu" --durations=5
 
 # Tests that need packages of the operating system: real Fashion-MNIST files, chromium.
 test-system: install

@@ -93,7 +93,7 @@ def test_every_command_runs_in_order(tmp_path: Path) -> None:
     assert others == [UNIVERSAL], f"nobody runs these: {others}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_report_to_deepspeed_says_what_happens() -> None:
     """A universal checkpoint drifts after the load; mended as the report says, it does not."""
     command = [sys.executable, *UNIVERSAL.split()[1:]]

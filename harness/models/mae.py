@@ -78,6 +78,7 @@ class Decoder(nn.Module):
         index_BKE = keep_BK[..., None].expand(-1, -1, tokens_BNE.shape[-1])
         patches_BLE = hidden_BLE.scatter(1, index_BKE, tokens_BNE[:, 1:])
         full_BNE = torch.cat([tokens_BNE[:, :1], patches_BLE], dim=1) + self.pos_embed
+        full_BNE = full_BNE.to(tokens_BNE.dtype)  # the table is float32, whatever the weights are
         return self.head(self.norm(self.blocks(full_BNE))[:, 1:])
 
 

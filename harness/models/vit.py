@@ -129,5 +129,6 @@ class VisionEncoder(VisionTransformer):
             positions_BLD = gather_rows(positions_BLD.expand(len(keep_BK), -1, -1), keep_BK)
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(images_BCHW), -1, -1)
         tokens_BND = torch.cat([cls_B1D, tokens_BKD + positions_BLD], dim=1)
-        tokens_BND = self.blocks(tokens_BND)
+        # DeepSpeed leaves buffers in float32: a fixed table would make bfloat16 tokens float32.
+        tokens_BND = self.blocks(tokens_BND.to(tokens_BKD.dtype))
         return self.norm(tokens_BND) if normed else tokens_BND

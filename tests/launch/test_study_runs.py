@@ -333,9 +333,9 @@ def kill_group(process: subprocess.Popen[str]) -> None:
             pass
 
 
-def start(root: Path, file: Path) -> subprocess.Popen[str]:
+def start(root: Path, file: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "harness.cli.main", "grid", str(file), "--submit"],
+        [sys.executable, "-m", "harness.cli.main", "grid", str(file), "--submit", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -461,6 +461,40 @@ def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     assert resumed
     steps = [r["step"] for p in root.glob("stages/wsp/*/metrics.jsonl") for r in read_jsonl(p)]
     assert steps.count(400) == len(list(root.glob("stages/wsp/*")))
+
+
+def test_a_study_stopped_with_one_rank_goes_on_with_two(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    text = TINY.replace("steps: 40", "steps: 120")
+    only = ("--only", "data=500,init=random")
+    for name in ("stopped", "undisturbed"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(finished[0] / "datasets", tmp_path / name / "datasets")
+    file.write_text(text)
+    submit(tmp_path / "undisturbed", file, *only)
+    root = tmp_path / "stopped"
+    process = start(root, file, *only)
+
+    def training() -> bool:
+        found = [read_json(p) or {} for p in root.glob("stages/wsp/*/status.json")]
+        return any(s.get("step", 0) > 5 for s in found)
+
+    assert wait_for(training)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=90)
+    (saved,) = root.glob("stages/wsp/*/checkpoints/*/COMPLETE")
+    assert 5 < int(saved.parent.name.split("_")[1]) < 120
+    file.write_text(text + "resources: {ranks: 2}\n")
+    submit(root, file, *only)
+    (folder,) = root.glob("stages/wsp/*")
+    ranks = [(read_json(folder / f"attempts/{n}/attempt.json") or {})["ranks"] for n in (1, 2)]
+    assert ranks == [1, 2]
+    one, two = numbers(tmp_path / "undisturbed"), numbers(root)
+    assert set(one) == set(two)  # the identities are the same
+    for a, b in zip(one[folder.name], two[folder.name], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
 def test_two_submissions_at_once_run_each_stage_once(

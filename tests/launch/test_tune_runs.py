@@ -21,7 +21,7 @@ from harness.ledger.files import read_json, read_jsonl
 from harness.study.cells import build_grid
 from harness.study.schema import load_study
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STUDY = """\
 name: rates

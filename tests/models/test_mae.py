@@ -148,3 +148,18 @@ def test_gradient_through_the_decoder_agrees_with_finite_differences() -> None:
     token = mae.decoder.mask_token.detach().clone().requires_grad_()
     # The loss is summed in float32, so differences are coarse.
     assert torch.autograd.gradcheck(loss, (token,), eps=1e-2, atol=1e-3, rtol=1e-2)
+
+
+def test_fixed_positions_stay_float32_and_tokens_do_not() -> None:
+    """DeepSpeed casts weights, not buffers; a float32 table would make all tokens float32."""
+    model = Mae(SMALL, RECIPE)
+    initialize(model, 0)
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    seen = []
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.register_forward_pre_hook(lambda _, tokens: seen.append(tokens[0].dtype))
+    side = SMALL.image_size
+    model(torch.zeros(2, 3, side, side, dtype=torch.bfloat16))
+    assert model.encoder.pos_embed.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}

@@ -4,9 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import deepspeed
 import pytest
 import tiny
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from harness.errors import UserError
 from harness.models.heads import Classifier
@@ -14,7 +16,7 @@ from harness.models.init import initialize
 from harness.models.vit import VisionEncoder
 from harness.study.recipes import Duration, Execution, WspRecipe
 from harness.train import engine as engine_room
-from harness.train.engine import Engine
+from harness.train.engine import Engine, connect
 from harness.train.groups import parameter_groups
 from harness.train.zero_config import batch_plan, config_path, read_config
 
@@ -156,3 +158,26 @@ def test_importing_the_engine_starts_no_thread() -> None:
     )
     assert done.stdout.split() == ["1", "False"], done.stdout
     assert engine_room.deepspeed is not None
+
+
+def test_timms_own_init_is_skipped_by_deepspeed_without_a_word() -> None:
+    """Why weights are set tensor by tensor here, and never by timm inside zero.Init."""
+    connect(Execution(dataset_path=""), 0, 1)
+
+    def vit() -> VisionTransformer:
+        return VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=0
+        )
+
+    torch.manual_seed(0)
+    usual = {name: param.std().item() for name, param in vit().named_parameters()}
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = vit()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        found = {name: param.std().item() for name, param in model.named_parameters()}
+    name = "blocks.0.attn.qkv.weight"
+    assert usual[name] == pytest.approx(0.02, rel=0.1)
+    # torch's default for a Linear: uniform with variance 1 / (3 fan_in).
+    assert found[name] == pytest.approx((3 * 64) ** -0.5, rel=0.1)
+    assert usual["blocks.0.attn.qkv.bias"] == 0.0 < found["blocks.0.attn.qkv.bias"]

@@ -216,3 +216,16 @@ def test_offload_to_the_host_trains_the_same(tmp_path: Path) -> None:
     run(WSP, tmp_path / "with", rows["with"], zero_config=str(tmp_path / "offload.json"))
     losses = {name: [row["loss"] for row in found.rows] for name, found in rows.items()}
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [MAE, WSP], ids=["mae", "wsp"])
+def test_bfloat16_trains_near_float32(recipe: Optimization, tmp_path: Path) -> None:
+    """The path of CUDA, emulated: eight bits of mantissa, so near and not equal."""
+    losses = {}
+    for name in ("zero3_fp32", "zero3_bf16"):
+        rows = tiny.Rows()
+        short = recipe.model_copy(update={"duration": Duration(steps=4)})
+        run(short, tmp_path / name, rows, zero_config=name)
+        losses[name] = [row["loss"] for row in rows.rows]
+    assert losses["zero3_bf16"] != losses["zero3_fp32"]
+    assert losses["zero3_bf16"] == pytest.approx(losses["zero3_fp32"], rel=0.02)

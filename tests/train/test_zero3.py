@@ -19,7 +19,7 @@ from zero_jobs import RECIPES, STEPS
 
 from harness.train.objectives import OBJECTIVES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STOP = 28
 KINDS = tuple(RECIPES)
