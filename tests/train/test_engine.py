@@ -171,9 +171,10 @@ def test_timms_own_init_is_skipped_by_deepspeed_without_a_word() -> None:
 
     torch.manual_seed(0)
     usual = {name: param.std().item() for name, param in vit().named_parameters()}
-    config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
-    # Its own Linear would stay in this process for good.
-    with deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False):
+    # DeepSpeed's own Linear would stay in this process for good.
+    zero = {"stage": 3, "memory_efficient_linear": False}
+    config = {"train_batch_size": 1, "zero_optimization": zero}
+    with deepspeed.zero.Init(config_dict_or_path=config):
         model = vit()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         found = {name: param.std().item() for name, param in model.named_parameters()}
