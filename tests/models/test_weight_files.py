@@ -75,7 +75,7 @@ def test_a_bare_pickle_is_refused_in_one_line_and_nothing_runs(
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "program.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    torch.jit.script(torch.nn.BatchNorm1d(2)).save(str(path))
     with pytest.raises(UserError, match="TorchScript program"):
         read_weights(path)
 
