@@ -200,8 +200,10 @@ class Engine:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole float32 value on the CPU) of each parameter; every rank must iterate."""
         for name, param in self._engine.module.named_parameters():
-            full = safe_get_full_fp32_param(param) if hasattr(param, "ds_id") else param
-            if full is None:  # stage 0: parameters are whole already
+            # Of stage 3, and of the lower ones in bfloat16; else parameters are whole already.
+            is_kept = hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
+            full = safe_get_full_fp32_param(param) if is_kept else None
+            if full is None:
                 full = param
             yield name, full.detach().float().cpu().clone()
 

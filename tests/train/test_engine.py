@@ -16,6 +16,8 @@ from harness.models.init import initialize
 from harness.models.vit import VisionEncoder
 from harness.study.recipes import Duration, Execution, WspRecipe
 from harness.train import engine as engine_room
+from harness.train.blueprint import Blueprint
+from harness.train.build import build_engine
 from harness.train.engine import Engine, connect
 from harness.train.groups import parameter_groups
 from harness.train.zero_config import batch_plan, config_path, read_config
@@ -183,3 +185,26 @@ def test_timms_own_init_is_skipped_by_deepspeed_without_a_word() -> None:
     # torch's default for a Linear: uniform with variance 1 / (3 fan_in).
     assert found[name] == pytest.approx((3 * 64) ** -0.5, rel=0.1)
     assert usual["blocks.0.attn.qkv.bias"] == 0.0 < found["blocks.0.attn.qkv.bias"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_in_bfloat16_the_optimizer_starts_from_exact_weights_and_they_are_exported(
+    stage: int, tmp_path: Path
+) -> None:
+    zero = {"stage": stage, "memory_efficient_linear": False}
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero}))
+    recipe = WspRecipe(duration=Duration(steps=4), batch=8)
+    blueprint = Blueprint(
+        make=lambda: Classifier(VisionEncoder(tiny.MODEL), 5, "cls"),
+        seed=0,
+        groups=lambda model: parameter_groups(model, depth=2, weight_decay=0.05),
+    )
+    execution = Execution(dataset_path="", zero_config=str(config))
+    engine = build_engine(blueprint, recipe, execution, rank=0, ranks=1)
+    exact = dict(blueprint.whole()[0].named_parameters())
+    for name, value in engine.tensors():
+        assert torch.equal(value, exact[name].detach()), name
+    engine.close()
+    rounded = exact["encoder.blocks.0.attn.qkv.weight"].detach().bfloat16().float()
+    assert not torch.equal(rounded, exact["encoder.blocks.0.attn.qkv.weight"].detach())
