@@ -71,7 +71,7 @@ def test_make_targets_exist() -> None:
             assert done.returncode == 0, command
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_command_runs_in_order(tmp_path: Path) -> None:
     shutil.copytree(TOP / "grids", tmp_path / "grids")
     env = {

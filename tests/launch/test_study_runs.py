@@ -171,6 +171,7 @@ def test_removing_a_stage_reruns_it_and_its_dependants_only(copied: tuple[Path, 
     assert numbers(root) == before  # the same study gives the same bits
 
 
+@pytest.mark.long
 def test_two_ranks_train_the_same_stage(finished: tuple[Path, Path], tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY + "resources: {ranks: 2}\n")
@@ -359,6 +360,7 @@ def num_attempts(root: Path) -> int:
 CHECKPOINTING = TINY + "resources: {checkpoint_every: 0.2}\n"
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_the_study_ends_with_the_same_bits(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -402,6 +404,7 @@ def test_workers_do_not_outlive_a_killed_command(
     assert wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in pids), 60)
 
 
+@pytest.mark.long
 def test_weights_from_elsewhere_start_a_cell_as_the_mae_stage_itself_would(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -463,6 +466,7 @@ def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     assert steps.count(400) == len(list(root.glob("stages/wsp/*")))
 
 
+@pytest.mark.long
 def test_a_study_stopped_with_one_rank_goes_on_with_two(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -53,7 +53,7 @@ def test_other_errors_come_out_as_they_are() -> None:
     assert error.value.smaller == 24
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_is_too_large_for_its_memory_goes_on_with_the_largest_part_that_fits(
     harness: Harness, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from harness import transfer
 from harness.study.recipes import Optimization
 from harness.train.loop import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
