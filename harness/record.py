@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.ledger.context import StageResult
+from harness.ledger.files import JsonlWriter
 from harness.study.recipes import StageFile
 
 with warnings.catch_warnings():
@@ -73,3 +74,32 @@ def _free_id(folder: Path, record_id: str) -> str:
         life += 1
         unique = f"{record_id}.{life}"
     return unique
+
+
+class Rows:
+    """metrics.jsonl, mirrored into the sacred run as scalars."""
+
+    def __init__(self, path: Path, log_scalar: LogScalar) -> None:
+        self.writer = JsonlWriter(path)
+        self.log_scalar = log_scalar
+
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        """Writes a row; each number in it becomes a scalar of the sacred run."""
+        self.writer.append(row)
+        for name, value in row.items():
+            if value is not None and name not in ("step", "samples", "wall_s"):
+                self.log_scalar(name, float(value), int(row["step"] or 0))
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after `step`."""
+        self.writer.rewind(step)
+
+
+class NoRows:
+    """The rows of ranks other than 0."""
+
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        """Ranks other than 0 write nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Ranks other than 0 write nothing."""

@@ -35,7 +35,7 @@ from harness.errors import (
 )
 from harness.ledger import store
 from harness.ledger.context import StageContext, StageResult
-from harness.ledger.files import JsonlWriter, read_json, write_json
+from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.recipes import Execution, StageFile
@@ -104,31 +104,6 @@ class _Status:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
-
-
-class _Rows:
-    """metrics.jsonl, mirrored into the sacred run as scalars."""
-
-    def __init__(self, path: Path, log_scalar: record.LogScalar) -> None:
-        self.writer = JsonlWriter(path)
-        self.log_scalar = log_scalar
-
-    def append(self, row: Mapping[str, float | int | None]) -> None:
-        self.writer.append(row)
-        for name, value in row.items():
-            if value is not None and name not in ("step", "samples", "wall_s"):
-                self.log_scalar(name, float(value), int(row["step"] or 0))
-
-    def rewind(self, step: int) -> None:
-        self.writer.rewind(step)
-
-
-class _NoRows:
-    def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Ranks other than 0 write nothing."""
-
-    def rewind(self, step: int) -> None:
-        """Ranks other than 0 write nothing."""
 
 
 def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
@@ -220,7 +195,7 @@ def _run_rank(
         folder=folder.path,
         root=tree.root,
         upstream_weights=_upstream_weights(tree, stage),
-        metrics=_NoRows(),
+        metrics=record.NoRows(),
         report=lambda **_: None,
         should_stop=lambda: stop.asked,
         check_lease=lambda: None,
@@ -277,7 +252,7 @@ class _RankZero:
             folder=self.folder.path,
             root=self.tree.root,
             upstream_weights=_upstream_weights(self.tree, self.stage),
-            metrics=_Rows(self.folder.metrics, log_scalar),
+            metrics=record.Rows(self.folder.metrics, log_scalar),
             report=self.status.report,
             should_stop=lambda: self.stop.asked,
             check_lease=self.lease.check,
