@@ -18,6 +18,7 @@ from harness.ledger.states import FAILED, read_state
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import TUNE
 from harness.study.expand import same
+from harness.study.measures import MEASURES
 from harness.study.plan import cell_state
 from harness.units import format_count
 
@@ -34,13 +35,6 @@ _RESULT_COLUMNS = (
     *("flops_mae", "flops_wsp", "flops_pretrain"),
     *("task", "kind", "metric", "value", "state", "stage"),
 )
-
-_EXPECTED = {
-    "mae": ["val_loss"],
-    "wsp": ["val_loss"],
-    "linear_probe": ["acc1"],
-    "fine_tune": ["acc1"],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +123,22 @@ def _read_stages(
     """Facts by stage id; a cell lists its stages in dependency order, so upstream comes first."""
     facts: dict[str, StageFacts] = {}
     for row in rows:
-        upstream: list[StageFacts] = []
-        for role, stage_id in row["stages"].items():
+        for stage_id in row["stages"].values():
             if stage_id not in facts:
                 own = _read_stage(tree, stage_id, row["kinds"][stage_id], notes)
+                upstream = [facts[u] for u in _upstream(row, stage_id) if u in facts]
                 facts[stage_id] = _in_chain(own, upstream, facts)
-            if role in ("mae", "wsp"):
-                upstream.append(facts[stage_id])
     return facts
+
+
+def _upstream(row: Mapping[str, Any], stage_id: str) -> list[str]:
+    """Stages that a stage of the cell starts from."""
+    if "upstream" in row:
+        return row["upstream"][stage_id]
+    # Rows of before 0.5 do not say: every stage starts from those of pretraining.
+    stages = row["stages"]
+    before = [stages[role] for role in ("mae", "wsp") if role in stages]
+    return before[: before.index(stage_id)] if stage_id in before else before
 
 
 def _read_stage(tree: Tree, stage_id: str, kind: str, notes: list[str]) -> StageFacts:
@@ -315,11 +317,11 @@ def _expected(
 ) -> list[str]:
     """Metrics a stage will have, so that a study with nothing done still shows what is missing."""
     kind = row["kinds"][stage_id]
-    if kind == "few_shot":
+    if kind in ("few_shot", "prompt_tuning"):
         transfer = resolved.get("study", {}).get("stages", {}).get("transfer", {})
         shots = transfer.get(role, {}).get("shots", (1, 5, 10))
         return [f"acc1_{k}shot" for k in shots]
-    return _EXPECTED.get(kind, [])
+    return [measure.name for measure in MEASURES.get(kind, ())]
 
 
 def _numbers(stage: StageFacts) -> dict[str, float]:

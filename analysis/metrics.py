@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import pandas as pd
 
 from analysis.load import StudyData
+from harness.study.measures import MEASURES, Measure
 
-_KINDS = {"linear_probe": "linear probe", "few_shot": "few-shot", "fine_tune": "fine-tuning"}
-_ORDER = ("linear_probe", "few_shot", "fine_tune", "wsp")
+_ORDER = tuple(MEASURES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +23,16 @@ class Metric:
     """As shown, for example `linear probe top-1 (probe)`."""
 
     @property
+    def measure(self) -> Measure:
+        """What is known of it beforehand."""
+        found = _measure(self.kind, self.name)
+        assert found is not None, f"{self.kind} is not judged by {self.name}"
+        return found
+
+    @property
     def is_accuracy(self) -> bool:
         """Accuracies are better when higher, losses when lower."""
-        return self.kind != "wsp"
+        return self.measure.is_share
 
     @property
     def key(self) -> str:
@@ -58,18 +64,19 @@ class Metric:
 
 
 def metrics_of(study: StudyData) -> list[Metric]:
-    """All judged metrics, transfers first, in the order linear probe, few-shot, fine-tuning."""
+    """All judged metrics, in the order of `MEASURES`: transfers first."""
     found: list[Metric] = []
     results = study.results
     if not len(results):
         return found
     for (task, kind), group in results.groupby(["task", "kind"], sort=False):
         for name in dict.fromkeys(group["metric"]):
-            label = _label(str(task), str(kind), str(name))
-            if label:
-                metric = Metric(task=str(task), kind=str(kind), name=str(name), label=label)
-                found.append(metric)
-    return sorted(found, key=lambda m: (_ORDER.index(m.kind), m.task, _shots(m.name)))
+            measure = _measure(str(kind), str(name))
+            if measure is not None:
+                label = _label(str(task), str(kind), str(name), measure)
+                about = {"task": str(task), "kind": str(kind), "name": str(name)}
+                found.append(Metric(**about, label=label))
+    return sorted(found, key=_order)
 
 
 def headline(metrics: list[Metric]) -> Metric | None:
@@ -78,21 +85,20 @@ def headline(metrics: list[Metric]) -> Metric | None:
         return None
     first = metrics[0]
     same = [m for m in metrics if m.task == first.task]
-    return same[-1] if first.kind == "few_shot" else first
+    return same[-1] if first.kind in ("few_shot", "prompt_tuning") else first
 
 
-def _shots(name: str) -> int:
-    match = re.fullmatch(r"acc1_(\d+)shot", name)
-    return int(match[1]) if match else 0
+def _measure(kind: str, name: str) -> Measure | None:
+    return next((m for m in MEASURES.get(kind, ()) if m.number(name) is not None), None)
 
 
-def _label(task: str, kind: str, name: str) -> str | None:
-    if kind == "wsp":
-        return "WSP validation loss" if name == "val_loss" else None
-    if kind not in _KINDS or (name != "acc1" and not _shots(name)):
-        return None
-    what = f"{_shots(name)}-shot" if _shots(name) else _KINDS[kind]
-    usual = {"linear_probe": ("probe", "linear_probe"), "few_shot": ("few_shot",)}
-    usual["fine_tune"] = ("fine_tune",)
-    suffix = "" if task in usual[kind] else f" ({task})"
-    return f"{what} top-1{suffix}"
+def _order(metric: Metric) -> tuple[int, str, int, int]:
+    place = MEASURES[metric.kind].index(metric.measure)
+    number = metric.measure.number(metric.name)
+    return _ORDER.index(metric.kind), metric.task, place, number or 0
+
+
+def _label(task: str, kind: str, name: str, measure: Measure) -> str:
+    """With the task's name where that says more than the protocol's."""
+    suffix = "" if task in (kind, "probe") else f" ({task})"
+    return measure.label.format(measure.number(name)) + suffix

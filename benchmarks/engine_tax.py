@@ -27,8 +27,9 @@ from harness.models.heads import Classifier
 from harness.models.init import initialize
 from harness.models.mae import Mae
 from harness.models.vit import VisionEncoder
-from harness.study.recipes import Execution, MaeRecipe, Model, WspRecipe
+from harness.study.recipes import MaeRecipe, Model, WspRecipe
 from harness.study.sizes import SIZES
+from harness.study.stages import Execution
 from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
 

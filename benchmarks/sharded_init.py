@@ -31,8 +31,9 @@ def one_rank(arguments: argparse.Namespace) -> None:
     from harness.models.heads import Classifier
     from harness.models.vit import VisionEncoder
     from harness.study.flops import encoder_params
-    from harness.study.recipes import Duration, Execution, Model, WspRecipe
+    from harness.study.recipes import Duration, Model, WspRecipe
     from harness.study.sizes import SIZES
+    from harness.study.stages import Execution
     from harness.train.blueprint import Blueprint
     from harness.train.build import build_sharded
     from harness.train.engine import Engine, connect

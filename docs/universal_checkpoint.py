@@ -61,7 +61,7 @@ def train(folder, resume, mend):
             print(f"{step} {total.item():.7f}")
         if step == 9 and not resume:
             engine.save_checkpoint(folder, tag="ten")
-    # Without it the rank that ends first takes the store from the other, which sometimes fails then.
+    # Without it a rank that ends first takes the store away, and the other sometimes fails.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.ledger.context import StageResult
 from harness.ledger.files import JsonlWriter
-from harness.study.recipes import StageFile
+from harness.study.stages import StageFile
 
 with warnings.catch_warnings():
     # sacred 0.8.7 imports pkg_resources, which announces its own end (setuptools is pinned below).

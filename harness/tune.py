@@ -32,7 +32,7 @@ from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, Cell, Grid, build_ablations, build_grid
 from harness.study.groups import Group
 from harness.study.identity import canonical
-from harness.study.recipes import StageFile
+from harness.study.stages import StageFile
 from harness.study.tuning import Space, Tune
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

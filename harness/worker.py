@@ -38,7 +38,7 @@ from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
 from harness.ledger.tree import StageFolder, Tree
-from harness.study.recipes import Execution, StageFile
+from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
 from harness.train import loop
 
@@ -181,6 +181,11 @@ def _upstream_weights(tree: Tree, stage: StageFile) -> Path | None:
     return path
 
 
+def _upstream_folders(tree: Tree, stage: StageFile) -> dict[str, Path]:
+    kinds = stage.upstream_kinds
+    return {role: tree.stage(kinds[s], s).path for role, s in stage.config.upstream.items()}
+
+
 def _call(stage: StageFile, context: StageContext) -> StageResult:
     run = loop.train if stage.kind in ("mae", "wsp") else transfer.run
     return run(stage, context)
@@ -195,6 +200,7 @@ def _run_rank(
         folder=folder.path,
         root=tree.root,
         upstream_weights=_upstream_weights(tree, stage),
+        upstream=_upstream_folders(tree, stage),
         metrics=record.NoRows(),
         report=lambda **_: None,
         should_stop=lambda: stop.asked,
@@ -252,6 +258,7 @@ class _RankZero:
             folder=self.folder.path,
             root=self.tree.root,
             upstream_weights=_upstream_weights(self.tree, self.stage),
+            upstream=_upstream_folders(self.tree, self.stage),
             metrics=record.Rows(self.folder.metrics, log_scalar),
             report=self.status.report,
             should_stop=lambda: self.stop.asked,

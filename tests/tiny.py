@@ -10,28 +10,24 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from harness import transfer
 from harness.data.dataset import Dataset, open_dataset
 from harness.data.index import build_index, shard_entry, write_index
 from harness.data.png import encode_png
 from harness.data.shards import Sample, list_shard, write_shard
-from harness.ledger.context import StageContext
+from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import write_json
 from harness.study.datasets import DatasetMeta
-from harness.study.recipes import (
-    Execution,
-    Images,
-    Model,
-    Optimization,
-    Recipe,
-    StageConfig,
-    StageFile,
-)
+from harness.study.protocols.common import Features, OnFeatures
+from harness.study.recipes import Model, Optimization
+from harness.study.stages import Execution, Images, Recipe, StageConfig, StageFile
 
 NUM_HASHTAGS, NUM_CLASSES, SIZE = 12, 5, 16
 COUNTS = {"pretrain": 256, "val": 50, "train": 200, "test": 120}
@@ -119,6 +115,19 @@ def stage(recipe: Recipe, *, images: int = 200, seed: int = 0, **execution: Any)
         flops=1e6,
         execution=Execution(dataset_path=str(folder()), **execution),
     )
+
+
+def judge(stage_file: StageFile, surroundings: StageContext) -> StageResult:
+    """Runs a transfer stage, and before it the features it needs, as a study would."""
+    recipe = stage_file.config.recipe
+    if isinstance(recipe, OnFeatures):
+        passed = Features(pool=recipe.pool, resize=recipe.resize)
+        images, seed = stage_file.config.images.images, stage_file.config.seed
+        before = surroundings.folder / "before"
+        before.mkdir(exist_ok=True)
+        transfer.run(stage(passed, images=images, seed=seed), replace(surroundings, folder=before))
+        surroundings = replace(surroundings, upstream={"features": before}, upstream_weights=None)
+    return transfer.run(stage_file, surroundings)
 
 
 def without_key_bias(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,11 @@ before; a remote shard is checked when it is fetched. Only then is the cache of 
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,24 +29,25 @@ from harness.data.index import (
     write_index,
 )
 from harness.data.order import Stream
-from harness.data.ready import ready_scenes
+from harness.data.ready import ready
 from harness.data.relabel import rebuilt_index
 from harness.data.resample import expected_counts
 from harness.data.storage import Reader, Storage
 from harness.errors import DataError, NotFoundError, UserError
 from harness.ledger.files import read_json, write_json
-from harness.study.datasets import DatasetMeta, describe, locate, scenes_count
+from harness.study.builtin import builtin
+from harness.study.datasets import DatasetMeta, describe, locate
 from harness.study.locations import is_remote
 
 
 def open_dataset(spec: str, root: Path) -> Dataset:
-    """The dataset named `scenes`, `scenes-<count>`, or packed in a directory or below a URL.
+    """The dataset that is built in, or packed in a directory or below a URL.
 
-    `root` is HARNESS_ROOT: scenes are made once below it, and caches lie there: of decoded pixels,
-    and of files that were fetched.
+    `root` is HARNESS_ROOT: built-in sets are made once below it, and caches lie there: of decoded
+    pixels, and of files that were fetched.
     """
-    count = scenes_count(spec)
-    location = locate(spec) if count is None else str(ready_scenes(count, root))
+    found = builtin(spec)
+    location = locate(spec) if found is None else str(ready(found, root))
     meta = describe(location)
     if meta.is_planned:
         raise UserError(f"dataset '{spec}' is only described: its images are not here; pack them")
@@ -151,10 +156,28 @@ class Split:
         return f"{shard}: byte offset {offset}: sample {self.keys[row]}"
 
     def read(self, row: int) -> bytes:
-        """The image's bytes as they are stored. Raises DataError."""
-        size = int(self.index.image_sizes[row])
+        """The image's (or the video's) bytes as they are stored. Raises DataError."""
+        return self._bytes(row, self._image_offset(row), int(self.index.image_sizes[row]))
+
+    def fields(self, row: int) -> dict[str, Any]:
+        """The sample's .json: caption, annotations, classes and what else it has; {} without one.
+
+        Raises DataError naming the shard and the byte offset.
+        """
+        raw = self._bytes(row, int(self.index.starts[row]), int(self.index.lengths[row]))
         try:
-            raw = self._reader.read(self.index.shard_of(row), self._image_offset(row), size)
+            with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as members:
+                for member in members:
+                    file = members.extractfile(member) if member.name.endswith(".json") else None
+                    if file is not None:
+                        return json.load(file)
+        except (tarfile.TarError, ValueError) as error:
+            raise DataError(f"{self.where(row)}: its .json cannot be read ({error})") from None
+        return {}
+
+    def _bytes(self, row: int, offset: int, size: int) -> bytes:
+        try:
+            raw = self._reader.read(self.index.shard_of(row), offset, size)
         except OSError as error:
             raise DataError(f"{self.where(row)}: cannot be read ({error.strerror})") from None
         if len(raw) != size:

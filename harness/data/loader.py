@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.data.dataset import Split
-from harness.data.order import Stream
+from harness.data.order import Places, Stream
 from harness.study.recipes import Augmentation
 
 MAX_THREADS = 16
@@ -41,6 +41,12 @@ class Batch:
     """int64 [B]; -1 where there is none."""
     first_position: int
     """Position of the first image in the stream of all ranks."""
+    extra: Mapping[str, Tensor | list[Any]] = field(default_factory=dict)
+    """What else a task needs of each image: B entries each."""
+
+
+MakeBatch = Callable[[Places, int], Batch]
+"""(places in the stream, position of the first) -> their batch."""
 
 
 def train_batches(
@@ -57,17 +63,22 @@ def train_batches(
     prefetch: int = 2,
     threads: int | None = None,
     pin: bool = False,
+    make: MakeBatch | None = None,
 ) -> Generator[Batch, None, None]:
     """Rank `rank`'s share of steps [start_step, start_step + num_steps).
 
     Step s covers positions [s * batch, (s + 1) * batch) of the endless stream of epochs; each rank
     takes a contiguous share. `pin`: images in pinned memory, for a copy to CUDA that does not wait.
-    Errors of the reading threads are raised here; closing the generator ends them.
+    `make`: draws a share's batch where it is more than images with their labels; threads call it
+    side by side. Errors of the reading threads are raised here; closing the generator ends them.
     """
-    split.prepare()
+    if make is None:
+        split.prepare()
 
     def read(first: int, share: int) -> Batch:
         places = stream.at(first, share)
+        if make is not None:
+            return make(places, first)
         keys = split.key_hashes[places.rows].tolist()
         images = _empty(share, image_size, pin)
         epochs, repeats = places.epochs.tolist(), places.repeats.tolist()
@@ -83,7 +94,7 @@ def train_batches(
     return _ahead(
         lambda first: read(first, batch // ranks),
         firsts,
-        threads or _threads(split, ranks),
+        threads or _threads(split, ranks, is_cached=make is None),
         prefetch,
     )
 
@@ -141,9 +152,11 @@ def _empty(num: int, side: int, pin: bool) -> Tensor:
     return torch.empty((num, side, side, 3), dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2)
 
 
-def _threads(split: Split, ranks: int) -> int:
+def _threads(split: Split, ranks: int, is_cached: bool = True) -> int:
     # Cached pixels cost less than threads contending for the interpreter; decoding runs outside it.
-    return 1 if split.prepare() else max(1, min(MAX_THREADS, (os.cpu_count() or 1) // ranks))
+    if is_cached and split.prepare():
+        return 1
+    return max(1, min(MAX_THREADS, (os.cpu_count() or 1) // ranks))
 
 
 def _ahead(

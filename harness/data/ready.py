@@ -1,35 +1,41 @@
-"""Making the built-in set on first use: once, whole or not at all, whoever else wants it too."""
+"""Making a built-in set on first use: once, whole or not at all, whoever else wants it too."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
 from harness.data.index import build_index, shard_entry, write_index
-from harness.data.png import encode_png
-from harness.data.scenes import draw
 from harness.data.shards import Sample, list_shard, write_shard
 from harness.errors import DataError
 from harness.ledger.files import write_json
 from harness.ledger.lease import exclusive
-from harness.study import scenes_spec as spec
+from harness.study.builtin import Builtin, builtin
 from harness.study.datasets import DatasetMeta, ShardEntry, describe
 
 SHARD_IMAGES = 4000
-"""Another number is another order in sets of more than ORDER_WINDOW: raise scenes_spec.VERSION."""
+"""Another number is another order in sets of more than ORDER_WINDOW: raise the sets' versions."""
 _PARALLEL_FROM = 20_000
 """Images from which further processes pay for their start."""
 
 
-def ready_scenes(count: int, root: Path) -> Path:
-    """Folder of the built-in set with `count` pretraining images, made now if it is absent."""
-    folder = root / "datasets" / f"scenes-{count}-v{spec.VERSION}"
+Draw = Callable[[str, int, int], Iterator[Sample]]
+"""(split, first, num) -> samples first to first + num of the split."""
+
+DRAWERS = {"scenes": "harness.data.scenes:samples"}
+"""Built-in set -> the function that draws it, imported when it is needed."""
+
+
+def ready(found: Builtin, root: Path) -> Path:
+    """Folder of a built-in set, made now if it is absent."""
+    folder = root / "datasets" / f"{found.kind}-{found.count}-v{found.version}"
     if (folder / "dataset.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -40,20 +46,21 @@ def ready_scenes(count: int, root: Path) -> Path:
             shutil.rmtree(left_behind, ignore_errors=True)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            make_scenes(temporary, count, processes=os.cpu_count() or 1)
+            make(temporary, found, processes=os.cpu_count() or 1)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def make_scenes(folder: Path, count: int, processes: int) -> DatasetMeta:
+def make(folder: Path, found: Builtin, processes: int) -> DatasetMeta:
     """Writes shards, index and dataset.json; the bytes do not depend on `processes`."""
-    tasks = _tasks(count)
+    spec = f"{found.kind}-{found.count}"
+    tasks = _tasks(found)
     num_images = sum(num for *_, num in tasks)
     processes = min(processes, len(tasks)) if num_images >= _PARALLEL_FROM else 1
     # Plain processes, not multiprocessing: the caller may be a daemon, or hold threads of torch.
-    command = [sys.executable, "-m", "harness.data.ready", str(folder), str(count), str(processes)]
+    command = [sys.executable, "-m", "harness.data.ready", str(folder), spec, str(processes)]
     path = os.pathsep.join(
         [str(Path(harness.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
@@ -68,20 +75,20 @@ def make_scenes(folder: Path, count: int, processes: int) -> DatasetMeta:
         for rank in range(1, processes)
     ]
     try:
-        _draw_share(folder, count, 0, processes)
+        _draw_share(folder, found, 0, processes)
         for helper in helpers:
             _, stderr = helper.communicate()
             if helper.returncode:
                 last = (stderr.strip().splitlines() or ["no message"])[-1]
-                raise DataError(f"{folder}: drawing scenes failed: {last}")
+                raise DataError(f"{folder}: drawing {found.name} failed: {last}")
     finally:
         for helper in helpers:
             helper.kill()
             helper.wait()
-    meta = describe(f"scenes-{count}")
+    meta = describe(spec)
     shards: dict[str, list[ShardEntry]] = {}
     indexes: dict[str, ShardEntry] = {}
-    for split in spec.SPLITS:
+    for split in found.splits:
         paths = [folder / file for of_split, file, *_ in tasks if of_split == split]
         listed = [list_shard(shard) for shard in paths]
         shards[split] = [
@@ -95,32 +102,23 @@ def make_scenes(folder: Path, count: int, processes: int) -> DatasetMeta:
     return meta
 
 
-def _tasks(count: int) -> list[tuple[str, str, int, int]]:
+def _tasks(found: Builtin) -> list[tuple[str, str, int, int]]:
     """(split, file, first image, number of images) of every shard."""
     return [
         (split, f"{split}/{first // SHARD_IMAGES:06d}.tar", first, min(SHARD_IMAGES, num - first))
-        for split, num in spec.counts(count).items()
+        for split, num in found.splits.items()
         for first in range(0, num, SHARD_IMAGES)
     ]
 
 
-def _draw_share(folder: Path, count: int, rank: int, ranks: int) -> None:
-    for split, file, first, num in _tasks(count)[rank::ranks]:
-        write_shard(folder / file, _samples(split, first, num))
-
-
-def _samples(split: str, first: int, num: int) -> Iterator[Sample]:
-    scenes = draw(split, first, num)
-    for place in range(num):
-        class_id = int(scenes.class_ids[place])
-        yield Sample(
-            key=f"{split}-{first + place:09d}",
-            image=encode_png(scenes.pixels[place]),
-            image_type="png",
-            hashtags=scenes.hashtags[place] or None,
-            class_id=class_id if class_id >= 0 else None,
-        )
+def _draw_share(folder: Path, found: Builtin, rank: int, ranks: int) -> None:
+    module, function = DRAWERS[found.kind].split(":")
+    draw: Draw = getattr(importlib.import_module(module), function)
+    for split, file, first, num in _tasks(found)[rank::ranks]:
+        write_shard(folder / file, draw(split, first, num))
 
 
 if __name__ == "__main__":
-    _draw_share(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4]), int(sys.argv[3]))
+    wanted = builtin(sys.argv[2])
+    assert wanted is not None, f"{sys.argv[2]} is no built-in set"
+    _draw_share(Path(sys.argv[1]), wanted, int(sys.argv[4]), int(sys.argv[3]))

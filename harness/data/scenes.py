@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.data.hashing import fold, mix, unit
+from harness.data.png import encode_png
 from harness.data.shapes import SHAPE_FIELDS, TEXTURE_FIELDS
+from harness.data.shards import Sample
 from harness.study import scenes_spec as spec
 
 GROUP = 64
@@ -99,6 +101,20 @@ def draw(split: str, start: int, num: int) -> Scenes:
         hashtags=[tags for part in parts for tags in part.hashtags],
         class_ids=np.concatenate([part.class_ids for part in parts]),
     )
+
+
+def samples(split: str, first: int, num: int) -> Iterator[Sample]:
+    """The same as samples of a shard."""
+    scenes = draw(split, first, num)
+    for place in range(num):
+        class_id = int(scenes.class_ids[place])
+        yield Sample(
+            key=f"{split}-{first + place:09d}",
+            image=encode_png(scenes.pixels[place]),
+            image_type="png",
+            hashtags=scenes.hashtags[place] or None,
+            class_id=class_id if class_id >= 0 else None,
+        )
 
 
 def _groups(split: str, start: int, num: int) -> Iterator[Scenes]:

@@ -34,12 +34,13 @@ from harness.data.index import (
 from harness.data.labels import labels_fingerprint
 from harness.data.pack import fingerprint_of, fingerprint_row
 from harness.data.pack_shard import Packed, extra_digest
-from harness.data.ready import ready_scenes
+from harness.data.ready import ready
 from harness.data.relabel import Labelling, read_labelling, relabelled_listing, tagged
 from harness.data.shards import Listed, samples_of
 from harness.data.storage import Storage
 from harness.errors import DataError, NotFoundError, UserError
-from harness.study.datasets import DatasetMeta, ShardEntry, describe, locate, scenes_count
+from harness.study.builtin import builtin
+from harness.study.datasets import DatasetMeta, ShardEntry, describe, locate
 
 _MOST_LINES = 100
 """Samples of one shard of which the index says something else; an index of another set has all."""
@@ -84,8 +85,8 @@ def verify(
 
     Raises NotFoundError if there is no such set, DataError if its dataset.json cannot be read.
     """
-    count = scenes_count(spec)
-    location = locate(spec) if count is None else str(ready_scenes(count, root))
+    found = builtin(spec)
+    location = locate(spec) if found is None else str(ready(found, root))
     try:
         meta = describe(location)
     except NotFoundError:

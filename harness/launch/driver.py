@@ -20,8 +20,8 @@ from harness.ledger.states import ACTIVE, FAILED, StageState, read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
 from harness.study.cost import Speeds
-from harness.study.recipes import StageFile
 from harness.study.schema import Retry
+from harness.study.stages import StageFile
 
 Mode = Literal["cached", "retry", "force", "read-only"]
 EXIT_BUSY = 76  # harness.worker's, which must not be imported here

@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import HarnessError
 from harness.launch.machine import Machine
 from harness.ledger.tree import Tree
-from harness.study.recipes import StageFile
+from harness.study.stages import StageFile
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class StageContext:
     """HARNESS_ROOT; the built-in datasets live below it."""
     upstream_weights: Path | None
     """Encoder weights (safetensors) to start from; None means random initial weights."""
+    upstream: Mapping[str, Path] = field(default_factory=dict)
+    """Role -> folder of the stage that this one starts from; see StageConfig.upstream."""
     metrics: Metrics
     report: Callable[..., None]
     """report(step=, samples=, **scalars): live progress; throttled, cheap to call every step."""

@@ -12,7 +12,7 @@ from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid
 from harness.study.cost import CalibrationKey, Speeds
 from harness.study.identity import field_diff, semantic_fields
-from harness.study.recipes import StageConfig, StageFile
+from harness.study.stages import StageConfig, StageFile
 
 RESUMABLE = frozenset({"planned", "waiting", "preempted", "timeout", "cancelled", "lost"})
 """States that `--submit` runs in mode cached."""

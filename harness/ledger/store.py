@@ -12,7 +12,7 @@ from harness.errors import NotFoundError
 from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Ablation, Cell, Grid
-from harness.study.recipes import StageFile
+from harness.study.stages import StageFile
 
 
 def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
@@ -71,6 +71,9 @@ def cell_row(cell: Cell, grid: Grid) -> dict[str, Any]:
         "axes": _jsonable(cell.axes),
         "stages": cell.stages,
         "kinds": {s: grid.stages[s].kind for s in cell.stages.values()},
+        "upstream": {
+            s: list(grid.stages[s].config.upstream.values()) for s in cell.stages.values()
+        },
         "params": cell.params,
         "images": cell.images,
         "flops": cell.flops,
@@ -117,18 +120,16 @@ def set_aside(folder: StageFolder) -> None:
     Attempts are kept, never overwritten; the stage's own files then belong to the new run.
     """
     numbers = folder.attempt_numbers()
-    names = ["metrics.jsonl", "result.json", "checkpoints", "weights.safetensors"]
-    names += ["reconstructions.npz", "predictions.parquet"]
     target = folder.attempt(numbers[-1]) / "superseded" if numbers else None
-    for name in names:
-        path = folder.path / name
-        if not path.exists():
+    about = ("stage.json", "status.json", "events.jsonl", "lineage.json", "memory.json", "attempts")
+    for path in sorted(folder.path.iterdir()):
+        if path.name in about or path.name.startswith((".", "lease")):
             continue
         if target is None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             continue
         target.mkdir(exist_ok=True)
-        path.replace(target / name)
+        path.replace(target / path.name)
     # Optimizer state of a superseded run is of no use to anybody.
     if target is not None:
         shutil.rmtree(target / "checkpoints", ignore_errors=True)

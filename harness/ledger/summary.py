@@ -9,7 +9,7 @@ from harness.ledger import store
 from harness.ledger.states import ACTIVE, StageState, read_states
 from harness.ledger.tree import Tree
 from harness.study.plan import cell_state
-from harness.study.recipes import StageFile
+from harness.study.stages import StageFile
 
 
 def summarise(tree: Tree, study: str | None = None) -> dict[str, Any]:

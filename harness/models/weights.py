@@ -14,7 +14,8 @@ from harness.errors import UserError
 from harness.models.convert import encoder_tensors_for
 from harness.models.vit import VisionEncoder
 from harness.models.weight_files import read_weights, write_safetensors
-from harness.study.recipes import Model, Pool, StageConfig
+from harness.study.recipes import Model, Pool
+from harness.study.stages import StageConfig
 
 
 def save_encoder(

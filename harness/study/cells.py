@@ -17,10 +17,7 @@ from harness.study import identity
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
 from harness.study.expand import Point, expand, matches, normalise, same
-from harness.study.recipes import (
-    Model,
-    StageFile,
-)
+from harness.study.recipes import Model
 from harness.study.schema import (
     CORE_AXES,
     LoadedStudy,
@@ -30,6 +27,7 @@ from harness.study.schema import (
 )
 from harness.study.sizes import SIZES
 from harness.study.source import Location
+from harness.study.stages import StageFile
 from harness.study.starting import label_of
 from harness.units import format_count, safe_name
 
@@ -285,7 +283,10 @@ class _Builder:
 
 def _cut(recipes: Stages, until: str) -> Stages:
     """The recipes that a cell needs to come to the stage of this role."""
-    kept = {task: recipe for task, recipe in recipes.transfer.items() if task == until}
+    wanted = [until]
+    while (before := getattr(recipes.transfer.get(wanted[-1]), "of", None)) not in (None, *wanted):
+        wanted.append(before)
+    kept = {task: recipe for task, recipe in recipes.transfer.items() if task in wanted}
     wsp = None if until == "mae" else recipes.wsp
     return recipes.model_copy(update={"wsp": wsp, "transfer": kept})
 

@@ -8,22 +8,13 @@ from typing import Any, Protocol
 from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
-from harness.study.datasets import ORDER_WINDOW, DatasetMeta, locate, scenes_count
-from harness.study.recipes import (
-    Duration,
-    Execution,
-    FineTune,
-    Images,
-    LinearProbe,
-    MaeRecipe,
-    Model,
-    StageConfig,
-    StageFile,
-    WspRecipe,
-    epoch_samples,
-)
+from harness.study.builtin import builtin
+from harness.study.datasets import ORDER_WINDOW, DatasetMeta, Role, locate
+from harness.study.recipes import Duration, MaeRecipe, Model, WspRecipe, epoch_samples
 from harness.study.schema import LoadedStudy, Resources, Stages
+from harness.study.stages import Execution, Images, Kind, StageConfig, StageFile
 from harness.study.starting import content_hash, find, is_checkpoint
+from harness.study.transfers import Transfers
 from harness.units import format_count, steps_of
 
 
@@ -74,12 +65,13 @@ class Chain:
             encoder = self._mae(recipes.mae)
         if recipes.wsp is not None:
             encoder = self._wsp(recipes.wsp, encoder)
-        for task, recipe in recipes.transfer.items():
-            self._transfer(task, recipe, encoder)
+        Transfers(self, recipes.transfer, encoder).build()
         if not self.ids:
             raise UserError(f"a cell with init {self.axes['init']} has no stage; add stages.wsp")
 
-    def _start(self) -> str:
+    @property
+    def start(self) -> str:
+        """Initialization as part of a name."""
         # By content: the ids of transfers hold the whole id of what they start from.
         if self.weights is not None:
             return f"weights_{content_hash(self.weights)[:8]}"
@@ -106,59 +98,37 @@ class Chain:
                 f" {self.model.num_patches} patches; at least one must stay and one be hidden"
             )
         per_image = count_flops.mae_train(self.model, recipe)
-        return self._gradient("mae", "mae", recipe, "pretrain", images, 0, per_image, None, "mae")
+        return self._gradient("mae", recipe, images, 0, per_image, None, "mae")
 
     def _wsp(self, recipe: WspRecipe, encoder: str | None) -> str:
         classes = self.meta.num_hashtags
         per_image = count_flops.vit_train(self.model, classes)
-        label = f"{format_count(self.images)}-{self._start()}"
-        return self._gradient(
-            "wsp", "wsp", recipe, "pretrain", self.images, classes, per_image, encoder, label
-        )
-
-    def _transfer(self, task: str, recipe: Any, encoder: str | None) -> None:
-        if task in ("mae", "wsp"):
-            raise UserError(f"stages.transfer.{task}: a task cannot be called mae or wsp")
-        meta = self.builder.dataset(recipe.dataset) if recipe.dataset else self.meta
-        if not meta.num_classes:
-            raise UserError(
-                f"stages.transfer.{task}: dataset {meta.name} has no class labels; set `dataset`"
-            )
-        classes = meta.num_classes
-        train, test = meta.count("train"), meta.count("test")
-        images = train
-        if isinstance(recipe, (LinearProbe, FineTune)) and recipe.train_images:
-            images = min(train, recipe.train_images)
-        label = f"{format_count(self.images)}-{self._start()}-{task}"
-        if isinstance(recipe, FineTune):
-            per_image = count_flops.vit_train(self.model, classes)
-            self._gradient(
-                task, "fine_tune", recipe, "train", images, classes, per_image, encoder, label, meta
-            )
-            return
-        config = self._config(recipe.protocol, recipe, "train", images, classes, 0, encoder, meta)
-        flops = count_flops.vit_forward(self.model) * (images + test)
-        self._put(task, config, flops, encoder, label)
+        label = f"{format_count(self.images)}-{self.start}"
+        return self._gradient("wsp", recipe, self.images, classes, per_image, encoder, label)
 
     def _gradient(
         self,
-        role: str,
-        kind: Any,
-        recipe: MaeRecipe | WspRecipe | FineTune,
-        split: Any,
+        kind: Kind,
+        recipe: MaeRecipe | WspRecipe,
         images: int,
         classes: int,
         flops_per_image: float,
         encoder: str | None,
         label: str,
-        meta: DatasetMeta | None = None,
     ) -> str:
-        duration = recipe.duration
+        recipe, steps = self.schedule(kind, recipe, images)
+        upstream = {"encoder": encoder} if encoder else {}
+        config = self.config(kind, recipe, "pretrain", images, classes, steps, upstream)
+        return self.put(kind, config, flops_per_image * config.samples, label)
+
+    def schedule(self, role: str, recipe: Any, images: int) -> tuple[Any, int]:
+        """Steps of a gradient stage over `images` different ones, and its recipe with lengths in
+        samples. Raises UserError where they do not fit.
+        """
         epoch = epoch_samples(images, recipe)
+        duration = recipe.duration
         steps = steps_of(duration.unit, duration.amount, epoch, recipe.batch)
-        recipe = self._with_samples(role, recipe, epoch, steps * recipe.batch)
-        config = self._config(kind, recipe, split, images, classes, steps, encoder, meta)
-        return self._put(role, config, flops_per_image * config.samples, encoder, label)
+        return self._with_samples(role, recipe, epoch, steps * recipe.batch), steps
 
     def _with_samples(self, role: str, recipe: Any, epoch: int, total: int) -> Any:
         """The recipe with warm-up and cooldown in samples where they are not fractions.
@@ -185,24 +155,29 @@ class Chain:
             )
         return recipe.model_copy(update=changed) if changed else recipe
 
-    def _config(
+    def config(
         self,
-        kind: Any,
+        kind: Kind,
         recipe: Any,
-        split: Any,
+        split: Role,
         images: int,
         classes: int,
         steps: int,
-        encoder: str | None,
-        meta: DatasetMeta | None,
+        upstream: dict[str, str],
+        meta: DatasetMeta | None = None,
+        model: Model | None = None,
+        reads_encoder: bool = True,
     ) -> StageConfig:
+        """What decides the numbers of one stage."""
         meta = meta or self.meta
+        # Weights from elsewhere are an encoder, of stages that start from none of ours.
+        reads_weights = reads_encoder and "encoder" not in upstream
         name = meta.split_for(split)
         one_window = epoch_samples(images, recipe) <= ORDER_WINDOW
         return StageConfig(
             kind=kind,
             size=self.axes["size"],
-            model=self.model,
+            model=model or self.model,
             images=Images(
                 dataset=meta.name,
                 fingerprint=meta.fingerprint,
@@ -214,13 +189,14 @@ class Chain:
             recipe=recipe,
             steps=steps,
             seed=self.axes["seed"],
-            weights="" if self.weights is None or encoder else content_hash(self.weights),
-            upstream={"encoder": encoder} if encoder else {},
+            weights=content_hash(self.weights) if self.weights and reads_weights else "",
+            upstream=upstream,
         )
 
-    def _put(
-        self, role: str, config: StageConfig, flops: float, encoder: str | None, label: str
+    def put(
+        self, role: str, config: StageConfig, flops: float, label: str, resources: str = ""
     ) -> str:
+        """Keeps the stage of a role; `resources` names it in the rules, if the role does not."""
         readable = f"{config.size}-{label}-s{config.seed}"
         if config.kind == "mae":
             readable = f"{config.size}-{format_count(config.images.images)}-s{config.seed}"
@@ -230,10 +206,10 @@ class Chain:
             kind=config.kind,
             name=readable,
             config=config,
-            upstream_kinds={encoder: stages[encoder].kind} if encoder else {},
-            params=count_flops.encoder_params(self.model),
+            upstream_kinds={u: stages[u].kind for u in config.upstream.values()},
+            params=count_flops.encoder_params(config.model),
             flops=flops,
-            execution=self._execution(role, config),
+            execution=self._execution(resources or role, config),
         )
         self.ids[role] = self.builder.put(stage)
         return stage.id
@@ -241,7 +217,7 @@ class Chain:
     def _execution(self, role: str, config: StageConfig) -> Execution:
         wanted = self.builder.resources(role, self.axes)
         spec = getattr(config.recipe, "dataset", None) or str(self.axes["dataset"])
-        if scenes_count(spec) is None:
+        if builtin(spec) is None:
             spec = locate(spec, self.builder.loaded.bases)
         batch = getattr(config.recipe, "batch", None)
         if batch is not None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness.study.recipes import StageFile
+from harness.study.stages import StageFile
 
 # Before anything was measured. CPU: sustained fp32 of one core on small ViTs (20 to 55 GFLOP/s on
 # AVX2 to AVX-512 cores; the low end). GPU: 40 % of the 989 TFLOP/s dense bf16 of an H100.

@@ -1,6 +1,6 @@
 """What a study knows of its images before any is read: counts, labels, fingerprint.
 
-A dataset is named by a string: `scenes` or `scenes-<count>` for the built-in procedural set, a
+A dataset is named by a string: `scenes` or another built-in set (`harness.study.builtin`), a
 directory that `harness data pack` wrote (here, or copied to where a URL such as s3://bucket/set
 points), or a JSON file that describes images which are not here: enough to plan and cost a study,
 not to run it. No shard is ever read here.
@@ -8,9 +8,7 @@ not to run it. No shard is ever read here.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,10 +16,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from harness.errors import NotFoundError, UserError
-from harness.study import scenes_spec
+from harness.study.builtin import BUILTIN, builtin
 from harness.study.locations import is_remote, join_location, read_bytes
 from harness.study.recipes import Frozen
-from harness.units import format_count, parse_count
 
 ShardEntry = dict[str, str | int]
 """What dataset.json records of a file: file, bytes, sha256; of a shard also samples."""
@@ -91,29 +88,20 @@ class DatasetMeta(Frozen):
         return len(self.classes) or self.planned_classes
 
 
-def scenes_count(spec: str) -> int | None:
-    """Pretraining images of a `scenes` spec; None if `spec` does not name the built-in set."""
-    if spec == "scenes":
-        return scenes_spec.counts(None)["pretrain"]
-    match = re.fullmatch(r"scenes-(\w+)", spec)
-    return parse_count(match[1]) if match else None
-
-
 def describe(spec: str, bases: Sequence[Path] = ()) -> DatasetMeta:
     """Metadata of a dataset. Relative directories are looked for in each of `bases`.
 
     Raises NotFoundError if there is no such dataset, UserError if its dataset.json is unusable.
     """
-    count = scenes_count(spec)
-    if count is not None:
-        splits = scenes_spec.counts(count)
+    found = builtin(spec)
+    if found is not None:
         return DatasetMeta(
-            name="scenes" if spec == "scenes" else f"scenes-{format_count(count)}",
-            fingerprint=_scenes_fingerprint(splits),
-            image_size=scenes_spec.IMAGE_SIZE,
-            hashtags=list(scenes_spec.HASHTAGS),
-            classes=list(scenes_spec.CLASSES),
-            splits=splits,
+            name=found.name,
+            fingerprint=found.fingerprint,
+            image_size=found.image_size,
+            hashtags=list(found.hashtags),
+            classes=list(found.classes),
+            splits=found.splits,
         )
     location = locate(spec, bases)
     planned = location.endswith(".json")
@@ -123,7 +111,8 @@ def describe(spec: str, bases: Sequence[Path] = ()) -> DatasetMeta:
         return DatasetMeta.model_validate({**raw, "is_planned": planned})
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
-            f"dataset '{spec}': no {file}; expected 'scenes', 'scenes-<count>' or a directory"
+            f"dataset '{spec}': no {file}; expected {', '.join(BUILTIN)}, one of these with a"
+            f" number such as scenes-16k, or a directory"
             " made by `harness data pack SRC --out DIR`"
         ) from None
     except (TypeError, ValueError, ValidationError) as error:
@@ -141,8 +130,3 @@ def locate(spec: str, bases: Sequence[Path] = ()) -> str:
     path = Path(spec).expanduser()
     options = [(base / path).absolute() for base in bases or (Path.cwd(),)]
     return str(next((o for o in options if o.exists()), options[0]))
-
-
-def _scenes_fingerprint(splits: dict[str, int]) -> str:
-    spec = json.dumps({"version": scenes_spec.VERSION, "splits": splits}, sort_keys=True)
-    return "scenes-" + hashlib.sha256(spec.encode()).hexdigest()[:16]

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from harness.study.recipes import MaeRecipe, Optimization, StageConfig
+from harness.study.recipes import MaeRecipe, Optimization
+from harness.study.stages import StageConfig
 from harness.units import format_count
 
 VERSION = 1
@@ -27,6 +28,8 @@ def semantic_fields(config: StageConfig) -> dict[str, Any]:
     # Discriminators are at their default in their own class, but they say which class it is.
     recipe.pop("duration", None)
     recipe.pop("dataset", None)  # its fingerprint is in `images`
+    recipe.pop("image_size", None)  # it is in `model`
+    recipe.pop("of", None)  # its stage is in `upstream`
     if isinstance(config.recipe, MaeRecipe):
         # `full`, `same` and N only select images; what they selected is in `images`.
         recipe.pop("data", None)

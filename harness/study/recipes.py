@@ -1,4 +1,4 @@
-"""What a stage is: model shape, data, recipe. The semantic fields, those that change the numbers.
+"""Recipes of the pretraining stages and what all recipes are made of: fields that change numbers.
 
 Every default lives here and nowhere else. A field at its default does not enter a stage's
 identity, so a new field with a default keeps old ids; changing a default is a new recipe and
@@ -161,56 +161,7 @@ class WspRecipe(Optimization):
     """Held-out images that val_loss is measured on; none means all."""
 
 
-class OnDataset(Frozen):
-    """A task on labelled images of its own."""
-
-    dataset: str | None = None
-    """A dataset as in a study's `dataset`; none means the pretraining set's own labelled split."""
-
-
-class LinearProbe(OnDataset):
-    """Logistic regression on frozen features; the penalty is chosen on a split of the train set."""
-
-    protocol: Literal["linear_probe"] = "linear_probe"
-    train_images: Count | None = None
-    """Use at most this many labelled training images; none means all."""
-    penalties: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-    """L2 penalties tried, per image (ours)."""
-    pool: Pool = "cls"
-    resize: Resize = "timm"
-
-
-class FewShot(OnDataset):
-    """Logistic regression on K labelled images a class, over several splits (paper sec. 4.4)."""
-
-    protocol: Literal["few_shot"] = "few_shot"
-    shots: tuple[Count, ...] = (1, 5, 10)
-    splits: Count = 5
-    penalty: Positive = 1e-3
-    pool: Pool = "cls"
-    resize: Resize = "timm"
-
-
-class FineTune(Optimization, OnDataset):
-    """Every weight trained on the labelled set, with layer-wise learning-rate decay."""
-
-    protocol: Literal["fine_tune"] = "fine_tune"
-    train_images: Count | None = None
-    lr: Positive = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
-    drop_path: Fraction = 0.0
-    label_smoothing: Fraction = 0.1
-    pool: Pool = "cls"
-    resize: Resize = "timm"
-    augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
-
-
-TransferRecipe = Annotated[LinearProbe | FewShot | FineTune, Field(discriminator="protocol")]
-Recipe = MaeRecipe | WspRecipe | LinearProbe | FewShot | FineTune
-
-
-def epoch_samples(images: int, recipe: Recipe) -> int:
+def epoch_samples(images: int, recipe: Frozen) -> int:
     """Samples of one epoch over `images` unique images: as many, or more with `resample`."""
     factor = recipe.resample if isinstance(recipe, WspRecipe) else None
     return images if factor is None else round(images * factor)
@@ -229,96 +180,3 @@ class Model(Frozen):
     def num_patches(self) -> int:
         """Patches of one image, the class token not counted."""
         return (self.image_size // self.patch) ** 2
-
-
-class Images(Frozen):
-    """Which images a stage reads. `fingerprint` stands for their content; paths never enter."""
-
-    dataset: str
-    """Readable name; not semantic (the fingerprint is), left out of the identity."""
-    fingerprint: str
-    split: str
-    images: int
-    """Distinct images: the nested subset of the split with this many members."""
-    layout: str = ""
-    """How the split is cut into shards, where the order of samples depends on it: see
-    `harness.study.datasets.ORDER_WINDOW`."""
-
-
-class StageConfig(Frozen):
-    """Everything that decides the numbers of one stage. Its hash is the stage's identity."""
-
-    kind: Literal["mae", "wsp", "linear_probe", "few_shot", "fine_tune"]
-    size: str
-    """Readable name of `model`; not semantic."""
-    model: Model
-    images: Images
-    """Training images. Evaluation reads the split `val` (wsp) or `test` (transfer) of the set."""
-    num_classes: int = 0
-    """Outputs of the head: hashtags for wsp, classes for transfer, 0 for mae."""
-    recipe: Recipe
-    steps: int = 0
-    """Optimizer steps; 0 for protocols that train by a solver."""
-    seed: int = 0
-    weights: str = ""
-    """sha256 of the weights from elsewhere that the encoder starts from; none if empty."""
-    upstream: dict[str, str] = {}
-    """Role -> stage id. The only role so far is `encoder`: where the weights come from."""
-
-    @property
-    def epoch_samples(self) -> int:
-        """Images shown in one epoch: the unique ones, or more with `resample`."""
-        return epoch_samples(self.images.images, self.recipe)
-
-    @property
-    def samples(self) -> int:
-        """Images shown to the model during training, repeats counted."""
-        return self.steps * self.recipe.batch if isinstance(self.recipe, Optimization) else 0
-
-
-class Execution(Frozen):
-    """How a stage is run: never part of its identity, may differ between attempts."""
-
-    ranks: int = 1
-    """Processes of one stage; one GPU each on CUDA."""
-    threads: int = 1
-    """CPU threads of one rank."""
-    micro_batch: int | None = None
-    """Images per forward pass of one rank; none means the whole share of the rank."""
-    activation_checkpointing: bool = False
-    """Blocks keep their input only, and are computed again in the backward pass."""
-    sharded_init: bool | None = None
-    """Whether the model is built shard by shard; none means where it is large for the host."""
-    head_batch: int | None = None
-    """Images whose logits are there at a time in wsp; none means the whole forward pass's."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    memory_gib: float | None = None
-    """Memory of all ranks; enforced on a CPU. None means no limit."""
-    zero_config: str | None = None
-    """Name or path of a DeepSpeed config; none picks ds_configs/ by device."""
-    checkpoint_every_s: float = 60.0
-    eval_points: int = 8
-    """How often val_loss is measured during wsp, evenly spaced, the last at the end."""
-    weights_path: str = ""
-    """Where the weights from elsewhere are."""
-    dataset_path: str
-    """Where the shards are: 'scenes', 'scenes-64k' or a directory."""
-
-
-class StageFile(Frozen):
-    """Content of stage.json: the identity, its full config, and how to run it."""
-
-    schema_version: int = Field(default=1, alias="schema")
-    id: str
-    kind: str
-    name: str
-    config: StageConfig
-    upstream_kinds: dict[str, str] = {}
-    """Stage id -> kind, to find the folder of an upstream stage."""
-    params: int
-    """Parameters of the encoder, without head or decoder."""
-    flops: float
-    """Training FLOPs of the whole stage, by `harness.study.flops`."""
-    execution: Execution
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from harness.errors import UserError
 from harness.study import source as study_source
-from harness.study.recipes import Count, Frozen, MaeRecipe, Positive, TransferRecipe, WspRecipe
+from harness.study.protocols import TransferRecipe
+from harness.study.recipes import Count, Frozen, MaeRecipe, Positive, WspRecipe
 from harness.study.tuning import Tune
 from harness.units import parse_seconds
 

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from harness.errors import UserError
-from harness.study.recipes import Execution, Optimization
+from harness.study.recipes import Optimization
+from harness.study.stages import Execution
 from harness.train.blueprint import Blueprint, Groups
 from harness.train.engine import Engine, connect, partition
 from harness.train.zero_config import config_path, read_config

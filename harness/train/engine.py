@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.errors import UserError
 from harness.models.init import Values
-from harness.study.recipes import Execution, Optimization
+from harness.study.recipes import Optimization
+from harness.study.stages import Execution
 from harness.train.reshard import Saved, recut, shares
 from harness.train.zero_config import batch_plan, config_path, read_config
 

@@ -23,7 +23,8 @@ from harness.data.order import Stream
 from harness.errors import DivergedError, PreemptedError
 from harness.ledger.context import StageContext, StageResult
 from harness.models.init import seed_of
-from harness.study.recipes import Optimization, StageFile
+from harness.study.recipes import Optimization
+from harness.study.stages import StageFile
 from harness.train import checkpoint
 from harness.train.build import build_engine
 from harness.train.checkpoint import Progress
@@ -95,6 +96,7 @@ def run(
             image_size=config.model.image_size,
             augment=objective.augment,
             pin=engine.device.type == "cuda",
+            make=objective.make_batch,
         )
         on_exit.callback(batches.close)  # ends its reading thread
         for step, rank_batch in enumerate(batches, start=progress.step):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harness.data import loader
 from harness.data.dataset import Dataset, Split
-from harness.data.loader import Batch
+from harness.data.loader import Batch, MakeBatch
 from harness.ledger.context import StageContext
 from harness.models.heads import Classifier, label_entropy, label_targets, mixed_targets
 from harness.models.init import generator_of, seed_of
@@ -27,16 +27,9 @@ from harness.models.pixels import patchify, standardise, to_bytes, unpatchify
 from harness.models.vit import VisionEncoder
 from harness.models.weight_files import write_atomically
 from harness.models.weights import save_encoder, start_of
-from harness.study.recipes import (
-    Augmentation,
-    FineTune,
-    MaeRecipe,
-    Model,
-    Optimization,
-    Pool,
-    StageConfig,
-    WspRecipe,
-)
+from harness.study.protocols import FineTune
+from harness.study.recipes import Augmentation, MaeRecipe, Model, Optimization, Pool, WspRecipe
+from harness.study.stages import StageConfig
 from harness.train.blueprint import Blueprint, Groups
 from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
@@ -53,6 +46,11 @@ class Objective(Protocol):
     augment: Augmentation
     evaluated_on_the_way: bool
     """Whether held-out metrics are measured at every evaluation point, or at the end only."""
+
+    @property
+    def make_batch(self) -> MakeBatch | None:
+        """Draws a rank's share of a step, where views with their labels are not enough."""
+        ...
 
     def blueprint(self) -> Blueprint:
         """The model, its initial weights and its optimizer groups."""
@@ -78,6 +76,7 @@ class MaeObjective:
     """Reconstruct hidden patches."""
 
     evaluated_on_the_way = False
+    make_batch = None
 
     def __init__(self, config: StageConfig, ctx: StageContext, data: Dataset) -> None:
         assert isinstance(config.recipe, MaeRecipe), f"{config.recipe} is no MAE recipe"
@@ -166,6 +165,7 @@ class WspObjective:
     """Predict an image's hashtags."""
 
     evaluated_on_the_way = True
+    make_batch = None
 
     def __init__(self, config: StageConfig, ctx: StageContext, data: Dataset) -> None:
         assert isinstance(config.recipe, WspRecipe), f"{config.recipe} is no WSP recipe"
@@ -335,6 +335,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         label_ids=move(batch.label_ids),
         label_offsets=move(batch.label_offsets),
         class_ids=move(batch.class_ids),
+        extra={
+            name: move(values)
+            if isinstance(values, Tensor)
+            else [move(value) if isinstance(value, Tensor) else value for value in values]
+            for name, values in batch.extra.items()
+        },
     )
 
 
@@ -350,6 +356,7 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
         label_offsets=offsets - offsets[0],
         class_ids=batch.class_ids[start:stop],
         first_position=batch.first_position + start,
+        extra={name: values[start:stop] for name, values in batch.extra.items()},
     )
 
 

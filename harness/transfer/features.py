@@ -5,23 +5,28 @@ Shapes: M images, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.data import loader
 from harness.data.dataset import Split, open_dataset
-from harness.ledger.context import StageContext
+from harness.ledger.context import StageContext, StageResult
 from harness.models.heads import pooled
 from harness.models.init import initialize
 from harness.models.pixels import standardise
 from harness.models.vit import VisionEncoder
+from harness.models.weight_files import write_atomically
 from harness.models.weights import start_of
-from harness.study.recipes import Pool, StageFile
+from harness.study.protocols import Features as FeaturesRecipe
+from harness.study.recipes import Pool
+from harness.study.stages import StageFile
 
 BATCH = 256
 
@@ -37,14 +42,11 @@ class Features:
     keys: list[str]
 
 
-Choice = Callable[[Tensor], Tensor]
-"""Classes of the training images -> places of those that are needed, ascending."""
-
-
-def extract(
-    stage: StageFile, ctx: StageContext, pool: Pool, needed: Choice | None = None
-) -> tuple[Features, Features]:
-    """Features of the stage's training images (only of the `needed` ones) and of the test split."""
+def features(stage: StageFile, ctx: StageContext) -> StageResult:
+    """features/{train,test}.safetensors: values float32 [M, D], classes and rows int64 [M]."""
+    started = time.perf_counter()
+    recipe = stage.config.recipe
+    assert isinstance(recipe, FeaturesRecipe), f"{recipe} is no pass of features"
     torch.set_num_threads(stage.execution.threads)
     encoder = VisionEncoder(stage.config.model)
     initialize(encoder, stage.config.seed)
@@ -55,12 +57,56 @@ def extract(
     data = open_dataset(stage.execution.dataset_path, ctx.root)
     train = data.split(stage.config.images.split)
     test = data.split(data.meta.split_for("test"))
-    chosen = train.subset(stage.config.images.images)
-    if needed is not None:
-        chosen = chosen[needed(torch.from_numpy(train.class_ids[chosen])).numpy()]
+    ready = time.perf_counter()
+    parts = {
+        "train": (train, train.subset(stage.config.images.images)),
+        "test": (test, test.subset(test.num_samples)),
+    }
+    for name, (split, rows) in parts.items():
+        found = _pass(encoder, split, rows, recipe.pool, device)
+        ctx.check_lease()
+        if ctx.rank == 0:
+            (ctx.folder / "features").mkdir(exist_ok=True)
+            write_atomically(
+                ctx.folder / "features" / f"{name}.safetensors",
+                lambda path, found=found: save_file(
+                    {"values": found.values_MD, "classes": found.class_M}, path
+                ),
+            )
+    ended = time.perf_counter()
+    return StageResult(
+        metrics={"n_train": float(stage.config.images.images), "n_test": float(test.num_samples)},
+        steps=0,
+        samples=0,
+        flops=stage.flops,
+        wall_s={
+            "setup": ready - started,
+            "train": 0.0,
+            "eval": ended - ready,
+            "checkpoint": 0.0,
+            "total": ended - started,
+        },
+    )
+
+
+def read_features(stage: StageFile, ctx: StageContext) -> tuple[Features, Features]:
+    """Features of the stage's training images and of the test split, from the stage upstream."""
+    data = open_dataset(stage.execution.dataset_path, ctx.root)
+    train = data.split(stage.config.images.split)
+    test = data.split(data.meta.split_for("test"))
+    folder = ctx.upstream["features"] / "features"
     return (
-        _pass(encoder, train, chosen, pool, device),
-        _pass(encoder, test, test.subset(test.num_samples), pool, device),
+        _read(folder / "train.safetensors", train, train.subset(stage.config.images.images)),
+        _read(folder / "test.safetensors", test, test.subset(test.num_samples)),
+    )
+
+
+def _read(path: Path, split: Split, rows: np.ndarray) -> Features:
+    found = load_file(path)
+    return Features(
+        values_MD=found["values"],
+        class_M=found["classes"],
+        keys=[str(split.keys[row]) for row in rows],
     )
 
 

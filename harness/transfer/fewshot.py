@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from harness.ledger.context import StageContext, StageResult
 from harness.models.init import generator_of
-from harness.study.recipes import FewShot, StageFile
+from harness.study.protocols import FewShot
+from harness.study.stages import StageFile
 from harness.transfer import logistic
-from harness.transfer.features import Features, extract
+from harness.transfer.features import Features, read_features
 from harness.transfer.predictions import write_predictions
 
 
@@ -25,17 +26,7 @@ def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
     started = time.perf_counter()
     recipe = stage.config.recipe
     assert isinstance(recipe, FewShot), f"{recipe} is no few-shot protocol"
-    chosen: dict[tuple[int, int], Tensor] = {}
-
-    def needed(class_M: Tensor) -> Tensor:
-        """Only the images of some split go through the encoder; there may be a million others."""
-        for shots in recipe.shots:
-            for split in range(recipe.splits):
-                chosen[shots, split] = choose(class_M, shots, split)
-        return torch.cat(list(chosen.values())).unique()
-
-    train, test = extract(stage, ctx, recipe.pool, needed)
-    places_M = torch.cat(list(chosen.values())).unique()
+    train, test = read_features(stage, ctx)
     extracted = time.perf_counter()
 
     metrics: dict[str, float | None] = {"n_test": float(len(test.class_M))}
@@ -44,7 +35,7 @@ def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
     for shots in recipe.shots:
         accuracies = []
         for split in range(recipe.splits):
-            chosen_S = torch.searchsorted(places_M, chosen[shots, split])
+            chosen_S = choose(train.class_M, shots, split)
             pred_M = _predict(train, test, chosen_S, stage.config.num_classes, recipe.penalty)
             accuracies.append((pred_M == test.class_M).double().mean().item())
             predictions.append(pred_M)

@@ -15,7 +15,8 @@ from harness.data.loader import Batch
 from harness.ledger.context import StageContext, StageResult
 from harness.models.heads import class_cross_entropy
 from harness.models.pixels import standardise
-from harness.study.recipes import FineTune, StageConfig, StageFile
+from harness.study.protocols import FineTune
+from harness.study.stages import StageConfig, StageFile
 from harness.train.blueprint import Blueprint
 from harness.train.engine import Engine
 from harness.train.loop import run
@@ -36,6 +37,7 @@ class FineTuneObjective:
 
     evaluated_on_the_way = False
     """The test split is looked at once, at the end: nothing is chosen on it."""
+    make_batch = None
 
     def __init__(self, config: StageConfig, ctx: StageContext, data: Dataset) -> None:
         assert isinstance(config.recipe, FineTune), f"{config.recipe} is no fine-tuning recipe"

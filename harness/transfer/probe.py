@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.ledger.context import StageContext, StageResult
-from harness.study.recipes import LinearProbe, StageFile
+from harness.study.protocols import LinearProbe
+from harness.study.stages import StageFile
 from harness.transfer import logistic
-from harness.transfer.features import extract
+from harness.transfer.features import read_features
 from harness.transfer.predictions import write_predictions
 
 HELD_OUT = 5
@@ -27,7 +28,7 @@ def linear_probe(stage: StageFile, ctx: StageContext) -> StageResult:
     recipe = stage.config.recipe
     assert isinstance(recipe, LinearProbe), f"{recipe} is no linear probe"
     num_classes = stage.config.num_classes
-    train, test = extract(stage, ctx, recipe.pool)
+    train, test = read_features(stage, ctx)
     extracted = time.perf_counter()
 
     shift_D, scale_D = train.values_MD.mean(dim=0), train.values_MD.std(dim=0) + 1e-6

@@ -15,6 +15,7 @@ from harness.data import ready
 from harness.data.png import encode_png
 from harness.data.scenes import GROUP, draw
 from harness.study import scenes_spec as spec
+from harness.study.builtin import builtin
 
 # Pixels and labels of the first 8 images: a change of either needs a new scenes_spec.VERSION.
 GOLDEN = {
@@ -77,10 +78,12 @@ def test_shards_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ready, "SHARD_IMAGES", 50)
-    one = ready.make_scenes(tmp_path / "one", 120, processes=1)
-    tasks = ready._tasks(120)
+    scenes = builtin("scenes-120")
+    assert scenes is not None
+    one = ready.make(tmp_path / "one", scenes, processes=1)
+    tasks = ready._tasks(scenes)
     for rank in (2, 0, 1):  # what three processes do, in any order
-        ready._draw_share(tmp_path / "three", 120, rank, 3)
+        ready._draw_share(tmp_path / "three", scenes, rank, 3)
     for split, entries in one.shards.items():
         for entry in entries:
             other = (tmp_path / "three" / str(entry["file"])).read_bytes()

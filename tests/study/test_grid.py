@@ -115,7 +115,10 @@ def test_without_wsp_the_tasks_judge_the_weights_themselves(
     text = SMALL.replace("[random, mae]", "['checkpoint:a.pth']")
     text = text.replace("  wsp:\n    duration: {samples: 2k}\n", "")
     stages = grid_of(study_file, text).stages.values()
-    assert {s.kind for s in stages} == {"linear_probe"} and all(s.config.weights for s in stages)
+    assert {(s.kind, bool(s.config.weights)) for s in stages} == {
+        ("features", True),
+        ("linear_probe", False),
+    }
 
 
 def test_a_warmup_in_samples_steps_or_epochs_is_one_recipe(study_file: Write) -> None:
@@ -151,11 +154,20 @@ def test_execution_never_enters_identity(study_file: Write, extra: str) -> None:
         (
             "decoder_depth: 1",
             "decoder_depth: 1\n    mask_ratio: 0.6",
-            {"mae", "wsp", "linear_probe"},
+            {"mae", "wsp", "features", "linear_probe"},
         ),
-        ("protocol: linear_probe", "protocol: linear_probe, pool: mean", {"linear_probe"}),
+        (
+            "protocol: linear_probe",
+            "protocol: linear_probe, pool: mean",
+            {"features", "linear_probe"},
+        ),
+        (
+            "protocol: linear_probe",
+            "protocol: linear_probe, penalties: [1e-3]",
+            {"linear_probe"},
+        ),
         ("decoder_depth: 1", "decoder_depth: 1\n    mask_ratio: 0.75", set()),  # the default
-        ("scenes-4k", "scenes-5k", {"mae", "wsp", "linear_probe"}),
+        ("scenes-4k", "scenes-5k", {"mae", "wsp", "features", "linear_probe"}),
     ],
 )
 def test_a_change_renames_its_stage_and_all_below(
@@ -165,9 +177,11 @@ def test_a_change_renames_its_stage_and_all_below(
     for cell_before, cell_after in zip(before.cells, after.cells, strict=True):
         if "mae" not in cell_before.stages:
             continue
-        for role, stage in cell_before.stages.items():
+        pairs = zip(cell_before.stages.values(), cell_after.stages.values(), strict=True)
+        for stage, stage_after in pairs:
             kind = before.stages[stage].kind
-            assert (stage != cell_after.stages[role]) == (kind in changed), (role, kind)
+            assert after.stages[stage_after].kind == kind
+            assert (stage != stage_after) == (kind in changed), kind
 
 
 def test_the_random_arm_does_not_know_of_the_mae_recipe(study_file: Write) -> None:
@@ -194,10 +208,11 @@ def test_ids_are_pinned(study_file: Write) -> None:
 
 PINNED = [
     "d16x2-1k-random-s0-a4cec1613103",
-    "d16x2-1k-random-probe-s0-30efa53cd953",
+    "d16x2-1k-random-pinned_features-s0-7c4681d3a11e",
+    "d16x2-1k-random-probe-s0-f33ae5f42078",
     "d16x2-4k-s0-7a64af326634",
     "d16x2-1k-mae-s0-97652715ceca",
-    "d16x2-1k-mae-probe-s0-843ff5ce4ba2",
+    "d16x2-1k-mae-pinned_features-s0-a13207817122",
 ]
 
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from harness.study.recipes import FewShot, FineTune, LinearProbe, MaeRecipe, WspRecipe
+from harness.study.protocols import FewShot, FineTune, LinearProbe
+from harness.study.recipes import MaeRecipe, WspRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 SOURCES = {"paper", "MAE", "ours"}

@@ -17,7 +17,8 @@ from harness.models.init import generator_of, initialize, seed_of
 from harness.models.mae import Mae
 from harness.models.pixels import standardise
 from harness.models.vit import VisionEncoder
-from harness.study.recipes import FineTune, MaeRecipe, WspRecipe
+from harness.study.protocols import FineTune
+from harness.study.recipes import MaeRecipe, WspRecipe
 from harness.train.groups import parameter_groups
 from harness.train.schedule import lr_at
 

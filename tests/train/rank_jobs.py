@@ -14,13 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
 
 from harness.errors import DivergedError, PreemptedError
-from harness.study.recipes import (
-    Duration,
-    FineTune,
-    MaeRecipe,
-    Optimization,
-    WspRecipe,
-)
+from harness.study.protocols import FineTune
+from harness.study.recipes import Duration, MaeRecipe, Optimization, WspRecipe
 
 MAE = MaeRecipe(
     duration=Duration(steps=12), batch=16, decoder_width=16, decoder_depth=1, decoder_heads=2

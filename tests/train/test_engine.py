@@ -14,7 +14,8 @@ from harness.errors import UserError
 from harness.models.heads import Classifier
 from harness.models.init import initialize
 from harness.models.vit import VisionEncoder
-from harness.study.recipes import Duration, Execution, WspRecipe
+from harness.study.recipes import Duration, WspRecipe
+from harness.study.stages import Execution
 from harness.train import engine as engine_room
 from harness.train.blueprint import Blueprint
 from harness.train.build import build_engine

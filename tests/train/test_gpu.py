@@ -10,8 +10,9 @@ import torch
 from harness.models.heads import Classifier, label_targets
 from harness.models.mae import Mae
 from harness.models.vit import VisionEncoder
-from harness.study.recipes import Duration, Execution, MaeRecipe, Model, Optimization, WspRecipe
+from harness.study.recipes import Duration, MaeRecipe, Model, Optimization, WspRecipe
 from harness.study.sizes import SIZES
+from harness.study.stages import Execution
 from harness.train.blueprint import Blueprint
 from harness.train.build import build_engine
 from harness.train.groups import parameter_groups

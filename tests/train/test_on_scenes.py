@@ -8,17 +8,10 @@ import tiny
 
 from harness import transfer
 from harness.errors import PreemptedError
-from harness.study.recipes import (
-    Duration,
-    Images,
-    LinearProbe,
-    MaeRecipe,
-    Model,
-    Recipe,
-    StageFile,
-    WspRecipe,
-)
+from harness.study.protocols import LinearProbe
+from harness.study.recipes import Duration, MaeRecipe, Model, WspRecipe
 from harness.study.scenes_spec import CLASSES, HASHTAGS
+from harness.study.stages import Images, Recipe, StageFile
 from harness.train.loop import train
 
 pytestmark = pytest.mark.slow

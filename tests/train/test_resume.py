@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from harness.data.loader import eval_batches
 from harness.errors import PreemptedError, UserError
 from harness.models.mae import Mae
-from harness.study.recipes import Duration, FineTune, MaeRecipe, Optimization, WspRecipe
+from harness.study.protocols import FineTune
+from harness.study.recipes import Duration, MaeRecipe, Optimization, WspRecipe
 from harness.train import checkpoint
 from harness.train.engine import Engine, checkpoint_blocks
 from harness.train.loop import train

@@ -17,7 +17,8 @@ import tiny
 from safetensors.torch import save_file
 
 from harness.errors import PreemptedError
-from harness.study.recipes import Duration, FineTune, MaeRecipe, WspRecipe
+from harness.study.protocols import FineTune
+from harness.study.recipes import Duration, MaeRecipe, WspRecipe
 from harness.train.build import build_engine
 from harness.train.objectives import OBJECTIVES
 

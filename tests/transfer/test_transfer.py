@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
-from harness import transfer
-from harness.study.recipes import Duration, FewShot, FineTune, LinearProbe, WspRecipe
+from harness.study.protocols import FewShot, FineTune, LinearProbe
+from harness.study.recipes import Duration, WspRecipe
 from harness.train.loop import train
 from harness.transfer.fewshot import choose
 
@@ -33,7 +33,7 @@ def test_accuracy_is_that_of_the_written_predictions(
     recipe: LinearProbe | FineTune, pretrained: Path, tmp_path: Path
 ) -> None:
     context = tiny.context(tmp_path, upstream=pretrained)
-    result = transfer.run(tiny.stage(recipe), context)
+    result = tiny.judge(tiny.stage(recipe), context)
     table = predictions(tmp_path)
     assert list(table) == ["key", "label", "pred"]
     test = tiny.opened(tmp_path).split("test")
@@ -50,7 +50,7 @@ def test_few_shot_reports_mean_and_spread_and_more_shots_do_better(
     pretrained: Path, tmp_path: Path
 ) -> None:
     recipe = FewShot(shots=(1, 5, 10), splits=5)
-    result = transfer.run(tiny.stage(recipe), tiny.context(tmp_path, upstream=pretrained))
+    result = tiny.judge(tiny.stage(recipe), tiny.context(tmp_path, upstream=pretrained))
     metrics = result.metrics
     assert set(metrics) == {"n_test"} | {
         f"acc1_{k}shot{end}" for k in (1, 5, 10) for end in ("", "_std")
@@ -70,7 +70,7 @@ def test_few_shot_reports_mean_and_spread_and_more_shots_do_better(
 
 def test_one_split_has_no_spread(pretrained: Path, tmp_path: Path) -> None:
     recipe = FewShot(shots=(2,), splits=1)
-    result = transfer.run(tiny.stage(recipe), tiny.context(tmp_path, upstream=pretrained))
+    result = tiny.judge(tiny.stage(recipe), tiny.context(tmp_path, upstream=pretrained))
     assert result.metrics["acc1_2shot_std"] is None
 
 
@@ -86,7 +86,7 @@ def test_shots_are_at_most_k_of_each_class_nested_and_fixed_by_the_split() -> No
 def test_a_probe_without_upstream_judges_the_initial_weights_of_its_seed(tmp_path: Path) -> None:
     def accuracy(name: str, seed: int) -> list[object]:
         stage = tiny.stage(LinearProbe(penalties=(1e-2,)), seed=seed)
-        transfer.run(stage, tiny.context(tmp_path / name))
+        tiny.judge(stage, tiny.context(tmp_path / name))
         return predictions(tmp_path / name)["pred"]
 
     assert accuracy("a", 0) == accuracy("b", 0)
@@ -96,7 +96,7 @@ def test_a_probe_without_upstream_judges_the_initial_weights_of_its_seed(tmp_pat
 def test_the_test_split_is_looked_at_once_in_fine_tuning(pretrained: Path, tmp_path: Path) -> None:
     rows = tiny.Rows()
     context = tiny.context(tmp_path, upstream=pretrained, metrics=rows)
-    transfer.run(tiny.stage(FINE_TUNE), context)
+    tiny.judge(tiny.stage(FINE_TUNE), context)
     assert [row["step"] for row in rows.rows if "acc1" in row] == [30]
 
 
@@ -106,5 +106,5 @@ def test_train_images_limits_the_labelled_images(pretrained: Path, tmp_path: Pat
     results = []
     for images in (3, 200):  # three images show three of the five classes at most
         context = tiny.context(tmp_path / str(images), upstream=pretrained)
-        results.append(transfer.run(tiny.stage(recipe, images=images), context))
+        results.append(tiny.judge(tiny.stage(recipe, images=images), context))
     assert results[0].metrics["acc1"] < results[1].metrics["acc1"]  # type: ignore[operator]

@@ -1,0 +1,65 @@
+"""Built-in datasets: drawn on first use, so that a study runs where there are no images.
+
+Named `scenes` or, with another number of training samples, `scenes-16k`. What they hold is said
+here; `harness.data.ready` has the functions that draw them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.study import scenes_spec
+from harness.units import format_count, parse_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builtin:
+    """One built-in set of one number of training samples."""
+
+    kind: str
+    """Its name without the number."""
+    name: str
+    version: int
+    """Raised with every change that moves a pixel or a label."""
+    image_size: int
+    splits: dict[str, int]
+    count: int
+    """Samples of the split that grows with the number in the name."""
+    hashtags: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the content."""
+        spec = json.dumps({"version": self.version, "splits": self.splits}, sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(spec.encode()).hexdigest()[:16]}"
+
+
+def _scenes(count: int | None) -> Builtin:
+    splits = scenes_spec.counts(count)
+    return Builtin(
+        kind="scenes",
+        name="scenes" if count is None else f"scenes-{format_count(count)}",
+        version=scenes_spec.VERSION,
+        image_size=scenes_spec.IMAGE_SIZE,
+        splits=splits,
+        count=splits["pretrain"],
+        hashtags=scenes_spec.HASHTAGS,
+        classes=scenes_spec.CLASSES,
+    )
+
+
+BUILTIN: dict[str, Callable[[int | None], Builtin]] = {"scenes": _scenes}
+"""Name -> the set with so many training samples, or as many as it has by default."""
+
+
+def builtin(spec: str) -> Builtin | None:
+    """The built-in set that a dataset spec names; None if it names none."""
+    match = re.fullmatch(r"([a-z][a-z0-9_]*)(?:-(\d\w*))?", spec)
+    if match is None or match[1] not in BUILTIN:
+        return None
+    return BUILTIN[match[1]](parse_count(match[2]) if match[2] else None)
