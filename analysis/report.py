@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from analysis import figures, gain, laws, panels, pictures, tables, tuning
+from analysis import figures, gain, laws, panels, pictures, tables, tasks, tuning
 from analysis.finding import Counts, count, paragraph
 from analysis.load import StudyData, load
 from analysis.metrics import Metric, headline, metrics_of
@@ -67,6 +67,9 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     variants = _drawn_variants(data)
     for variant in variants[:MAX_VARIANTS]:
         drawn += _figures(data, variant, metrics, main, loss, pairs, charged, charged_runs, fitted)
+    measured = tasks.measure(data, metrics)
+    compared = tasks.figure(measured)
+    drawn += [compared] if compared else []
     searched = tuning.load_tuning(root, study)
     if searched is not None:
         drawn += tuning.figures(searched)
@@ -76,6 +79,8 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     pictures.save(strips, folder / "figures")
 
     all_tables = _tables(data, metrics, main, loss, pairs, charged, fitted)
+    of_tasks = tasks.table(data, measured)
+    all_tables[:0] = [of_tasks] if of_tasks else []
     if searched is not None:
         all_tables.append(tuning.table(searched))
     counts = count(data)
@@ -93,6 +98,7 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     _write_page(folder, context | {"sections": sections})
     _write_markdown(folder, context | {"figures": drawn})
     _write_data(folder, data, fitted, pairs, charged, charged_runs)
+    _write_csv(folder / "tasks.csv", measured)
     return ReportResult(index=folder / "index.html", finding=text, counts=counts)
 
 
