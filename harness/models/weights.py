@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,14 +39,24 @@ def start_of(config: StageConfig, path: Path, encoder: VisionEncoder) -> dict[st
 
     `encoder` may be on the meta device. UserError with everything that does not fit.
     """
-    if not config.weights:
-        return read_encoder(encoder, path)
     recipe: Any = config.recipe
+    if not config.weights and not _is_resized(path, encoder):
+        return read_encoder(encoder, path)
     try:
         return encoder_tensors_for(read_weights(path), config.model, recipe.resize, recipe.pool)
     except UserError as error:
         lines = (line.removeprefix(f"{path}: ") for line in error.problems)
         raise UserError(*(f"{path}: {line}" for line in lines)) from None
+
+
+def _is_resized(path: Path, encoder: VisionEncoder) -> bool:
+    """Whether our own weights are for images of another size: a task's, not the cell's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.get_slice("pos_embed").get_shape()
+    except (OSError, SafetensorError):
+        return False  # read_encoder says what is wrong
+    return list(found) != list(encoder.pos_embed.shape)
 
 
 def read_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Tensor]:

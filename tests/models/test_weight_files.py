@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
@@ -17,11 +18,13 @@ from torch.nn import functional as F
 from harness.errors import HarnessError, NotFoundError, UserError
 from harness.models import interchange
 from harness.models.convert import cast, encoder_tensors_for, resized, tensors_in
+from harness.models.init import initialize
 from harness.models.interchange import Weights
 from harness.models.positions import Resize, distance_from_sincos, resize_positions
 from harness.models.vit import VisionEncoder
 from harness.models.weight_files import inspect_weights, read_file, read_weights, write_weights
-from harness.models.weights import read_encoder, save_encoder
+from harness.models.weights import read_encoder, save_encoder, start_of
+from harness.study.protocols import LinearProbe
 from harness.study.recipes import Model
 from tests.models import weight_cases as cases
 
@@ -318,3 +321,20 @@ def test_sincos_tables_are_told_from_others(weights: Weights) -> None:
     moved = weights.encoder["pos_embed"] + 0.5
     assert distance_from_sincos(moved) == pytest.approx(0.5)
     assert distance_from_sincos(torch.zeros(1, 16, 8)) is None
+
+
+def test_a_task_at_another_resolution_resizes_the_positions_of_our_own_weights(
+    tmp_path: Path,
+) -> None:
+    small = Model(width=32, depth=1, heads=2, patch=4, image_size=16)
+    encoder = VisionEncoder(small)
+    initialize(encoder, 0)
+    save_encoder(tmp_path / "w.safetensors", encoder.state_dict(), small, "cls")
+    large = small.model_copy(update={"image_size": 24})
+    config = tiny.stage(LinearProbe()).config.model_copy(update={"model": large})
+    found = start_of(config, tmp_path / "w.safetensors", VisionEncoder(large))
+    expected = resample_abs_pos_embed(encoder.pos_embed, [6, 6], num_prefix_tokens=1)
+    torch.testing.assert_close(found["pos_embed"], expected)
+    for name, value in encoder.state_dict().items():
+        if name != "pos_embed":
+            torch.testing.assert_close(found[name], value)
