@@ -36,9 +36,7 @@ class PromptedClassifier(nn.Module):
         depth, width = len(encoder.blocks), encoder.embed_dim
         patch = int(encoder.patch_embed.patch_size[0])
         bound = math.sqrt(6 / (3 * patch * patch + width))
-        values = torch.empty(depth, num_prompts, width).uniform_(
-            -bound, bound, generator=generator
-        )
+        values = torch.empty(depth, num_prompts, width).uniform_(-bound, bound, generator=generator)
         self.prompts = nn.Parameter(values)
         """[depth, T, D]: those of block i are prompts[i]."""
         self.head = nn.Linear(width, num_classes)

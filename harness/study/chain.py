@@ -10,7 +10,14 @@ from harness.study import flops as count_flops
 from harness.study import identity
 from harness.study.builtin import builtin
 from harness.study.datasets import ORDER_WINDOW, DatasetMeta, Role, locate
-from harness.study.recipes import Duration, MaeRecipe, Model, WspRecipe, epoch_samples
+from harness.study.recipes import (
+    Duration,
+    MaeRecipe,
+    Model,
+    Optimization,
+    WspRecipe,
+    epoch_samples,
+)
 from harness.study.schema import LoadedStudy, Resources, Stages
 from harness.study.stages import Execution, Images, Kind, StageConfig, StageFile
 from harness.study.starting import content_hash, find, is_checkpoint
@@ -219,8 +226,8 @@ class Chain:
         spec = getattr(config.recipe, "dataset", None) or str(self.axes["dataset"])
         if builtin(spec) is None:
             spec = locate(spec, self.builder.loaded.bases)
-        batch = getattr(config.recipe, "batch", None)
-        if batch is not None:
+        if isinstance(config.recipe, Optimization):
+            batch = config.recipe.batch
             chunk = wanted.ranks * (wanted.micro_batch or 1)
             if batch % chunk:
                 per = f" x micro_batch {wanted.micro_batch}" if wanted.micro_batch else ""

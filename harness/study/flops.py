@@ -53,6 +53,24 @@ def vit_train(model: Model, num_classes: int) -> float:
     return 3.0 * vit_forward(model, num_classes) - _patch_embed(model)
 
 
+def prompted_forward(model: Model, prompts: int, num_classes: int) -> float:
+    """FLOPs of one image through encoder and head, with `prompts` more tokens in every block."""
+    blocks = model.depth * _block(model.num_patches + 1 + prompts, model.width)
+    return _patch_embed(model) + blocks + 2.0 * model.width * num_classes
+
+
+def prompted_train(model: Model, prompts: int, num_classes: int) -> float:
+    """FLOPs of one image in prompt tuning: no weight of the encoder has a gradient.
+
+    Backward, a product with weights costs as much as forward, and one of two activations twice as
+    much: those of attention, and the head.
+    """
+    forward = prompted_forward(model, prompts, num_classes)
+    tokens = model.num_patches + 1 + prompts
+    twice = model.depth * attention(tokens, model.width) + 2.0 * model.width * num_classes
+    return 2 * forward - _patch_embed(model) + twice
+
+
 def mae_forward(model: Model, recipe: MaeRecipe) -> float:
     """FLOPs of one image through a masked autoencoder: visible patches only, then the decoder.
 

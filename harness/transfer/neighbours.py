@@ -6,12 +6,39 @@ Source: the protocol of DINO (Caron et al. 2021, arXiv 2104.14294), after Wu et 
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.ledger.context import StageContext, StageResult
+from harness.study.protocols import Knn
+from harness.study.stages import StageFile
+from harness.transfer.features import read_features
+from harness.transfer.predictions import judge, solved
+
 SIMILARITIES = 2**27
 """How many are held at a time: half a GiB of float32."""
+
+
+def knn(stage: StageFile, ctx: StageContext) -> StageResult:
+    """acc1 on the test split."""
+    started = time.perf_counter()
+    recipe = stage.config.recipe
+    assert isinstance(recipe, Knn), f"{recipe} is no k-NN"
+    if ctx.rank:
+        return solved(stage, {}, started)
+    train, test = read_features(stage, ctx)
+    pred_M = vote(
+        train.values_MD.to(stage.execution.device),
+        train.class_M,
+        test.values_MD,
+        stage.config.num_classes,
+        recipe.k,
+        recipe.temperature,
+    )
+    return solved(stage, judge(ctx, test.keys, test.class_M, pred_M), started)
 
 
 def vote(

@@ -33,8 +33,8 @@ class Part:
 def make_parts(ctx: StageContext, parts: Sequence[Part]) -> None:
     """Makes the parts that are missing: part k by rank k % ranks.
 
-    On rank 0 it returns when all parts are there; it waits for the other ranks, whose death ends
-    the stage from outside. Raises PreemptedError where the stage is asked to stop.
+    Returns when all parts are there: a rank waits for the others, whose death ends the stage from
+    outside. Raises PreemptedError where the stage is asked to stop.
     """
     for part in parts[ctx.rank :: ctx.ranks]:
         if is_whole(part.path):
@@ -44,11 +44,10 @@ def make_parts(ctx: StageContext, parts: Sequence[Part]) -> None:
         ctx.check_lease()
         part.path.parent.mkdir(exist_ok=True)
         write_atomically(part.path, lambda path, tensors=tensors: save_file(tensors, path))
-    if ctx.rank == 0:
-        while not all(is_whole(part.path) for part in parts):
-            stop_if_asked(ctx)
-            ctx.check_lease()
-            time.sleep(_POLL_S)
+    while not all(is_whole(part.path) for part in parts):
+        stop_if_asked(ctx)
+        ctx.check_lease()
+        time.sleep(_POLL_S)
 
 
 def is_whole(path: Path) -> bool:

@@ -6,6 +6,7 @@ Shapes: M images, D width, Q classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from harness.study.protocols import LinearProbe
 from harness.study.stages import StageFile
 from harness.transfer import logistic
 from harness.transfer.features import read_features
-from harness.transfer.predictions import write_predictions
+from harness.transfer.fewshot import rank_in_class
+from harness.transfer.parts import stop_if_asked
+from harness.transfer.predictions import judge, solved
 
 HELD_OUT = 5
 """One training image in so many, of each class, chooses the penalty."""
@@ -27,42 +30,30 @@ def linear_probe(stage: StageFile, ctx: StageContext) -> StageResult:
     started = time.perf_counter()
     recipe = stage.config.recipe
     assert isinstance(recipe, LinearProbe), f"{recipe} is no linear probe"
-    num_classes = stage.config.num_classes
+    if ctx.rank:
+        return solved(stage, {}, started)
+    num_classes, device = stage.config.num_classes, torch.device(stage.execution.device)
     train, test = read_features(stage, ctx)
-    extracted = time.perf_counter()
 
-    shift_D, scale_D = train.values_MD.mean(dim=0), train.values_MD.std(dim=0) + 1e-6
-    train_MD = (train.values_MD - shift_D) / scale_D
-    test_MD = (test.values_MD - shift_D) / scale_D
-    penalty, weights = choose_penalty(train_MD, train.class_M, num_classes, recipe.penalties)
-    weights = logistic.fit(train_MD, train.class_M, num_classes, penalty, start=weights)
-    pred_M = logistic.logits(weights, test_MD).argmax(dim=1)
-
-    ctx.check_lease()
-    if ctx.rank == 0:
-        write_predictions(ctx.folder, test.keys, test.class_M, pred_M)
-    ended = time.perf_counter()
-    return StageResult(
-        metrics={
-            "acc1": (pred_M == test.class_M).double().mean().item(),
-            "penalty": penalty,
-            "n_test": float(len(pred_M)),
-        },
-        steps=0,
-        samples=0,
-        flops=stage.flops,
-        wall_s={
-            "setup": 0.0,
-            "train": ended - extracted,
-            "eval": extracted - started,
-            "checkpoint": 0.0,
-            "total": ended - started,
-        },
+    values_MD, class_M = train.values_MD.to(device), train.class_M.to(device)
+    shift_D, scale_D = values_MD.mean(dim=0), values_MD.std(dim=0) + 1e-6
+    train_MD = (values_MD - shift_D) / scale_D
+    test_MD = (test.values_MD.to(device) - shift_D) / scale_D
+    penalty, weights = choose_penalty(
+        train_MD, class_M, num_classes, recipe.penalties, lambda: stop_if_asked(ctx)
     )
+    weights = logistic.fit(train_MD, class_M, num_classes, penalty, start=weights)
+    pred_M = logistic.logits(weights, test_MD).argmax(dim=1).cpu()
+    metrics = judge(ctx, test.keys, test.class_M, pred_M)
+    return solved(stage, {**metrics, "penalty": penalty}, started)
 
 
 def choose_penalty(
-    features_MD: Tensor, class_M: Tensor, num_classes: int, penalties: tuple[float, ...]
+    features_MD: Tensor,
+    class_M: Tensor,
+    num_classes: int,
+    penalties: tuple[float, ...],
+    before_fit: Callable[[], None] = lambda: None,
 ) -> tuple[float, Tensor]:
     """The penalty with the best accuracy on held-out images, and its weights.
 
@@ -75,6 +66,7 @@ def choose_penalty(
     best: tuple[tuple[float, float], float, Tensor] | None = None
     weights: Tensor | None = None
     for penalty in sorted(penalties, reverse=True):
+        before_fit()
         weights = logistic.fit(fit_MD, fit_class_M, num_classes, penalty, start=weights)
         if len(held_MD) == 0:  # one image a class: nothing to choose on, so the strongest
             return penalty, weights
@@ -89,8 +81,4 @@ def choose_penalty(
 
 def held_out(class_M: Tensor) -> Tensor:
     """Mask of the images kept for the choice: every fifth of each class, in the order given."""
-    held_M = torch.zeros(len(class_M), dtype=torch.bool)
-    for cls in class_M.unique():
-        members = (class_M == cls).nonzero()[:, 0]
-        held_M[members[HELD_OUT - 1 :: HELD_OUT]] = True
-    return held_M
+    return rank_in_class(class_M) % HELD_OUT == HELD_OUT - 1

@@ -8,7 +8,9 @@ from harness.models.heads import pooled
 from harness.models.init import initialize
 from harness.models.prompts import PromptedClassifier
 from harness.models.vit import VisionEncoder
+from harness.study import flops
 from harness.study.recipes import Model, Pool
+from tests.models.test_counted_flops import counted
 
 SMALL = Model(width=32, depth=3, heads=2, patch=4, image_size=16)
 
@@ -95,3 +97,13 @@ def test_what_is_learned_can_be_put_into_another_one() -> None:
         first.prompts.mul_(2)
     other.load_learned({name: value.clone() for name, value in first.learned().items()})
     assert torch.equal(first(images()), other(images()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_flops_are_those_that_torch_counts(train: bool) -> None:
+    with torch.device("meta"):
+        bare = VisionEncoder(SMALL)
+        model = PromptedClassifier(bare, 6, 20, "cls", torch.Generator(device="cpu"))
+        got = counted(model, torch.rand(1, 3, 16, 16), train=train)
+    formula = flops.prompted_train if train else flops.prompted_forward
+    assert got == formula(SMALL, 6, 20)

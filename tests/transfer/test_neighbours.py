@@ -24,7 +24,7 @@ def test_votes_are_those_of_scikit_learn(k: int, monkeypatch: pytest.MonkeyPatch
         n_neighbors=min(k, 400),
         metric="cosine",
         algorithm="brute",
-        weights=lambda distance: np.exp((1 - distance) / 0.07),
+        weights=lambda distance: np.exp((1 - distance) / 0.07),  # type: ignore[arg-type]  # the stubs know names only
     )
     theirs.fit(train.double().numpy(), class_M.numpy())
     wanted = theirs.predict(test.double().numpy())
