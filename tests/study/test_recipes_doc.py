@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from harness.study.protocols import FewShot, FineTune, LinearProbe
+from harness.study.protocols import FewShot, FineTune, Knn, LinearProbe, PromptTuning, SgdProbe
 from harness.study.recipes import MaeRecipe, WspRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
@@ -43,7 +43,10 @@ def defaults(recipe: type[BaseModel]) -> dict[str, str]:
         ("wsp", WspRecipe),
         ("fine_tune", FineTune),
         ("linear_probe", LinearProbe),
+        ("sgd_probe", SgdProbe),
+        ("knn", Knn),
         ("few_shot", FewShot),
+        ("prompt_tuning", PromptTuning),
     ],
 )
 def test_every_default_is_documented_with_its_source(section: str, recipe: type[BaseModel]) -> None:

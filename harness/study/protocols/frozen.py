@@ -80,9 +80,9 @@ class PromptTuning(Task):
     epochs: Count = 100
     """Passes over the chosen images."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 10
-    batch: Count = 64
+    batch: Count = 32
     """Images of a step, or all if there are fewer."""
-    lr: Positive = 5e-3
+    lr: Positive = 1e-2
     """Peak learning rate, as it is: not scaled by the batch."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     pool: Pool = "cls"
