@@ -29,7 +29,10 @@ _PARALLEL_FROM = 20_000
 Draw = Callable[[str, int, int], Iterator[Sample]]
 """(split, first, num) -> samples first to first + num of the split."""
 
-DRAWERS = {"scenes": "harness.data.scenes:samples"}
+DRAWERS = {
+    "scenes": "harness.data.scenes:samples",
+    "captions": "harness.data.captions:samples",
+}
 """Built-in set -> the function that draws it, imported when it is needed."""
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from harness.study import scenes_spec
+from harness.study import captions_spec, scenes_spec
 from harness.units import format_count, parse_count
 
 
@@ -31,6 +31,8 @@ class Builtin:
     """Samples of the split that grows with the number in the name."""
     hashtags: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Class -> what it is called, for zero-shot classification."""
 
     @property
     def fingerprint(self) -> str:
@@ -50,10 +52,26 @@ def _scenes(count: int | None) -> Builtin:
         count=splits["pretrain"],
         hashtags=scenes_spec.HASHTAGS,
         classes=scenes_spec.CLASSES,
+        class_names=captions_spec.CLASS_NAMES,
     )
 
 
-BUILTIN: dict[str, Callable[[int | None], Builtin]] = {"scenes": _scenes}
+def _captions(count: int | None) -> Builtin:
+    splits = captions_spec.counts(count)
+    return Builtin(
+        kind="captions",
+        name="captions" if count is None else f"captions-{format_count(count)}",
+        version=captions_spec.VERSION,
+        image_size=captions_spec.IMAGE_SIZE,
+        splits=splits,
+        count=splits["train"],
+    )
+
+
+BUILTIN: dict[str, Callable[[int | None], Builtin]] = {
+    "scenes": _scenes,
+    "captions": _captions,
+}
 """Name -> the set with so many training samples, or as many as it has by default."""
 
 
