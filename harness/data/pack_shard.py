@@ -219,7 +219,7 @@ def extra_digest(fields: Mapping[str, Any], hashtags: Sequence[str] | None) -> s
 
     A caption whose words serve as the hashtags is counted with these.
     """
-    names = ("annotations", "negative", "not_exhaustive", "caption")
+    names = ("annotations", "negative", "not_exhaustive", "caption", "captions")
     counted = {name: fields[name] for name in names if name in fields}
     if "caption" in counted and hashtags and set(words_of(counted["caption"])) <= set(hashtags):
         del counted["caption"]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.models.heads import Classifier
+from harness.models.text import ByteTower
 from harness.models.vit import VisionEncoder, sincos_positions
 
 Values = dict[str, Callable[[], Tensor]]
@@ -102,6 +103,11 @@ def _fill(module: nn.Module, name: str, param: Tensor, generator: torch.Generato
             fan_out, fan_in = param.shape[0], param[0].numel()
             bound = math.sqrt(6 / (fan_in + fan_out))
             param.uniform_(-bound, bound, generator=generator)
+    elif isinstance(module, nn.Embedding) or (
+        name == "pos_embed" and isinstance(module, ByteTower)
+    ):
+        # A text's token or place: vectors of length 1, about, at any width.
+        param.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
     elif name in ("cls_token", "mask_token"):
         param.normal_(0.0, 0.02, generator=generator)
     elif name == "pos_embed" and isinstance(module, VisionEncoder):

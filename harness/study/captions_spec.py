@@ -7,6 +7,8 @@ names (ring, donut), one fact several wordings. `harness.data.captions` draws an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from harness.study import scenes_spec
 
 VERSION = 1
@@ -26,7 +28,7 @@ def counts(train: int | None = None) -> dict[str, int]:
     return {"train": TRAIN_IMAGES if train is None else train, "test": 1000}
 
 
-def _words(tags: tuple[str, ...]) -> tuple[str, ...]:
+def _words(tags: Sequence[str]) -> tuple[str, ...]:
     return tuple(tag.removeprefix("#") for tag in tags)
 
 

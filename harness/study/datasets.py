@@ -32,7 +32,13 @@ the order is blind to how shards are cut; beyond it, the cut enters the identity
 # A packed set of labelled images has no hashtags: its own train split serves, each class name as
 # the image's only hashtag (as ImageNet-21k does in Singh et al. 2023, sec. 4.3), and its test
 # split doubles as the held-out set of the loss curves.
-_FALLBACK: dict[str, str] = {"pretrain": "train", "val": "test"}
+# Captions are packed as a pretraining set: text towers train on that, and are judged on its val.
+_FALLBACK: dict[str, str] = {
+    "pretrain": "train",
+    "val": "test",
+    "train": "pretrain",
+    "test": "val",
+}
 
 
 class DatasetMeta(Frozen):

@@ -42,6 +42,11 @@ def num_kept(model: Model, mask_ratio: float) -> int:
     return int(model.num_patches * (1.0 - mask_ratio))
 
 
+def text_forward(width: int, depth: int, tokens: int) -> float:
+    """FLOPs of a text of so many tokens through the blocks of a transformer."""
+    return depth * _block(tokens, width)
+
+
 def vit_forward(model: Model, num_classes: int = 0) -> float:
     """FLOPs of one image through the encoder and a linear head."""
     blocks = model.depth * _block(model.num_patches + 1, model.width)

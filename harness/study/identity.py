@@ -30,6 +30,8 @@ def semantic_fields(config: StageConfig) -> dict[str, Any]:
     recipe.pop("dataset", None)  # its fingerprint is in `images`
     recipe.pop("image_size", None)  # it is in `model`
     recipe.pop("of", None)  # its stage is in `upstream`
+    if isinstance(recipe.get("text"), dict):
+        recipe["text"].pop("folder", None)  # its content's hash stands beside it
     if isinstance(config.recipe, MaeRecipe):
         # `full`, `same` and N only select images; what they selected is in `images`.
         recipe.pop("data", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from harness.errors import NotFoundError
@@ -34,14 +35,20 @@ def find(init: str, bases: Sequence[Path]) -> Path:
     raise NotFoundError(f"no such file or folder of weights; looked for {looked}")
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, beside: Sequence[str] = ()) -> str:
     """sha256 of a file of weights; of a folder, over its weights and config.json with their names.
 
-    Raises NotFoundError for a folder without weights.
+    `beside`: patterns of further files of a folder that count. Raises NotFoundError for a folder
+    without weights.
     """
     if not path.is_dir():
         return _hash_of(path, *_version(path))
-    files = sorted(f for f in path.iterdir() if f.suffix in _WEIGHTS or f.name == "config.json")
+    patterns = ("config.json", *beside)
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix in _WEIGHTS or any(fnmatch(file.name, pattern) for pattern in patterns)
+    )
     if not any(file.suffix in _WEIGHTS for file in files):
         kinds = ", ".join(_WEIGHTS)
         raise NotFoundError(f"{path}: holds no weights; expected files that end in {kinds}")

@@ -38,6 +38,7 @@ class Transfers:
         meta = self._dataset(recipe)
         model = self._model(task, recipe)
         try:
+            recipe = recipe.resolved(self.chain.builder.loaded.bases, meta)
             outputs = recipe.outputs(meta)
             train, test = recipe.num_train(meta), recipe.num_test(meta)
         except UserError as error:

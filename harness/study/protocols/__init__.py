@@ -16,7 +16,7 @@ from harness.study.protocols.detection import Detection
 from harness.study.protocols.fine_tune import Evaluate, FineTune
 from harness.study.protocols.frozen import FewShot, Knn, LinearProbe, PromptTuning, SgdProbe
 from harness.study.protocols.video import Video
-from harness.study.protocols.zero_shot import Lit, Retrieval, ZeroShot
+from harness.study.protocols.zero_shot import Lit, Retrieval, TextTower, ZeroShot
 
 TransferRecipe = Annotated[
     LinearProbe
@@ -47,6 +47,7 @@ __all__ = [
     "Retrieval",
     "SgdProbe",
     "Task",
+    "TextTower",
     "TransferRecipe",
     "Video",
     "ZeroShot",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 from harness.errors import UserError
 from harness.study import flops as count_flops
@@ -32,6 +34,10 @@ class Task(Frozen):
         if not meta.num_classes:
             raise UserError(f"dataset {meta.name} has no class labels; set `dataset`")
         return meta.num_classes
+
+    def resolved(self, bases: Sequence[Path], meta: DatasetMeta) -> Self:
+        """The recipe with what the files hold that it names, relative ones below `bases`."""
+        return self
 
     def flops(self, model: Model, samples: int, train: int, test: int, outputs: int) -> float:
         """FLOPs of the stage: `samples` are shown in training, `train` and `test` are different
