@@ -238,6 +238,13 @@ class Chain:
                     f" ({wanted.ranks} ranks{per}); use batch {near} or other resources"
                 )
             forward = wanted.micro_batch or batch // wanted.ranks
+            share = batch // wanted.ranks
+            if config.kind == "lit" and forward < share:
+                raise UserError(
+                    f"stages.transfer.{role}: a micro_batch of {forward} is less than a rank's"
+                    f" share of the batch, {share}: a text is told from all others of the"
+                    " batch at once; leave resources.micro_batch out or use more ranks"
+                )
             if getattr(config.recipe, "mixup", 0) and forward % 2:
                 raise UserError(
                     f"stages.{role}: mixup needs an even number of images in a forward pass, found"

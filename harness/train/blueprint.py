@@ -25,6 +25,8 @@ class Blueprint:
     """Optimizer groups of a model whose parameters have their shapes."""
     start: Callable[[VisionEncoder], Mapping[str, Tensor]] | None = None
     """Encoder weights to start from, for an encoder of that shape; none: initial ones."""
+    given: Callable[[], Values] = dict
+    """What else does not start by chance."""
 
     def whole(self) -> tuple[nn.Module, Groups]:
         """The model with its weights, on the CPU in float32, and its optimizer groups."""
@@ -46,4 +48,4 @@ class Blueprint:
             encoder: Any = model.get_submodule("encoder")
             tensors = self.start(encoder)
             values |= {f"encoder.{name}": tensor.float for name, tensor in tensors.items()}
-        return values
+        return values | self.given()

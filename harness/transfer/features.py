@@ -65,9 +65,12 @@ def features(stage: StageFile, ctx: StageContext) -> StageResult:
     device = torch.device(stage.execution.device)
     encoder = frozen_encoder(stage.config, ctx).to(device)
     splits = splits_of(stage, ctx)
-    progress = _Progress(ctx)
+    progress = Progress(ctx)
     parts = [
-        Part(path=path, make=partial(_pass, encoder, split, rows, recipe.pool, device, progress))
+        Part(
+            path=path,
+            make=partial(pass_images, encoder, split, rows, recipe.pool, device, progress.add),
+        )
         for name, (split, chosen) in splits.items()
         for path, rows in chunks(ctx.folder / "features", name, chosen)
     ]
@@ -137,31 +140,33 @@ def chunks(folder: Path, name: str, rows: np.ndarray) -> Iterator[tuple[Path, np
         yield path, rows[first : first + CHUNK]
 
 
-class _Progress:
+class Progress:
     """Images that went through the encoder in this attempt, for the status file."""
 
     def __init__(self, ctx: StageContext) -> None:
         self.ctx, self.images = ctx, 0
 
     def add(self, images: int) -> None:
+        """So many more. Raises PreemptedError once the attempt was asked to stop."""
         stop_if_asked(self.ctx)
         self.images += images
         self.ctx.report(step=0, samples=self.images)
 
 
-def _pass(
+def pass_images(
     encoder: VisionEncoder,
     split: Split,
     rows: np.ndarray,
     pool: Pool,
     device: torch.device,
-    progress: _Progress,
+    seen: Callable[[int], None],
 ) -> dict[str, Tensor]:
+    """`values`, `classes` and `rows` of these images; `seen` hears how many each batch has."""
     size = encoder.patch_embed.img_size[0]
     values, classes = [], []
     with torch.inference_mode(), half_on_cuda(device):
         for batch in loader.eval_batches(split, rows, batch=BATCH, image_size=size):
-            progress.add(len(batch.images))
+            seen(len(batch.images))
             images_BCHW = standardise(batch.images.to(device, non_blocking=True))
             # The pooled features leave in float32.
             values.append(pooled(encoder, images_BCHW, pool).float().cpu())
