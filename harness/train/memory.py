@@ -12,8 +12,10 @@ from harness.errors import OutOfMemoryError
 
 
 class _Batches(Protocol):
-    micro_batch: int
-    accumulation: int
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
 
 
 @contextmanager

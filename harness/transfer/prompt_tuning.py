@@ -9,6 +9,7 @@ Shapes: B images of a step, M test images, R runs, Q classes.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from harness.models.pixels import standardise
 from harness.models.prompts import PromptedClassifier
 from harness.study.protocols import PromptTuning
 from harness.study.stages import StageFile
+from harness.train.memory import memory_checked
 from harness.transfer import fewshot
 from harness.transfer.features import BATCH, chunks, frozen_encoder, half_on_cuda, splits_of
 from harness.transfer.parts import Part, make_parts, stop_if_asked
@@ -86,6 +88,14 @@ def prompt_tuning(stage: StageFile, ctx: StageContext) -> StageResult:
     )
 
 
+@dataclass(frozen=True)
+class _ForwardPass:
+    """Its images; a smaller one is tried where memory ends."""
+
+    micro_batch: int
+    accumulation: int = 1
+
+
 class _Tuner:
     """One frozen encoder on the device, and what is done with it."""
 
@@ -138,13 +148,13 @@ class _Tuner:
         """Adds up the gradient of the batch's mean loss, a forward pass at a time."""
         num = len(batch.images)
         at_once = self.stage.execution.micro_batch or num
-        for images, class_B in zip(
-            batch.images.split(at_once), batch.class_ids.split(at_once), strict=True
-        ):
-            with half_on_cuda(self.device):
-                logits_BQ = model(standardise(images.to(self.device, non_blocking=True)))
-            loss = F.cross_entropy(logits_BQ.float(), class_B.to(self.device), reduction="sum")
-            (loss / num).backward()
+        parts = zip(batch.images.split(at_once), batch.class_ids.split(at_once), strict=True)
+        with memory_checked(_ForwardPass(at_once)):
+            for images, class_B in parts:
+                with half_on_cuda(self.device):
+                    logits_BQ = model(standardise(images.to(self.device, non_blocking=True)))
+                loss = F.cross_entropy(logits_BQ.float(), class_B.to(self.device), reduction="sum")
+                (loss / num).backward()
 
     def predict(
         self, learned: dict[Run, Path], split: Split, rows: np.ndarray

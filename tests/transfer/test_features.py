@@ -1,5 +1,9 @@
 """The one pass over the images: files, stops, ranks, and who reads it."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -92,6 +96,40 @@ def test_a_stopped_pass_goes_on_behind_the_files_it_has(tmp_path: Path) -> None:
     assert attempts > 2
     # A stop costs what was not yet in a file: less than one chunk each time.
     assert images[-1] < 320 + (attempts - 1) * 64
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+import tiny
+from harness import transfer
+from harness.study.protocols import Features
+from harness.transfer import features
+
+features.BATCH, features.CHUNK = 16, 64
+
+def die_after_150(step, samples):
+    if samples >= 150:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+context = replace(tiny.context(Path(sys.argv[1])), report=die_after_150)
+transfer.run(tiny.stage(Features()), context)
+"""
+
+
+def test_a_killed_pass_goes_on_behind_the_files_it_has(tmp_path: Path) -> None:
+    wanted = content(run(tmp_path / "never"))
+    killed = tmp_path / "killed"
+    tests = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}
+    done = subprocess.run([sys.executable, "-c", KILLED, killed], env=env, check=False)
+    assert done.returncode == -signal.SIGKILL
+    first = content(killed / "features")
+    assert sorted(first) == ["train-000000.safetensors", "train-000001.safetensors"]
+    times = {path: path.stat().st_mtime_ns for path in (killed / "features").iterdir()}
+    assert content(run(killed)) == wanted
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
 def test_two_ranks_leave_the_bytes_of_one(tmp_path: Path) -> None:

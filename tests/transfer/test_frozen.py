@@ -175,7 +175,7 @@ def judged(
     return folders
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("protocol", "metric"),
     [

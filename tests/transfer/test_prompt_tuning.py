@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score
 
 from harness import transfer
 from harness.data import loader
-from harness.errors import PreemptedError
+from harness.errors import OutOfMemoryError, PreemptedError
 from harness.ledger.context import StageResult
 from harness.models.init import generator_of, initialize
 from harness.models.pixels import standardise
@@ -202,6 +202,28 @@ def test_two_ranks_leave_the_bytes_of_one(
     result = run(tmp_path, rank=0, ranks=2)
     assert content(tmp_path) == content(finished[0])
     assert result.metrics == finished[1].metrics
+
+
+def test_where_memory_ends_a_smaller_forward_pass_is_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = PromptedClassifier.forward
+
+    def limited(self: PromptedClassifier, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 4 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no memory for so many images")
+        return forward(self, images)
+
+    monkeypatch.setattr(PromptedClassifier, "forward", limited)
+    tried: list[int | None] = [16]
+    while True:
+        try:
+            result = run(tmp_path, micro_batch=tried[-1])
+            break
+        except OutOfMemoryError as error:
+            tried.append(error.smaller)
+    assert tried == [16, 8, 4]
+    assert result.metrics["acc1_5shot"] is not None
 
 
 def test_a_change_of_prompts_seed_or_split_changes_what_is_learned(tmp_path: Path) -> None:
