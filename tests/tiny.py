@@ -125,7 +125,8 @@ def judge(stage_file: StageFile, surroundings: StageContext) -> StageResult:
         images, seed = stage_file.config.images.images, stage_file.config.seed
         before = surroundings.folder / "before"
         before.mkdir(exist_ok=True)
-        transfer.run(stage(passed, images=images, seed=seed), replace(surroundings, folder=before))
+        own = stage(passed, images=images, seed=seed, device=stage_file.execution.device)
+        transfer.run(own, replace(surroundings, folder=before))
         surroundings = replace(surroundings, upstream={"features": before}, upstream_weights=None)
     return transfer.run(stage_file, surroundings)
 
