@@ -120,8 +120,9 @@ class Split:
             )
         return self.index.by_hash[:num].astype(np.int64)
 
-    def stream(self, num: int, seed: int, resample: float | None = None) -> Stream:
-        """The endless sequence of samples over the subset of `num` images.
+    def stream(self, num: int, seed: int, resample: float | None = None, views: int = 1) -> Stream:
+        """The endless sequence of samples over the subset of `num` images, each shown `views` times
+        in a row.
 
         With `resample`, an epoch has round(num * resample) samples: images with rare labels are
         repeated, see `harness.data.resample`. Raises UserError if the split has fewer images.
@@ -131,7 +132,9 @@ class Split:
             repeats = expected_counts(self.index, self.subset(num), round(num * resample))
         elif not 1 <= num <= self.num_samples:
             self.subset(num)  # says what is wrong
-        return Stream(self.index.by_hash, self.index.shard_rows, num, seed, repeats=repeats)
+        return Stream(
+            self.index.by_hash, self.index.shard_rows, num, seed, repeats=repeats, views=views
+        )
 
     def decode(self, row: int) -> np.ndarray:
         """uint8 [H, W, 3]. Raises DataError naming the shard and the byte offset."""
@@ -159,12 +162,16 @@ class Split:
         """The image's (or the video's) bytes as they are stored. Raises DataError."""
         return self._bytes(row, self._image_offset(row), int(self.index.image_sizes[row]))
 
+    def read_sample(self, row: int) -> bytes:
+        """All of a sample as it is stored: its files with their tar headers. Raises DataError."""
+        return self._bytes(row, int(self.index.starts[row]), int(self.index.lengths[row]))
+
     def fields(self, row: int) -> dict[str, Any]:
         """The sample's .json: caption, annotations, classes and what else it has; {} without one.
 
         Raises DataError naming the shard and the byte offset.
         """
-        raw = self._bytes(row, int(self.index.starts[row]), int(self.index.lengths[row]))
+        raw = self.read_sample(row)
         try:
             with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as members:
                 for member in members:

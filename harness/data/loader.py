@@ -87,7 +87,7 @@ def train_batches(
             if repeats[place]:  # an image shown again in one epoch is cropped anew
                 key += (repeats[place],)
             split.draw(images[place : place + 1], row, key, augment.crop_scale, augment.flip)
-        return _labelled(split, places.rows, images, first)
+        return labelled(split, places.rows, images, first)
 
     steps = range(start_step, start_step + num_steps)
     firsts = rank_shares(steps, batch, rank, ranks)
@@ -132,19 +132,32 @@ def rank_shares(steps: range, batch: int, rank: int, ranks: int) -> range:
 
 
 def eval_batches(
-    split: Split, indices: np.ndarray, *, batch: int, image_size: int
+    split: Split,
+    indices: np.ndarray,
+    *,
+    batch: int,
+    image_size: int,
+    make: MakeBatch | None = None,
 ) -> Generator[Batch, None, None]:
-    """Whole images squashed to `image_size`, in the order of `indices`; the last may be short."""
-    split.prepare()
+    """Whole images squashed to `image_size`, in the order of `indices`; the last may be short.
+
+    `make`: draws a batch where it is something else, as in `train_batches`.
+    """
+    if make is None:
+        split.prepare()
 
     def read(first: int) -> Batch:
         chosen = indices[first : first + batch]
+        if make is not None:
+            never = np.zeros(len(chosen), dtype=np.int64)
+            return make(Places(chosen, never, never), first)
         images = _empty(len(chosen), image_size, pin=False)
         for place, row in enumerate(chosen.tolist()):
             split.draw(images[place : place + 1], row, None)
-        return _labelled(split, chosen, images, first)
+        return labelled(split, chosen, images, first)
 
-    return _ahead(read, range(0, len(indices), batch), _threads(split, 1), 2)
+    threads = _threads(split, 1, is_cached=make is None)
+    return _ahead(read, range(0, len(indices), batch), threads, 2)
 
 
 def _empty(num: int, side: int, pin: bool) -> Tensor:
@@ -175,7 +188,8 @@ def _ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _labelled(split: Split, indices: np.ndarray, images: Tensor, first: int) -> Batch:
+def labelled(split: Split, indices: np.ndarray, images: Tensor, first: int) -> Batch:
+    """The images of rows `indices` with their labels; the first stands at position `first`."""
     starts, stops = split.label_offsets[indices], split.label_offsets[indices + 1]
     offsets = np.zeros(len(indices) + 1, dtype=np.int64)
     np.cumsum(stops - starts, out=offsets[1:])

@@ -35,7 +35,7 @@ class Places:
     epochs: np.ndarray
     """int64."""
     repeats: np.ndarray
-    """int64: how often the image is in the same epoch's list before; 0 without resampling."""
+    """int64: how often the image is in the same epoch's list before; 0 where it is there once."""
 
 
 class Stream:
@@ -44,7 +44,9 @@ class Stream:
     `by_hash`: the split's rows, those with the smallest key hash first. `shard_rows` int64
     [shards + 1]: shard s holds rows [shard_rows[s], shard_rows[s + 1]). `num`: the M unique images,
     the first of `by_hash`. `repeats` uint64 [M], in the order of `by_hash`: each image's expected
-    count in an epoch, times ONE, adding up to a multiple of ONE.
+    count in an epoch, times ONE, adding up to a multiple of ONE. `views`: how many positions in a
+    row every sample then stands at (repeated augmentation: Hoffer et al. 2020, "Augment your
+    batch", arXiv 1901.09335); an epoch is that much longer.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class Stream:
         seed: int,
         *,
         repeats: np.ndarray | None = None,
+        views: int = 1,
         window: int = ORDER_WINDOW,
     ) -> None:
         if num < 1:
             raise ValueError(f"an order needs at least one sample, found {num}")
-        self.seed, self.num_unique, self._window = seed, num, window
+        self.seed, self.num_unique, self.views, self._window = seed, num, views, window
         self.num_samples = num if repeats is None else int(repeats.sum()) // ONE
         self._has_windows = self.num_samples > window
         self._rows: np.ndarray | None = by_hash[:num]
@@ -84,6 +87,16 @@ class Stream:
 
         (Plus O(shards) where a call enters another epoch of a set with more than one window.)
         """
+        if self.views == 1:
+            return self._at(start, count)
+        positions = np.arange(start, start + count, dtype=np.int64)
+        samples, again = np.divmod(positions, self.views)
+        first = start // self.views
+        found, chosen = self._at(first, int(samples[-1]) - first + 1), samples - first
+        repeats = found.repeats[chosen] * self.views + again
+        return Places(found.rows[chosen], found.epochs[chosen], repeats)
+
+    def _at(self, start: int, count: int) -> Places:
         epochs, slots = np.divmod(np.arange(start, start + count, dtype=np.int64), self.num_samples)
         rows = np.empty(count, dtype=np.int64)
         repeats = np.zeros(count, dtype=np.int64)

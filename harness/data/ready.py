@@ -32,6 +32,7 @@ Draw = Callable[[str, int, int], Iterator[Sample]]
 DRAWERS = {
     "scenes": "harness.data.scenes:samples",
     "captions": "harness.data.captions:samples",
+    "motion": "harness.data.motion:samples",
 }
 """Built-in set -> the function that draws it, imported when it is needed."""
 

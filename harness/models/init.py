@@ -9,7 +9,7 @@ The rules (one set for all stages): Linear weights and the flattened patch proje
 uniform, as in MAE (He et al. 2022, appendix A.1) and as in the MLPs of supervised ViTs
 (Dosovitskiy et al. 2021). Not the usual truncated normal of 0.02: that number suits width 768
 and is far too small at width 32. Norms 1 and 0, biases 0, class and mask token N(0, 0.02),
-positions 2-D sin-cos, classifier heads 0.
+positions 2-D sin-cos, classifier heads 0. What a video encoder adds to an image's starts at 0.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _value(module: nn.Module, name: str, shape: torch.Size, seed: int, full_name
 def _fill(module: nn.Module, name: str, param: Tensor, generator: torch.Generator) -> None:
     if isinstance(module, nn.LayerNorm):
         param.fill_(1.0 if name == "weight" else 0.0)
-    elif isinstance(module, nn.Linear | nn.Conv2d):
+    elif isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         if name == "bias":
             param.zero_()
         else:
@@ -110,6 +110,8 @@ def _fill(module: nn.Module, name: str, param: Tensor, generator: torch.Generato
         param.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
     elif name in ("cls_token", "mask_token"):
         param.normal_(0.0, 0.02, generator=generator)
+    elif name in ("time_embed", "relative_bias"):
+        param.zero_()
     elif name == "pos_embed" and isinstance(module, VisionEncoder):
         param.copy_(sincos_positions(module.patch_embed.grid_size[0], module.embed_dim))
     else:

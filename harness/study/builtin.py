@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from harness.study import captions_spec, scenes_spec
+from harness.study import captions_spec, motion_spec, scenes_spec
 from harness.units import format_count, parse_count
 
 
@@ -68,9 +68,23 @@ def _captions(count: int | None) -> Builtin:
     )
 
 
+def _motion(count: int | None) -> Builtin:
+    splits = motion_spec.counts(count)
+    return Builtin(
+        kind="motion",
+        name="motion" if count is None else f"motion-{format_count(count)}",
+        version=motion_spec.VERSION,
+        image_size=motion_spec.IMAGE_SIZE,
+        splits=splits,
+        count=splits["train"],
+        classes=motion_spec.CLASSES,
+    )
+
+
 BUILTIN: dict[str, Callable[[int | None], Builtin]] = {
     "scenes": _scenes,
     "captions": _captions,
+    "motion": _motion,
 }
 """Name -> the set with so many training samples, or as many as it has by default."""
 

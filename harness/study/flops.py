@@ -76,6 +76,24 @@ def prompted_train(model: Model, prompts: int, num_classes: int) -> float:
     return 2 * forward - _patch_embed(model) + twice
 
 
+def video_forward(model: Model, frames: int, tube: int, num_classes: int = 0) -> float:
+    """FLOPs of one clip through the encoder inflated in time and a linear head.
+
+    `frames` per clip, `tube` of them in a tube: patches of tube * p * p * 3 numbers, and attention
+    over all times together. Adding position biases is elementwise: it counts nothing.
+    """
+    tubes = frames // tube * model.num_patches
+    blocks = model.depth * _block(tubes + 1, model.width)
+    return tube * _patch_embed(model, tubes) + blocks + 2.0 * model.width * num_classes
+
+
+def video_train(model: Model, frames: int, tube: int, num_classes: int) -> float:
+    """FLOPs of one clip in training."""
+    tubes = frames // tube * model.num_patches
+    forward = video_forward(model, frames, tube, num_classes)
+    return 3.0 * forward - tube * _patch_embed(model, tubes)
+
+
 def mae_forward(model: Model, recipe: MaeRecipe) -> float:
     """FLOPs of one image through a masked autoencoder: visible patches only, then the decoder.
 

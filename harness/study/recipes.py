@@ -162,9 +162,12 @@ class WspRecipe(Optimization):
 
 
 def epoch_samples(images: int, recipe: Frozen) -> int:
-    """Samples of one epoch over `images` unique images: as many, or more with `resample`."""
+    """Samples of one epoch over `images` unique images: as many, or more with `resample` or, of
+    clips, with `repeats`.
+    """
     factor = recipe.resample if isinstance(recipe, WspRecipe) else None
-    return images if factor is None else round(images * factor)
+    shown = images if factor is None else round(images * factor)
+    return shown * getattr(recipe, "repeats", 1)
 
 
 class Model(Frozen):

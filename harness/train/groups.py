@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-UNDECAYED = ("cls_token", "mask_token", "pos_embed")
+UNDECAYED = ("cls_token", "mask_token", "pos_embed", "time_embed", "relative_bias")
 """Free vectors: decay would pull them to zero without regularising a map."""
 
 

@@ -84,7 +84,12 @@ def run(
         other_s = 0.0  # evaluation and checkpoints, within the training time
         last_row: dict[str, float | None] = {}
 
-        stream = split.stream(config.images.images, config.seed, getattr(recipe, "resample", None))
+        stream = split.stream(
+            config.images.images,
+            config.seed,
+            getattr(recipe, "resample", None),
+            getattr(recipe, "repeats", 1),
+        )
         batches = loader.train_batches(
             split,
             stream,
