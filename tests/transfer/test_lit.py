@@ -94,7 +94,7 @@ def test_chunks_of_the_similarities_change_rounding_only(
 
 def test_accumulation_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
     context = lit_jobs.with_features(root, tiny.context(tmp_path))
-    with pytest.raises(UserError, match="micro_batch of 8 is less than .* of the batch, 32"):
+    with pytest.raises(UserError, match=r"micro_batch of 8 is less than .* of the batch, 32"):
         transfer.run(lit_jobs.stage(lit_jobs.RECIPE, micro_batch=8), context)
 
 
