@@ -33,6 +33,9 @@ DRAWERS = {
     "scenes": "harness.data.scenes:samples",
     "captions": "harness.data.captions:samples",
     "motion": "harness.data.motion:samples",
+    "scenes_real": "harness.data.scene_variants:real",
+    "scenes_v2": "harness.data.scene_variants:v2",
+    "scenes_shift": "harness.data.scene_variants:shift",
 }
 """Built-in set -> the function that draws it, imported when it is needed."""
 

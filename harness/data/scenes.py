@@ -46,6 +46,30 @@ class Scenes:
     """1 to 5 per image; empty lists on the clean splits."""
     class_ids: np.ndarray
     """int64 [n]; -1 on the weakly labelled splits."""
+    second_ids: np.ndarray | None = None
+    """int64 [n], of a `Look`: class of the second object, -1 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a set of scenes differs from the built-in one's clean images."""
+
+    number: int
+    """Tells the random numbers of one look from those of another."""
+    radius: tuple[float, float] = (10.0, 13.0)
+    """Of the main object, pixels."""
+    margin: float = 14.0
+    """Least distance of its centre from the border."""
+    turns: int = 6
+    """Largest rotation of an object, in 256ths of a circle."""
+    has_pair: bool = False
+    """The second object is large, in half of the images, and opposite to the main one."""
+    strangers: float = 0.0
+    """Share of images whose main object is drawn from all shapes and textures, not the classes."""
+    level: tuple[float, float] = (0.2, 0.35)
+    """Brightness of backgrounds that are not dark."""
+    noise: float = 0.04
+    """Largest noise; a quarter of the images have some where it is 0.04."""
 
 
 @dataclass
@@ -67,8 +91,8 @@ class _Objects:
 class _Draws:
     """Numbers for a group of images; each call is the next column of the images' own streams."""
 
-    def __init__(self, split: str, start: int, num: int) -> None:
-        stream = fold(spec.VERSION, spec.SPLITS.index(split))
+    def __init__(self, split: str, start: int, num: int, look: Look | None = None) -> None:
+        stream = fold(spec.VERSION, spec.SPLITS.index(split), *([look.number] if look else []))
         self._base = mix(np.arange(start, start + num, dtype=np.uint64) ^ np.uint64(stream))
         self._column = 0
 
@@ -92,14 +116,16 @@ class _Draws:
         return np.minimum(np.searchsorted(bounds, self.uniform(), side="right"), num - 1)
 
 
-def draw(split: str, start: int, num: int) -> Scenes:
-    """Images [start, start + num) of `split`."""
-    parts = list(_groups(split, start, num))
+def draw(split: str, start: int, num: int, look: Look | None = None) -> Scenes:
+    """Images [start, start + num) of `split`; a look is for the clean ones."""
+    parts = list(_groups(split, start, num, look))
+    second = [part.second_ids for part in parts if part.second_ids is not None]
     return Scenes(
         start=start,
         pixels=np.concatenate([part.pixels for part in parts]),
         hashtags=[tags for part in parts for tags in part.hashtags],
         class_ids=np.concatenate([part.class_ids for part in parts]),
+        second_ids=np.concatenate(second) if second else None,
     )
 
 
@@ -117,21 +143,35 @@ def samples(split: str, first: int, num: int) -> Iterator[Sample]:
         )
 
 
-def _groups(split: str, start: int, num: int) -> Iterator[Scenes]:
+def _groups(split: str, start: int, num: int, look: Look | None) -> Iterator[Scenes]:
     for first in range(start, start + num, GROUP):
-        yield _draw_group(split, first, min(GROUP, start + num - first))
+        yield _draw_group(split, first, min(GROUP, start + num - first), look)
 
 
-def _draw_group(split: str, start: int, num: int) -> Scenes:
-    draws = _Draws(split, start, num)
+def _draw_group(split: str, start: int, num: int, look: Look | None = None) -> Scenes:
+    draws = _Draws(split, start, num, look)
+    look = look or PLAIN
     is_clean = split in ("train", "test")
     # Consecutive images cycle through the classes: every class has as many images as the next.
     class_ids = (np.arange(start, start + num) * 7 + 3) % len(spec.CLASSES)
-    main = _objects(draws, num, radius=(10.0, 13.0), margin=14.0)
+    main = _objects(draws, num, look.radius, look.margin, look.turns)
     if is_clean:
-        main.shape, main.texture = _CLASS_SHAPE[class_ids], _CLASS_TEXTURE[class_ids]
-    second = _objects(draws, num, radius=(2.5, 4.5), margin=3.0)
-    second.shown = draws.uniform() < 0.2
+        shape, texture = _CLASS_SHAPE[class_ids], _CLASS_TEXTURE[class_ids]
+        if look.strangers:
+            is_strange = draws.uniform() < look.strangers
+            shape = np.where(is_strange, main.shape, shape)
+            texture = np.where(is_strange, main.texture, texture)
+        main.shape, main.texture = shape, texture
+        class_ids = _CLASS_OF[main.texture, main.shape]
+    if look.has_pair:
+        second = _objects(draws, num, look.radius, look.margin, look.turns)
+        second.shown = draws.uniform() < 0.5
+        # Opposite to the main object, as seen from the middle: they hardly overlap.
+        main.x = spec.IMAGE_SIZE / 4 + (main.x - spec.IMAGE_SIZE / 2) * 0.25
+        second.x = spec.IMAGE_SIZE * 3 / 4 + (second.x - spec.IMAGE_SIZE / 2) * 0.25
+    else:
+        second = _objects(draws, num, radius=(2.5, 4.5), margin=3.0)
+        second.shown = draws.uniform() < 0.2
     occluder = _objects(draws, num, radius=(2.5, 4.0), margin=0.0)
     occluder.shown = draws.uniform() < 0.2
     # It covers an edge of the main object, not its middle.
@@ -143,19 +183,20 @@ def _draw_group(split: str, start: int, num: int) -> Scenes:
     for place, objects in enumerate(small):
         objects.shown = num_small > place
 
-    canvas, is_dark, has_horizon = _background(draws, num)
+    canvas, is_dark, has_horizon = _background(draws, num, look)
     for objects in small:
         _paint(canvas, objects, window=10)
     _paint(canvas, second, window=20)
     _paint(canvas, main, window=spec.IMAGE_SIZE)
     _paint(canvas, occluder, window=16)
-    noise = np.maximum(draws.uniform(-0.12, 0.04), 0.0)  # none in three of four images
+    noise = np.maximum(draws.uniform(-0.12, look.noise), 0.0)  # none in three of four images
     _light_and_noise(canvas, draws, noise)
     pixels = (
         np.minimum(np.maximum(canvas, 0.0), 1.0) * np.float32(255.0) + np.float32(0.5)
     ).astype(np.uint8)
     if is_clean:
-        return Scenes(start, pixels, [[] for _ in range(num)], class_ids)
+        second_ids = np.where(second.shown, _CLASS_OF[second.texture, second.shape], -1)
+        return Scenes(start, pixels, [[] for _ in range(num)], class_ids, second_ids)
     words = {
         "#crowded": num_small + second.shown + occluder.shown >= 2,
         "#minimal": num_small + second.shown + occluder.shown == 0,
@@ -176,7 +217,9 @@ def _draw_group(split: str, start: int, num: int) -> Scenes:
     return Scenes(start, pixels, hashtags, np.full(num, -1, dtype=np.int64))
 
 
-def _objects(draws: _Draws, num: int, radius: tuple[float, float], margin: float) -> _Objects:
+def _objects(
+    draws: _Draws, num: int, radius: tuple[float, float], margin: float, turns: int = 6
+) -> _Objects:
     colour = draws.zipf(len(_COLOURS))
     rgb = _RGB[colour].astype(np.float64)
     rgb = np.stack([rgb[:, c] + draws.uniform(-0.06, 0.06) for c in range(3)], axis=1)
@@ -190,21 +233,21 @@ def _objects(draws: _Draws, num: int, radius: tuple[float, float], margin: float
         y=draws.uniform(margin, spec.IMAGE_SIZE - margin),
         radius=draws.uniform(*radius),
         # +-8 degrees: more, and a ViT of width 32 learns no shape within 16k images.
-        turn=(draws.below(13) - 6) % _TURNS,
+        turn=(draws.below(2 * turns + 1) - turns) % _TURNS,
         front_rgb=rgb.astype(np.float32),
         back_rgb=kin.astype(np.float32),
         shown=np.ones(num, dtype=bool),
     )
 
 
-def _background(draws: _Draws, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _background(draws: _Draws, num: int, look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Canvas float32 [B, 32, 32, 3], whether it is dark, whether it has a horizon.
 
     Flat, a gradient or a horizon of two dull colours, always darker than the objects: with
     backgrounds of any brightness small ViTs learned hardly any shape within a study's budget.
     """
     is_dark = draws.uniform() < 0.4
-    level = np.where(is_dark, draws.uniform(0.02, 0.15), draws.uniform(0.2, 0.35))
+    level = np.where(is_dark, draws.uniform(0.02, 0.15), draws.uniform(*look.level))
     ends = []
     for _ in range(2):
         dull = np.stack([level + draws.uniform(-0.12, 0.12) for _ in range(3)], axis=1)
@@ -338,6 +381,11 @@ def _pairs() -> np.ndarray:
     return table
 
 
+PLAIN = Look(number=0)
+"""The built-in set's own."""
+
+_CLASS_OF = np.full((len(_TEXTURES), len(_SHAPES)), -1, dtype=np.int64)
+_CLASS_OF[_CLASS_TEXTURE, _CLASS_SHAPE] = np.arange(len(spec.CLASSES))
 _SHAPE_TAGS = np.array([[_PLACE[tag] for tag in spec.SHAPES[name]] for name in _SHAPES])
 _TEXTURE_TAGS = np.array([[_PLACE[tag] for tag in spec.TEXTURES[name]] for name in _TEXTURES])
 _COLOUR_TAGS = np.array([[_PLACE[tag] for tag in spec.COLOURS[name][1:]] for name in _COLOURS])

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from harness.study import captions_spec, motion_spec, scenes_spec
+from harness.study import captions_spec, motion_spec, scene_variants_spec, scenes_spec
 from harness.units import format_count, parse_count
 
 
@@ -81,10 +81,33 @@ def _motion(count: int | None) -> Builtin:
     )
 
 
+def _variant(kind: str, classes: tuple[str, ...]) -> Callable[[int | None], Builtin]:
+    """A further test set of the scenes' classes; the number in its name is that of test images."""
+
+    def found(count: int | None) -> Builtin:
+        images = scene_variants_spec.TEST_IMAGES if count is None else count
+        return Builtin(
+            kind=kind,
+            name=kind if count is None else f"{kind}-{format_count(count)}",
+            version=scene_variants_spec.VERSION,
+            image_size=scenes_spec.IMAGE_SIZE,
+            splits={"test": images},
+            count=images,
+            classes=classes,
+        )
+
+    return found
+
+
 BUILTIN: dict[str, Callable[[int | None], Builtin]] = {
     "scenes": _scenes,
     "captions": _captions,
     "motion": _motion,
+    "scenes_real": _variant("scenes_real", scenes_spec.CLASSES),
+    "scenes_v2": _variant("scenes_v2", scenes_spec.CLASSES),
+    "scenes_shift": _variant(
+        "scenes_shift", tuple(name for name, _ in scene_variants_spec.SHIFTED_CLASSES)
+    ),
 }
 """Name -> the set with so many training samples, or as many as it has by default."""
 

@@ -112,6 +112,17 @@ def read_names(file: str, bases: Sequence[Path]) -> dict[str, tuple[str, ...]]:
 
 def check_names(names: Mapping[str, Sequence[str]], meta: DatasetMeta) -> None:
     """Raises UserError for a class that the dataset lacks, and for classes that are no words."""
+    check_known(names, meta)
+    left = [name for name in meta.classes if name not in names and _is_no_word(name)]
+    if left:
+        raise UserError(
+            f"dataset {meta.name} calls a class '{left[0]}', which is no word; give `names`, a file"
+            " of class -> names"
+        )
+
+
+def check_known(names: Mapping[str, Sequence[str]], meta: DatasetMeta) -> None:
+    """Raises UserError for an empty name, and for a class that the dataset lacks."""
     for name, own in names.items():
         if not own or not all(text.strip() for text in own):
             raise UserError(f"names: class '{name}' has no name; expected at least one word")
@@ -123,12 +134,6 @@ def check_names(names: Mapping[str, Sequence[str]], meta: DatasetMeta) -> None:
         hint = f"; did you mean '{near[0]}'?" if near else f"; it has '{meta.classes[0]}', ..."
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(f"names: {meta.name} has no class '{unknown[0]}'{more}{hint}")
-    left = [name for name in meta.classes if name not in names and _is_no_word(name)]
-    if left:
-        raise UserError(
-            f"dataset {meta.name} calls a class '{left[0]}', which is no word; give `names`, a file"
-            " of class -> names"
-        )
 
 
 def names_of(classes: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.data.dataset import Dataset, open_dataset
 from harness.data.loader import Batch
 from harness.ledger.context import StageContext, StageResult
+from harness.models.classifiers import save_classifier
 from harness.models.heads import class_cross_entropy
 from harness.models.pixels import standardise
 from harness.study.protocols import FineTune
@@ -21,7 +22,7 @@ from harness.train.blueprint import Blueprint
 from harness.train.engine import Engine
 from harness.train.loop import run
 from harness.train.objectives import HeldOut, classifier
-from harness.transfer.predictions import write_predictions
+from harness.transfer.predictions import judge
 
 
 def fine_tune(stage: StageFile, ctx: StageContext) -> StageResult:
@@ -43,6 +44,7 @@ class FineTuneObjective:
         assert isinstance(config.recipe, FineTune), f"{config.recipe} is no fine-tuning recipe"
         self.recipe, self.config, self.ctx = config.recipe, config, ctx
         self.augment = self.recipe.augment
+        self.classes = data.meta.classes
         self.test = HeldOut(data.split(data.meta.split_for("test")), config.model.image_size)
         self._label_M = torch.zeros(self.test.num_images, dtype=torch.int64)
         self._pred_M = torch.zeros(self.test.num_images, dtype=torch.int64)
@@ -61,7 +63,7 @@ class FineTuneObjective:
         self._label_M.zero_()
         self._pred_M.zero_()
 
-        def judge(batch: Batch, place_B: Tensor) -> Tensor:
+        def look(batch: Batch, place_B: Tensor) -> Tensor:
             logits_BQ = engine.forward(standardise(batch.images, engine.dtype))
             pred_B = logits_BQ.argmax(dim=1)
             self._label_M[place_B] = batch.class_ids.cpu()
@@ -69,14 +71,23 @@ class FineTuneObjective:
             loss_B = class_cross_entropy(logits_BQ, batch.class_ids)
             return torch.stack([(pred_B == batch.class_ids).float(), loss_B], dim=1)
 
-        accuracy, loss = self.test.mean(engine, judge)
+        accuracy, loss = self.test.mean(engine, look)
         return {"acc1": accuracy, "val_loss": loss, "n_test": float(self.test.num_images)}
 
     def finish(self, engine: Engine) -> dict[str, float]:
-        """predictions.parquet."""
+        """model.safetensors, predictions.parquet and samples.parquet."""
+        tensors = dict(engine.tensors())
         label_M = self.test.gather(engine, self._label_M)
         pred_M = self.test.gather(engine, self._pred_M)
         if engine.rank == 0:
             keys = [str(self.test.split.keys[index]) for index in self.test.indices]
-            write_predictions(self.ctx.folder, keys, label_M, pred_M)
+            judge(self.ctx, keys, label_M, pred_M)
+            save_classifier(
+                self.ctx.folder,
+                tensors,
+                self.config.model,
+                self.recipe.pool,
+                self.classes,
+                self.config.images.fingerprint,
+            )
         return {}
