@@ -16,7 +16,7 @@ REAL = Look(number=1, radius=(7.0, 8.5), margin=9.0, has_pair=True, strangers=0.
 """Two large objects in half of the images: both are right. Of some images none is a class."""
 V2 = Look(number=2, radius=(9.0, 12.0), margin=13.0, turns=10, noise=0.08)
 """Drawn anew, and somewhat harder."""
-SHIFT = Look(number=3, radius=(7.0, 13.0), margin=11.0, turns=40, level=(0.3, 0.5))
+SHIFT = Look(number=3, radius=(7.0, 13.0), margin=11.0, turns=40, levels=(0.3, 0.5))
 """Objects turned by up to 56 degrees, of many sizes, before lighter backgrounds."""
 
 _SHIFTED = [scenes_spec.CLASSES.index(name) for _, name in SHIFTED_CLASSES]

@@ -66,7 +66,7 @@ class Look:
     """The second object is large, in half of the images, and opposite to the main one."""
     strangers: float = 0.0
     """Share of images whose main object is drawn from all shapes and textures, not the classes."""
-    level: tuple[float, float] = (0.2, 0.35)
+    levels: tuple[float, float] = (0.2, 0.35)
     """Brightness of backgrounds that are not dark."""
     noise: float = 0.04
     """Largest noise; a quarter of the images have some where it is 0.04."""
@@ -183,7 +183,7 @@ def _draw_group(split: str, start: int, num: int, look: Look | None = None) -> S
     for place, objects in enumerate(small):
         objects.shown = num_small > place
 
-    canvas, is_dark, has_horizon = _background(draws, num, look)
+    canvas, is_dark, has_horizon = _background(draws, num, look.levels)
     for objects in small:
         _paint(canvas, objects, window=10)
     _paint(canvas, second, window=20)
@@ -240,14 +240,16 @@ def _objects(
     )
 
 
-def _background(draws: _Draws, num: int, look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _background(
+    draws: _Draws, num: int, levels: tuple[float, float] = (0.2, 0.35)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Canvas float32 [B, 32, 32, 3], whether it is dark, whether it has a horizon.
 
     Flat, a gradient or a horizon of two dull colours, always darker than the objects: with
     backgrounds of any brightness small ViTs learned hardly any shape within a study's budget.
     """
     is_dark = draws.uniform() < 0.4
-    level = np.where(is_dark, draws.uniform(0.02, 0.15), draws.uniform(*look.level))
+    level = np.where(is_dark, draws.uniform(0.02, 0.15), draws.uniform(*levels))
     ends = []
     for _ in range(2):
         dull = np.stack([level + draws.uniform(-0.12, 0.12) for _ in range(3)], axis=1)
