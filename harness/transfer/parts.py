@@ -62,4 +62,4 @@ def is_whole(path: Path) -> bool:
 def stop_if_asked(ctx: StageContext) -> None:
     """Raises PreemptedError once the attempt was asked to stop."""
     if ctx.should_stop():
-        raise PreemptedError("stopped between two parts; those that are whole stay")
+        raise PreemptedError("stopped; the files that are whole stay, the next attempt goes on")
