@@ -6,9 +6,11 @@ from timm.layers.attention import Attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.models.heads import Classifier
+from harness.models.lit import TwoTowers
 from harness.models.mae import Mae
 from harness.models.vit import VisionEncoder
 from harness.study import flops
+from harness.study.protocols import Lit, TextTower
 from harness.study.recipes import Duration, MaeRecipe, Model
 from harness.study.sizes import SIZES
 
@@ -104,3 +106,22 @@ def test_the_papers_own_sizes(size: str, side: int) -> None:
         mae = counted(Mae(model, recipe), images, noise, train=True)
     assert vit == flops.vit_train(model, 1000)
     assert mae == flops.mae_train(model, recipe)
+
+
+@pytest.mark.parametrize(("width", "embed"), [(32, None), (48, 20)])
+def test_training_a_text_tower_to_features(width: int, embed: int | None) -> None:
+    model = model_of("d32x3", 24)
+    text = TextTower(width=width, depth=2, heads=4)
+    recipe = Lit(duration=Duration(steps=1), text=text, context=30, embed=embed)
+    with torch.device("meta"):
+        towers = TwoTowers(recipe, model.width)
+        tokens = torch.zeros(1, recipe.context + 2, dtype=torch.long)
+        for part in towers.modules():
+            if isinstance(part, Attention):
+                part.fused_attn = False
+        with FlopCounterMode(display=False) as counter:
+            image, words, _ = towers(torch.rand(1, model.width), tokens, tokens == 0)
+            assert image is not None and words is not None
+            (image * words).sum().backward()
+    # The first token alone goes through the last norm and the projection.
+    assert counter.get_total_flops() == recipe.flops(model, 1, 1, 1, 0)

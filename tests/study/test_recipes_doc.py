@@ -9,11 +9,21 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from harness.study.protocols import FewShot, FineTune, Knn, LinearProbe, PromptTuning, SgdProbe
+from harness.study.protocols import (
+    FewShot,
+    FineTune,
+    Knn,
+    LinearProbe,
+    Lit,
+    PromptTuning,
+    Retrieval,
+    SgdProbe,
+    ZeroShot,
+)
 from harness.study.recipes import MaeRecipe, WspRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
-SOURCES = {"paper", "MAE", "ours"}
+SOURCES = {"paper", "MAE", "LiT", "CLIP", "ours"}
 
 
 def documented(section: str) -> dict[str, tuple[str, str]]:
@@ -47,6 +57,9 @@ def defaults(recipe: type[BaseModel]) -> dict[str, str]:
         ("knn", Knn),
         ("few_shot", FewShot),
         ("prompt_tuning", PromptTuning),
+        ("lit", Lit),
+        ("zero_shot", ZeroShot),
+        ("retrieval", Retrieval),
     ],
 )
 def test_every_default_is_documented_with_its_source(section: str, recipe: type[BaseModel]) -> None:
