@@ -18,6 +18,7 @@ from harness.study.protocols import (
     PromptTuning,
     Retrieval,
     SgdProbe,
+    Video,
     ZeroShot,
 )
 from harness.study.recipes import MaeRecipe, WspRecipe
@@ -60,6 +61,7 @@ def defaults(recipe: type[BaseModel]) -> dict[str, str]:
         ("lit", Lit),
         ("zero_shot", ZeroShot),
         ("retrieval", Retrieval),
+        ("video", Video),
     ],
 )
 def test_every_default_is_documented_with_its_source(section: str, recipe: type[BaseModel]) -> None:
