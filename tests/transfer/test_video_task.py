@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import replace
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from video_jobs import MODEL, RECIPE, in_root, stage
 
 from harness import transfer
 from harness.data.dataset import open_dataset
 from harness.data.pack import pack
 from harness.data.video import read_frames
 from harness.errors import PreemptedError, UserError
-from harness.ledger.context import StageContext
 from harness.models.init import initialize
 from harness.models.pixels import standardise
 from harness.models.vit import VisionEncoder
@@ -30,23 +33,7 @@ from harness.models.weights import save_encoder
 from harness.study import motion_spec
 from harness.study.protocols import Video
 from harness.study.recipes import Augmentation, Duration, Model
-from harness.study.stages import StageFile
 from harness.transfer.video import VideoObjective, video
-
-SMALL = {"frames": 4, "stride": 2, "tube": 2, "inflation": "mean", "pool": "mean", "lr": 3e-3}
-RECIPE = Video(**SMALL, duration=Duration(steps=30), batch=8, layer_decay=1.0, temporal_views=2)  # type: ignore[arg-type]  # fields by name
-
-
-def stage(
-    recipe: Video, dataset: str, classes: int, model: Model = tiny.MODEL, **of_images: Any
-) -> StageFile:
-    file = tiny.stage(recipe)
-    images = file.config.images.model_copy(update=of_images)
-    config = file.config.model_copy(
-        update={"num_classes": classes, "model": model, "images": images}
-    )
-    execution = file.execution.model_copy(update={"dataset_path": dataset})
-    return file.model_copy(update={"config": config, "execution": execution})
 
 
 def table(path: Path) -> dict[str, list[Any]]:
@@ -113,10 +100,11 @@ def test_the_whole_protocol_on_a_miniature_of_the_layout(name: str, tmp_path: Pa
     (kinetics if name == "kinetics-400" else something)(tmp_path / "src")
     meta = pack(str(tmp_path / "src"), tmp_path / "packed").meta
     assert meta.splits == {"train": 16, "test": 6}
-    recipe = RECIPE
+    update = {"duration": Duration(steps=30), "layer_decay": 1.0, "spatial_views": 3}
+    recipe = RECIPE.model_copy(update=update)
     if name != "kinetics-400":
         recipe = recipe.model_copy(update={"sampling": "segments", "stride": 1})
-    file = stage(recipe, str(tmp_path / "packed"), 2, images=16)
+    file = stage(recipe, str(tmp_path / "packed"), classes=2, model=tiny.MODEL, num=16)
     result = transfer.run(file, tiny.context(tmp_path / "run"))
     split = open_dataset(str(tmp_path / "packed"), tmp_path / "run").split("test")
     found = table(tmp_path / "run" / "predictions.parquet")
@@ -129,9 +117,6 @@ def test_the_whole_protocol_on_a_miniature_of_the_layout(name: str, tmp_path: Pa
 # --- what the numbers are ----------------------------------------------------------------------
 
 
-MOTION = Model(width=32, depth=2, heads=2, patch=4, image_size=32)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with few moving objects."""
@@ -140,10 +125,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(motion_spec, "counts", lambda n=None: {"train": n or 64, "test": 40})
         open_dataset("motion-64", folder)
         yield folder
-
-
-def in_root(root: Path, folder: Path, **more: Any) -> StageContext:
-    return replace(tiny.context(folder, **more), root=root)
 
 
 class Kept(VideoObjective):
@@ -172,7 +153,7 @@ def test_numbers_are_those_of_the_views_average_in_a_plain_loop(
         "spatial_views": 1,
         "stride": 1,
     }
-    file = stage(RECIPE.model_copy(update=update), "motion-64", 8, MOTION, images=64)
+    file = stage(RECIPE.model_copy(update=update))
     result = video(file, in_root(root, tmp_path))
     (objective,) = made
     model = objective._model().eval()
@@ -203,7 +184,7 @@ def test_numbers_are_those_of_the_views_average_in_a_plain_loop(
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(root: Path, tmp_path: Path) -> None:
     update = {"duration": Duration(steps=8), "drop_path": 0.2, "dropout": 0.3, "repeats": 2}
-    file = stage(RECIPE.model_copy(update=update), "motion-64", 8, MOTION, images=64)
+    file = stage(RECIPE.model_copy(update=update))
     rows, again = tiny.Rows(), tiny.Rows()
     whole = video(file, in_root(root, tmp_path / "whole", metrics=rows))
     stop = tiny.StopAfter(3)
@@ -214,12 +195,48 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(root: Path, tmp_path: P
     assert whole.metrics == resumed.metrics
 
 
+@pytest.mark.long
+def test_two_ranks_equal_one_rank_with_two_accumulation_steps(root: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    script = Path(__file__).with_name("video_jobs.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(root), str(tmp_path)],
+            env={
+                **os.environ,
+                **address,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    rows = tiny.Rows()
+    video(stage(RECIPE, micro_batch=4), in_root(root, tmp_path / "one", metrics=rows))
+    both = [json.loads((tmp_path / f"rows_{rank}.json").read_text()) for rank in range(2)]
+    assert both[0] == both[1]
+    for one, other in zip(rows.timeless(), both[0], strict=True):
+        assert one == pytest.approx(other, rel=2e-5)
+    for metric in ("acc1", "val_loss"):
+        alone, shared = (samples_of(tmp_path / name, metric) for name in ("one", "both"))
+        assert shared == pytest.approx(alone, rel=1e-4)
+
+
 def test_every_arm_starts_as_its_image_encoder_inflated(root: Path, tmp_path: Path) -> None:
-    file = stage(RECIPE, "motion-64", 8, MOTION, images=64)
+    file = stage(RECIPE)
     data = open_dataset("motion-64", root)
-    image = VisionEncoder(MOTION)
+    image = VisionEncoder(MODEL)
     initialize(torch.nn.ModuleDict({"encoder": image}), file.config.seed)
-    save_encoder(tmp_path / "weights.safetensors", image.state_dict(), MOTION)
+    save_encoder(tmp_path / "weights.safetensors", image.state_dict(), MODEL)
     random = VideoObjective(file.config, in_root(root, tmp_path), data)
     given = VideoObjective(
         file.config, in_root(root, tmp_path, upstream=tmp_path / "weights.safetensors"), data
@@ -264,7 +281,7 @@ def test_a_trained_encoder_beats_a_random_one_on_motion(
     values = {}
     model = Model(width=64, depth=4, heads=4, patch=4, image_size=32)
     for name, weights in (("trained", trained_encoder), ("random", random_encoder)):
-        file = stage(CHALLENGE, "motion", 8, model, images=2000)
+        file = stage(CHALLENGE, "motion", model=model, num=2000)
         video(file, in_root(data_root, tmp_path / name, upstream=weights))
         values[name] = samples_of(tmp_path / name, "acc1")
     keys = sorted(values["trained"])
