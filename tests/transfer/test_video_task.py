@@ -258,7 +258,7 @@ def test_every_arm_starts_as_its_image_encoder_inflated(root: Path, tmp_path: Pa
 # --- whether it measures anything --------------------------------------------------------------
 
 CHALLENGE = Video(
-    duration=Duration(steps=260),
+    duration=Duration(steps=250),
     batch=32,
     lr=3e-3,
     layer_decay=1.0,
