@@ -28,6 +28,9 @@ class Judge:
     model: Classifier
     shape: Model
     classes: list[str]
+    crop: str
+    """How test images became squares in fine-tuning: `squash` or `centre`."""
+    crop_fraction: float
 
 
 def save_classifier(
@@ -37,13 +40,15 @@ def save_classifier(
     pool: Pool,
     classes: Sequence[str],
     fingerprint: str,
+    crop: tuple[str, float] = ("squash", 1.0),
 ) -> None:
     """model.safetensors: tensors `encoder.*` and `head.*` in float32, with what they mean.
 
-    `fingerprint`: of the dataset that it was trained on.
+    `fingerprint`: of the dataset that it was trained on. `crop`: how test images became squares,
+    and the fraction of their shorter side in it.
     """
     said: dict[str, Any] = {"model": model.model_dump(), "pool": pool, "classes": list(classes)}
-    said["fingerprint"] = fingerprint
+    said |= {"fingerprint": fingerprint, "crop": crop[0], "crop_fraction": crop[1]}
     write_safetensors(folder / FILE, {name: value.float() for name, value in tensors.items()}, said)
 
 
@@ -56,9 +61,12 @@ def read_classifier(folder: Path) -> Judge:
         shape, classes = Model.model_validate(said["model"]), list(said["classes"])
         model = Classifier(VisionEncoder(shape), len(classes), said["pool"])
         model.load_state_dict(load_file(path))
+        crop, fraction = str(said["crop"]), float(said["crop_fraction"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise DataError(
             f"{path}: not a fine-tuned model ({first}); run its stage again with --mode force"
         ) from None
-    return Judge(model=model.eval(), shape=shape, classes=classes)
+    return Judge(
+        model=model.eval(), shape=shape, classes=classes, crop=crop, crop_fraction=fraction
+    )

@@ -245,7 +245,8 @@ class Chain:
                     f" share of the batch, {share}: a text is told from all others of the"
                     " batch at once; leave resources.micro_batch out or use more ranks"
                 )
-            if getattr(config.recipe, "mixup", 0) and forward % 2:
+            mixes = getattr(config.recipe, "mixup", 0) or getattr(config.recipe, "cutmix", 0)
+            if mixes and forward % 2:
                 raise UserError(
                     f"stages.{role}: mixup needs an even number of images in a forward pass, found"
                     f" {forward}; set an even resources.micro_batch"

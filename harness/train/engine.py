@@ -26,6 +26,7 @@ from harness.errors import UserError
 from harness.models.init import Values
 from harness.study.recipes import Optimization
 from harness.study.stages import Execution
+from harness.train import ema
 from harness.train.reshard import Saved, recut, shares
 from harness.train.zero_config import batch_plan, config_path, read_config
 
@@ -153,6 +154,11 @@ class Engine:
                 dist_init_required=False,
             )[0]
         self._engine.checkpoint_engine = _SafeCheckpoints(self._engine._config)
+        self._average: ema.Average | None = None
+        if decay := getattr(recipe, "ema", None):
+            if self._engine.zero_optimization_stage() != 3:
+                raise UserError(f"{path}: a moving average (ema) needs ZeRO stage 3")
+            self._average = ema.Average(decay, getattr(recipe, "ema_warmup", False))
 
     # One training step is: set_lr; then forward and backward `accumulation` times; then step.
 
@@ -171,7 +177,10 @@ class Engine:
 
     def step(self) -> None:
         """End of a micro step; clips and updates the weights after the last one."""
+        is_last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if self._average is not None and is_last:
+            self._average.update(self._own_weights())
 
     def grad_norm(self) -> float | None:
         """Norm over all gradients before clipping, of the last step; waits for the device.
@@ -197,6 +206,30 @@ class Engine:
                 yield
         finally:
             self._engine.train()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside: the weights are their moving average, where one is kept."""
+        if self._average is None or not self._average.updates:
+            yield
+            return
+        self._swap_average(self._average)
+        try:
+            yield
+        finally:
+            self._swap_average(self._average)
+
+    def _swap_average(self, average: ema.Average) -> None:
+        zero: Any = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        average.swap(self._own_weights())
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()
+
+    def _own_weights(self) -> list[Tensor]:
+        """This rank's float32 shares under ZeRO-3, one flat tensor a sub-group."""
+        return [flat.data for flat in self._engine.optimizer.fp32_partitioned_groups_flat]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole float32 value on the CPU) of each parameter; every rank must iterate."""
@@ -258,11 +291,15 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this rank's weights and optimizer state below `folder`; all ranks must call."""
         self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        if self._average is not None:
+            self._average.save(ema.file_of(folder, self.rank))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote with the same number of ranks."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
+        if self._average is not None:
+            self._average.load(*ema.read(ema.file_of(folder, self.rank)), self._flat_device())
 
     def load_from_other_ranks(self, folder: Path, ranks: int) -> None:
         """Read what `save` wrote with `ranks` ranks, and take this rank's new share of it.
@@ -286,6 +323,18 @@ class Engine:
         # DeepSpeed takes the entry of its own rank.
         zero.load_state_dict({self.rank: state})
         zero.checkpoint_event_epilogue()
+        if self._average is not None:
+            found = [ema.read(ema.file_of(folder, rank)) for rank in range(ranks)]
+            old = [flats for flats, _ in found]
+            new = [
+                torch.cat([shares(saved.other(n, old), self.rank, self.ranks) for n in group])
+                for group in groups
+            ]
+            self._average.load(new, found[0][1], self._flat_device())
+
+    def _flat_device(self) -> torch.device:
+        # The CPU where the optimizer is offloaded.
+        return self._own_weights()[0].device
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model. The process group stays: it is the process's."""

@@ -68,6 +68,11 @@ class Saved:
         group = self._places[name].group
         return self._whole(name, [rank[_FP32][group] for rank in self._ranks])
 
+    def other(self, name: str, flats: Sequence[Sequence[Tensor]]) -> Tensor:
+        """float32, flat: of `flats`, each rank's, which are cut as the weights are."""
+        group = self._places[name].group
+        return self._whole(name, [rank[group] for rank in flats])
+
     def state(self, name: str, key: str) -> Tensor:
         """A moment of the optimizer, float32, flat."""
         group = self._places[name].group

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from harness.data import loader
 from harness.data.dataset import Dataset, Split, open_dataset
+from harness.data.loader import MakeBatch
 from harness.errors import DataError, UserError
 from harness.ledger.context import StageContext, StageResult
 from harness.models.classifiers import Judge, read_classifier
 from harness.models.pixels import standardise
 from harness.study.protocols import Evaluate
 from harness.study.stages import StageFile
+from harness.transfer import views
 from harness.transfer.features import BATCH, Progress, chunks, half_on_cuda
 from harness.transfer.parts import Part, make_parts
 from harness.transfer.predictions import solved
@@ -65,8 +67,16 @@ def evaluate(stage: StageFile, ctx: StageContext) -> StageResult:
     judge.model.to(device)
     progress = Progress(ctx)
     files = list(chunks(ctx.folder / "predicted", "test", rows))
+    make = views.whole(
+        split,
+        side=judge.shape.image_size,
+        crop=recipe.crop or judge.crop,
+        fraction=recipe.crop_fraction or judge.crop_fraction,
+    )
     parts = [
-        Part(path=path, make=partial(_predict, judge, split, own, allowed_Q, device, progress))
+        Part(
+            path=path, make=partial(_predict, judge, split, own, allowed_Q, device, progress, make)
+        )
         for path, own in files
     ]
     make_parts(ctx, parts)
@@ -135,13 +145,14 @@ def _predict(
     allowed_Q: Tensor,
     device: torch.device,
     progress: Progress,
+    make: MakeBatch | None,
 ) -> dict[str, Tensor]:
     """`pred` int64 [M]: the most likely of the allowed classes."""
     found = []
     size = judge.shape.image_size
     banned_Q = (~allowed_Q).to(device)
     with torch.inference_mode(), half_on_cuda(device):
-        for batch in loader.eval_batches(split, rows, batch=BATCH, image_size=size):
+        for batch in loader.eval_batches(split, rows, batch=BATCH, image_size=size, make=make):
             progress.add(len(batch.images))
             images_BCHW = standardise(batch.images.to(device, non_blocking=True))
             logits_BQ = judge.model(images_BCHW).float().masked_fill(banned_Q, -torch.inf)
