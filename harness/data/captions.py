@@ -67,7 +67,7 @@ def _draw_group(split: str, start: int, num: int) -> Captioned:
     main = scenes._objects(draws, num, radius=(10.0, 13.0), margin=14.0)
     second = scenes._objects(draws, num, radius=(3.5, 5.0), margin=4.0)
     second.shown = draws.uniform() < 0.5
-    canvas, is_dark, has_horizon = scenes._background(draws, num, scenes.PLAIN)
+    canvas, is_dark, has_horizon = scenes._background(draws, num)
     scenes._paint(canvas, main, window=spec.IMAGE_SIZE)
     # Over the main object: what a caption speaks of can be seen.
     scenes._paint(canvas, second, window=20)
