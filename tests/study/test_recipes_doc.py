@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from harness.study.protocols import (
+    Evaluate,
     FewShot,
     FineTune,
     Knn,
@@ -53,6 +54,7 @@ def defaults(recipe: type[BaseModel]) -> dict[str, str]:
         ("mae", MaeRecipe),
         ("wsp", WspRecipe),
         ("fine_tune", FineTune),
+        ("evaluate", Evaluate),
         ("linear_probe", LinearProbe),
         ("sgd_probe", SgdProbe),
         ("knn", Knn),

@@ -22,6 +22,7 @@ MAE = MaeRecipe(
 )
 WSP = WspRecipe(duration=Duration(steps=12), batch=16, drop_path=0.3)
 FINE_TUNE = FineTune(duration=Duration(steps=6), batch=16)
+AVERAGED = FineTune(duration=Duration(steps=8), batch=16, ema=0.8, mixup=0.8, cutmix=1.0, erase=0.3)
 
 
 def main(out: Path) -> None:
@@ -40,7 +41,10 @@ def main(out: Path) -> None:
         entry = transfer.run if isinstance(recipe, FineTune) else train
         return entry(tiny.stage(recipe), context)  # type: ignore[arg-type]  # a gradient recipe
 
-    rows = {name: tiny.Rows() for name in ("mae", "wsp", "resumed", "fine_tune", "diverged")}
+    rows = {
+        name: tiny.Rows()
+        for name in ("mae", "wsp", "resumed", "fine_tune", "averaged_whole", "diverged")
+    }
     run("mae", MAE, rows["mae"])
     run("wsp", WSP, rows["wsp"])
     try:
@@ -48,6 +52,11 @@ def main(out: Path) -> None:
     except PreemptedError:
         run("resumed", WSP, rows["resumed"])
     run("fine_tune", FINE_TUNE, rows["fine_tune"])
+    try:
+        run("averaged", AVERAGED, tiny.Rows(), stop=5)
+    except PreemptedError:
+        pass  # one rank goes on with it
+    run("averaged_whole", AVERAGED, rows["averaged_whole"])
     try:
         run("diverged", WSP.model_copy(update={"lr": 1e30, "warmup": 0.0}), rows["diverged"])
     except DivergedError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import tiny
 import torch
-from rank_jobs import FINE_TUNE, MAE, WSP
+from rank_jobs import AVERAGED, FINE_TUNE, MAE, WSP
 from safetensors.torch import load_file
 
 from harness import transfer
@@ -96,6 +97,23 @@ def test_fine_tuning_predicts_every_test_image_once(two_ranks: Path, tmp_path: P
     assert both["key"] == alone["key"]
     assert both["label"] == alone["label"]
     assert sum(a != b for a, b in zip(both["pred"], alone["pred"], strict=True)) <= 1
+
+
+def test_an_average_is_that_of_one_rank_also_where_ranks_change(
+    two_ranks: Path, tmp_path: Path
+) -> None:
+    """Mixing, erasing and the moving average: on two ranks, and stopped there to go on alone."""
+    stage = tiny.stage(AVERAGED, micro_batch=8)
+    rows = tiny.Rows()
+    transfer.run(stage, tiny.context(tmp_path / "alone", metrics=rows))
+    assert_rows_close(rows_of(two_ranks, "averaged_whole"), rows.timeless())
+    shutil.copytree(two_ranks / "averaged", tmp_path / "changed")
+    files = sorted(path.name for path in (tmp_path / "changed").rglob("ema_rank_*"))
+    assert files == ["ema_rank_0.safetensors", "ema_rank_1.safetensors"]
+    transfer.run(stage, tiny.context(tmp_path / "changed"))
+    alone = load_file(tmp_path / "alone" / "model.safetensors")
+    for folder in (two_ranks / "averaged_whole", tmp_path / "changed"):
+        tiny.assert_same_to_rounding(alone, load_file(folder / "model.safetensors"))
 
 
 def test_divergence_is_raised_on_all_ranks(two_ranks: Path) -> None:
