@@ -80,9 +80,20 @@ def timm_module(name: str) -> ModuleType:
     for own, stand_in in (("random", _Random()), ("np", _Numpy())):
         if hasattr(module, own):
             setattr(module, own, stand_in)
-    if hasattr(module, "_get_pixels"):
-        setattr(module, "_get_pixels", _noise)  # noqa: B010  # pyright knows no such name
+    content: dict[str, Any] = vars(module)
+    if name == "random_erasing":
+        content["_get_pixels"] = _noise
+    if name == "auto_augment":
+        plain = content["posterize"]
+        for op, function in content["NAME_TO_OP"].items():
+            if function is plain:
+                content["NAME_TO_OP"][op] = functools.partial(_posterize, plain)
     return module
+
+
+def _posterize(plain: Any, image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    # timm's largest magnitude keeps 0 bits, which Pillow took as black and now refuses.
+    return image.point([0] * 256 * 3) if bits < 1 else plain(image, bits, **settings)
 
 
 @functools.cache

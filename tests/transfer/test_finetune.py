@@ -69,6 +69,18 @@ def test_rand_augment_is_timms_with_the_same_numbers(monkeypatch: pytest.MonkeyP
     assert changed > 20
 
 
+def test_the_strongest_posterization_keeps_no_bit() -> None:
+    """Pillow refuses what timm asks it for there: a run would end in the middle."""
+    ops = {op.name: op for op in timm_parts.rand_augment("rand-m10-mstd0-p1-inc1", 16).ops}
+    with timm_parts.drawing(0):
+        black = ops["PosterizeIncreasing"](Image.fromarray(noise()))
+    assert not np.asarray(black).any()
+    milder = timm_parts.rand_augment("rand-m7-mstd0-p1-inc1", 16).ops
+    op = next(op for op in milder if op.name == "PosterizeIncreasing")
+    with timm_parts.drawing(0):
+        np.testing.assert_array_equal(op(Image.fromarray(noise())), noise() & 0b11000000)
+
+
 def test_timm_itself_and_the_global_generators_stay_as_they_are() -> None:
     random.seed(1)
     np.random.seed(1)

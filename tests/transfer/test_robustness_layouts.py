@@ -1,4 +1,4 @@
-"""ImageNet-1k, ReaL, ImageNetV2, ObjectNet and iNaturalist 2018 in miniature: the whole protocol."""
+"""ImageNet-1k, ReaL, ImageNetV2, ObjectNet and iNaturalist 2018 in miniature."""
 
 from __future__ import annotations
 
