@@ -21,6 +21,7 @@ import numpy as np
 
 from harness.data.images import ImageOptions, Refusal, Stored, store_image, store_video
 from harness.data.index import sha256_of
+from harness.data.outlines import scaled_outline
 from harness.data.png import encode_png
 from harness.data.shards import Listed, Sample, list_shard, words_of, write_shard
 from harness.data.sources.listing import WHOLE, Item, Note
@@ -201,17 +202,17 @@ def _scaled(fields: dict[str, Any], stored: Stored) -> dict[str, Any]:
     """Annotations in the pixels of a resized image."""
     if stored.scale == (1.0, 1.0):
         return fields
-    x, y = stored.scale
+    (x, y), size = stored.scale, stored.size
     annotations = [
         {
             **note,
             "bbox": [round(v * s, 3) for v, s in zip(note["bbox"], (x, y, x, y), strict=True)],
             "area": round(note["area"] * x * y, 3),
+            "segmentation": scaled_outline(note["segmentation"], x, y, size),
         }
         for note in fields["annotations"]
     ]
-    width, height = stored.size
-    return {**fields, "annotations": annotations, "width": width, "height": height}
+    return {**fields, "annotations": annotations, "width": size[0], "height": size[1]}
 
 
 def extra_digest(fields: Mapping[str, Any], hashtags: Sequence[str] | None) -> str:

@@ -36,6 +36,7 @@ DRAWERS = {
     "scenes_real": "harness.data.scene_variants:real",
     "scenes_v2": "harness.data.scene_variants:v2",
     "scenes_shift": "harness.data.scene_variants:shift",
+    "objects": "harness.data.objects:samples",
 }
 """Built-in set -> the function that draws it, imported when it is needed."""
 

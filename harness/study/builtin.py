@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from harness.study import captions_spec, motion_spec, scene_variants_spec, scenes_spec
+from harness.study import captions_spec, motion_spec, objects_spec, scene_variants_spec, scenes_spec
 from harness.units import format_count, parse_count
 
 
@@ -99,6 +99,19 @@ def _variant(kind: str, classes: tuple[str, ...]) -> Callable[[int | None], Buil
     return found
 
 
+def _objects(count: int | None) -> Builtin:
+    splits = objects_spec.counts(count)
+    return Builtin(
+        kind="objects",
+        name="objects" if count is None else f"objects-{format_count(count)}",
+        version=objects_spec.VERSION,
+        image_size=objects_spec.IMAGE_SIZE,
+        splits=splits,
+        count=splits["train"],
+        classes=objects_spec.CLASSES,
+    )
+
+
 BUILTIN: dict[str, Callable[[int | None], Builtin]] = {
     "scenes": _scenes,
     "captions": _captions,
@@ -108,6 +121,7 @@ BUILTIN: dict[str, Callable[[int | None], Builtin]] = {
     "scenes_shift": _variant(
         "scenes_shift", tuple(name for name, _ in scene_variants_spec.SHIFTED_CLASSES)
     ),
+    "objects": _objects,
 }
 """Name -> the set with so many training samples, or as many as it has by default."""
 

@@ -305,7 +305,7 @@ def coco(folder: Path, under: str = "") -> None:
                 "bbox": [0, 0, 80, 60],
                 "area": 4800,
                 "iscrowd": 1,
-                "segmentation": {"counts": [1, 2], "size": [60, 80]},
+                "segmentation": {"counts": [0, 2400, 2400], "size": [60, 80]},
             },
             {
                 "id": 9,
@@ -332,9 +332,22 @@ def test_coco_keeps_boxes_and_all_classes(tmp_path: Path, under: str) -> None:
     assert fields["val2017/000000000101_jpg"] == {
         "classes": [0, 1],
         "annotations": [
-            {"bbox": [10.5, 20, 30, 12.25], "class": 1, "area": 300.5, "iscrowd": 0},
-            {"bbox": [0, 0, 80, 60], "class": 0, "area": 4800, "iscrowd": 1},
+            {
+                "bbox": [10.5, 20, 30, 12.25],
+                "class": 1,
+                "area": 300.5,
+                "iscrowd": 0,
+                "segmentation": [[1, 2, 3, 4, 5, 6]],
+            },
+            {
+                "bbox": [0, 0, 80, 60],
+                "class": 0,
+                "area": 4800,
+                "iscrowd": 1,
+                "segmentation": {"counts": [0, 2400, 2400], "size": [60, 80]},
+            },
         ],
+        "image_id": 101,
         "width": 80,
         "height": 60,
     }
@@ -354,6 +367,9 @@ def test_boxes_shrink_with_their_image(tmp_path: Path) -> None:
     assert (fields["width"], fields["height"]) == (40, 30)
     assert fields["annotations"][0]["bbox"] == [5.25, 10, 15, 6.125]
     assert fields["annotations"][0]["area"] == 75.125
+    assert fields["annotations"][0]["segmentation"] == [[0.5, 1, 1.5, 2, 2.5, 3]]
+    # The left half, as before.
+    assert fields["annotations"][1]["segmentation"] == {"size": [30, 40], "counts": [0, 600, 600]}
     assert read.meta.image_size == 30
 
 
@@ -407,7 +423,16 @@ def test_lvis_finds_its_images_among_those_of_coco(tmp_path: Path) -> None:
     }
     assert read.fields("train")["train2017/000000000003_jpg"] == {
         "classes": [1],
-        "annotations": [{"bbox": [1, 2, 3, 4], "class": 1, "area": 9.5, "iscrowd": 0}],
+        "annotations": [
+            {
+                "bbox": [1, 2, 3, 4],
+                "class": 1,
+                "area": 9.5,
+                "iscrowd": 0,
+                "segmentation": [[1, 2]],
+            }
+        ],
+        "image_id": 3,
         "width": 50,
         "height": 40,
         "negative": [0],

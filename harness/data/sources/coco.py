@@ -89,7 +89,8 @@ def _read_boxes(
     """Items with `classes`, `annotations`, `width` and `height` in their .json.
 
     An annotation is {"bbox": [x, y, width, height] in pixels, "class": its place in the set's
-    classes, "area": in square pixels, "iscrowd": 0 or 1}. Outlines are not kept.
+    classes, "area": in square pixels, "iscrowd": 0 or 1, "segmentation": polygons or run lengths as
+    they are in the source}. `image_id` is the source's.
     """
     source = Source(layout, folder)
     place: dict[int, int] = {}
@@ -114,6 +115,7 @@ def _read_boxes(
                 fields: _Json = {
                     "classes": sorted({box["class"] for box in boxes}),
                     "annotations": boxes,
+                    "image_id": image["id"],
                     "width": image["width"],
                     "height": image["height"],
                 }
@@ -135,6 +137,7 @@ def _box(note: _Json, place: dict[int, int]) -> _Json:
         "class": place[note["category_id"]],
         "area": note["area"],
         "iscrowd": note.get("iscrowd", 0),  # LVIS has none
+        "segmentation": note["segmentation"],
     }
 
 
