@@ -96,7 +96,7 @@ def _value(module: nn.Module, name: str, shape: torch.Size, seed: int, full_name
 def _fill(module: nn.Module, name: str, param: Tensor, generator: torch.Generator) -> None:
     if isinstance(module, nn.LayerNorm):
         param.fill_(1.0 if name == "weight" else 0.0)
-    elif isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+    elif isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
         if name == "bias":
             param.zero_()
         else:
@@ -113,6 +113,7 @@ def _fill(module: nn.Module, name: str, param: Tensor, generator: torch.Generato
     elif name in ("time_embed", "relative_bias"):
         param.zero_()
     elif name == "pos_embed" and isinstance(module, VisionEncoder):
-        param.copy_(sincos_positions(module.patch_embed.grid_size[0], module.embed_dim))
+        table = sincos_positions(module.patch_embed.grid_size[0], module.embed_dim)
+        param.copy_(table[:, -param.shape[1] :])  # a detector's has no class row
     else:
         raise AssertionError(f"no initial value is defined for {type(module).__name__}.{name}")
