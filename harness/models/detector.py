@@ -116,9 +116,7 @@ class CascadeMaskRCNN(nn.Module):
         first = rois
         seen = self._looked_at(labels)
         for stage, (head, coder) in enumerate(zip(self.box_heads, self.coders, strict=True)):
-            matched = [
-                self._matched(stage, *own) for own in zip(rois, boxes, labels, strict=True)
-            ]
+            matched = [self._matched(stage, *own) for own in zip(rois, boxes, labels, strict=True)]
             label_R = torch.cat([label for _, label in matched])
             weight = 1.0
             if not len(label_R):  # no proposal in any image: a box that counts nothing

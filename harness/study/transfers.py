@@ -80,6 +80,8 @@ class Transfers:
     def _model(self, task: str, recipe: Task) -> Model:
         """The encoder at the resolution of the task."""
         model, side = self.chain.model, recipe.image_size
+        if patch := getattr(recipe, "patch", None):  # the cell's is resampled
+            model, side = model.model_copy(update={"patch": patch}), side or model.image_size
         if side is None:
             return model
         if side % model.patch:
