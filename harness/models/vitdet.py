@@ -21,7 +21,8 @@ from harness.study.recipes import Model
 
 def global_blocks(depth: int, num: int) -> list[int]:
     """Blocks with global attention: the last of each of `num` equal parts (sec. 3)."""
-    return sorted({(part + 1) * depth // num - 1 for part in range(min(num, depth))})
+    num = min(num, depth)
+    return [(part + 1) * depth // num - 1 for part in range(num)]
 
 
 class RelativePositions(nn.Module):
