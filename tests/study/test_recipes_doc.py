@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from harness.study.protocols import (
+    Detection,
     Evaluate,
     FewShot,
     FineTune,
@@ -64,6 +65,7 @@ def defaults(recipe: type[BaseModel]) -> dict[str, str]:
         ("zero_shot", ZeroShot),
         ("retrieval", Retrieval),
         ("video", Video),
+        ("detection", Detection),
     ],
 )
 def test_every_default_is_documented_with_its_source(section: str, recipe: type[BaseModel]) -> None:
