@@ -26,7 +26,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image
 
 from harness.models.vitdet import PlainBackbone, SimplePyramid
-from harness.study.protocols.detection import Detection, Heads
+from harness.study.protocols import Detection
+from harness.study.protocols.heads import Heads
 from harness.study.recipes import Model
 
 IOUS = (0.5, 0.6, 0.7)

@@ -5,6 +5,8 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from harness.models.detector import CascadeMaskRCNN, starting_zeros
 from harness.models.init import assign, initial_values
@@ -17,8 +19,9 @@ from harness.models.vitdet import (
     backbone_tensors,
     global_blocks,
 )
+from harness.study import flops_detection
 from harness.study.protocols import Detection
-from harness.study.protocols.detection import Heads
+from harness.study.protocols.heads import Heads
 from harness.study.recipes import Duration, Model
 
 MODEL = Model(width=16, depth=2, heads=2, patch=4, image_size=40)
@@ -149,3 +152,26 @@ def test_a_detector_learns_two_objects_by_heart() -> None:
     best = [int((first["scores"] * (first["classes"] == k)).argmax()) for k in (1, 2)]
     torch.testing.assert_close(first["boxes"][best], boxes[0], atol=2.5, rtol=0)
     assert (second["scores"] < first["scores"][best].min()).all()
+
+
+@pytest.mark.parametrize("scales", [(1.0, 0.5), (4.0, 2.0, 1.0, 0.5)])
+def test_flops_are_those_that_torch_counts(scales: tuple[float, ...]) -> None:
+    """Part by part: how many boxes an image has is known in training only."""
+    heads = HEADS.model_copy(update={"scales": scales, "box_convs": 2})
+    model = detector(heads=heads, window=4, global_blocks=1)
+
+    def counted(module: torch.nn.Module, inputs: object) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(inputs)
+        return counter.get_total_flops()
+
+    pixels = torch.randn(1, 3, 40, 40)
+    assert counted(model.encoder, pixels) == flops_detection.backbone_forward(MODEL, 4, 1, True)
+    last = model.encoder(pixels)
+    assert counted(model.pyramid, last) == flops_detection.pyramid_forward(MODEL, heads)
+    maps = list(model.pyramid(last).values())
+    assert counted(model.rpn.head, maps) == flops_detection.proposals_forward(MODEL, heads)
+    boxes = counted(model.box_heads[0], torch.randn(5, 8, 7, 7))
+    assert boxes == 5 * flops_detection.box_head_forward(heads, 3)
+    masks = counted(model.mask_head, torch.randn(5, 8, 14, 14))
+    assert masks == 5 * flops_detection.mask_head_forward(heads, 3)

@@ -8,7 +8,7 @@ import tiny
 
 from harness.study.objects_spec import CLASSES
 from harness.study.protocols import Detection
-from harness.study.protocols.detection import Heads
+from harness.study.protocols.heads import Heads
 from harness.study.recipes import Duration, Model
 from harness.study.stages import Images, StageFile
 
