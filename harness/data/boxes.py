@@ -83,7 +83,8 @@ def mask_in(frame: Frame, outline: Outline) -> np.ndarray:
         ]
         if not polygons:
             return np.zeros((side, side), dtype=np.uint8)
-        parts = coco_mask.frPyObjects([list(polygon) for polygon in polygons], side, side)
+        corners: Any = [polygon.tolist() for polygon in polygons]
+        parts: Any = coco_mask.frPyObjects(corners, side, side)
         mask = coco_mask.decode(coco_mask.merge(parts))
     return mask[:, ::-1] if frame.flip else mask
 
@@ -152,7 +153,7 @@ def whole_views(split: Split, side: int) -> MakeBatch:
 def _objects(split: Split, row: int, frame: Frame) -> dict[str, torch.Tensor]:
     side = frame.side
     masks, classes = [], []
-    for note in annotations(split, row):
+    for note in annotations_of(split, row):
         if note.get("iscrowd"):
             continue
         try:
@@ -172,7 +173,7 @@ def _objects(split: Split, row: int, frame: Frame) -> dict[str, torch.Tensor]:
     }
 
 
-def annotations(split: Split, row: int) -> list[dict[str, Any]]:
+def annotations_of(split: Split, row: int) -> list[dict[str, Any]]:
     """Objects of a sample. Raises DataError where its .json has no annotations."""
     fields = split.fields(row)
     if "annotations" not in fields:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.norm import LayerNorm2d
@@ -324,7 +325,7 @@ class _MaskHead(nn.Module):
         super().__init__()
         width = heads.channels
         self.layers = MaskRCNNHeads(width, [width] * heads.mask_convs, 1, norm_layer=LayerNorm2d)
-        self.predictor = MaskRCNNPredictor(width, width, 1 + num_classes)
+        self.predictor: Any = MaskRCNNPredictor(width, width, 1 + num_classes)
 
     def forward(self, pooled_RCYX: Tensor) -> Tensor:
         dtype = self.predictor.mask_fcn_logits.weight.dtype

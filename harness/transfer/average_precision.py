@@ -102,11 +102,11 @@ def coco_precision(truth: _Json, found: Sequence[_Json], most: int = 100) -> Pre
     return Precision(metrics, replicates)
 
 
-def _evaluated(truth: _Json, found: Sequence[_Json], kind: str, most: int) -> Any:
+def _evaluated(truth: _Json, found: Sequence[_Json], kind: Any, most: int) -> Any:
     if not found:
         return None
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-        coco = COCO()
+        coco: Any = COCO()
         coco.dataset = {**truth, "annotations": [dict(note) for note in truth["annotations"]]}
         coco.createIndex()
         # loadRes writes into what it gets; without boxes it derives them from the masks.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from harness.data import loader
-from harness.data.boxes import annotations, training_views, whole_views
+from harness.data.boxes import annotations_of, training_views, whole_views
 from harness.data.dataset import Dataset, open_dataset
 from harness.data.loader import Batch
 from harness.ledger.context import StageContext, StageResult
@@ -74,7 +74,7 @@ class DetectionObjective:
         self.make_batch = training_views(
             split, config.seed, side, self.recipe.jitter, self.recipe.flip
         )
-        annotations(split, 0)  # says at once if the set has none
+        annotations_of(split, 0)  # says at once if the set has none
         self.images_K = torch.from_numpy(
             np.bincount(split.label_ids, minlength=config.num_classes).astype(np.float32)
         )
@@ -124,7 +124,7 @@ class DetectionObjective:
 
         def judge(batch: Batch, place_B: Tensor) -> Tensor:
             seen = engine.forward(standardise(batch.images, engine.dtype))
-            sizes = batch.extra["sizes"]
+            sizes: Any = batch.extra["sizes"]
             for place, size, own in zip(place_B.tolist(), sizes, seen, strict=True):
                 found[place] = _results(place, own, size, self.config.model.image_size)
             return torch.zeros(len(seen), 1)

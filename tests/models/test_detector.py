@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_iou
 
 from harness.models.detector import CascadeMaskRCNN, starting_zeros
 from harness.models.init import assign, initial_values
@@ -133,14 +134,16 @@ def test_the_federated_loss_looks_at_the_classes_of_the_images_and_some_others()
     assert seen is not None and seen.tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 def test_a_detector_learns_two_objects_by_heart() -> None:
-    model = detector(layer_decay=1.0)
+    heads = HEADS.model_copy(update={"box_convs": 0, "rpn_convs": 1, "rpn_samples": 32})
+    model = detector(heads=heads, window=5)
     pixels = torch.zeros(2, 3, 40, 40)
     boxes, classes, masks = objects(2)
     for k in range(2):
         pixels[0, k][masks[0][k].bool()] = 1.0
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for step in range(100):
         torch.manual_seed(step)
         losses = model(pixels, boxes, classes, masks)
         optimizer.zero_grad()
@@ -150,7 +153,7 @@ def test_a_detector_learns_two_objects_by_heart() -> None:
     with torch.no_grad():
         first, second = model(pixels)
     best = [int((first["scores"] * (first["classes"] == k)).argmax()) for k in (1, 2)]
-    torch.testing.assert_close(first["boxes"][best], boxes[0], atol=2.5, rtol=0)
+    assert (box_iou(first["boxes"][best], boxes[0]).diag() > 0.5).all()
     assert (second["scores"] < first["scores"][best].min()).all()
 
 

@@ -28,7 +28,7 @@ def rectangle(left: int, top: int, right: int, bottom: int) -> np.ndarray:
     return mask
 
 
-def as_rle(outline: dict[str, Any]) -> dict[str, Any]:
+def as_rle(outline: Any) -> dict[str, Any]:
     found: Any = coco_mask.frPyObjects(outline, *outline["size"])
     return {**found, "counts": found["counts"].decode()}
 
@@ -79,7 +79,8 @@ def scene(num: int = 60) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found = []
     for note in truth["annotations"]:
         outline = as_rle(note["segmentation"])
-        mask = coco_mask.decode({**outline, "counts": outline["counts"].encode()})
+        encoded: Any = {**outline, "counts": outline["counts"].encode()}
+        mask = coco_mask.decode(encoded)
         for _ in range(2):
             moved = np.roll(mask, tuple(rng.integers(-2, 3, 2)), (0, 1))
             category = note["category_id"] if rng.random() < 0.7 else int(rng.integers(1, 11))
