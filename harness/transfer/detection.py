@@ -24,6 +24,7 @@ from harness.data import loader
 from harness.data.boxes import annotations_of, training_views, whole_views
 from harness.data.dataset import Dataset, open_dataset
 from harness.data.loader import Batch
+from harness.errors import UserError
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import write_bytes
 from harness.models.convert import encoder_tensors_for
@@ -70,7 +71,13 @@ class DetectionObjective:
         assert isinstance(config.recipe, Detection), f"{config.recipe} is no detection recipe"
         self.recipe, self.config, self.ctx, self.data = config.recipe, config, ctx, data
         self.augment = Augmentation()  # views have their own: see make_batch
-        split, side = data.split(config.images.split), config.model.image_size
+        split = data.split(config.images.split)
+        side, patch = config.model.image_size, config.model.patch
+        if patch & (patch - 1):
+            raise UserError(
+                f"detection: patch {patch} is no power of two, as torchvision's pooling needs; set"
+                " patch: 16 and an image_size that is a multiple of it"
+            )
         self.make_batch = training_views(
             split, config.seed, side, self.recipe.jitter, self.recipe.flip
         )

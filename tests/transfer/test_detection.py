@@ -27,7 +27,7 @@ from harness.data.dataset import open_dataset
 from harness.data.order import Places
 from harness.data.outlines import mask_of, run_lengths
 from harness.data.pack import pack
-from harness.errors import DataError
+from harness.errors import DataError, UserError
 from harness.models.vit import VisionEncoder
 from harness.models.weights import save_encoder
 from harness.study.recipes import Model
@@ -73,6 +73,13 @@ def test_a_batch_has_the_objects_of_its_images(tmp_path: Path) -> None:
 def test_a_set_without_annotations_is_refused(tmp_path: Path) -> None:
     stage = small_detector.stage(small_detector.recipe(2), images=20, dataset=str(tiny.folder()))
     with pytest.raises(DataError, match="no annotations; detection needs a set packed from COCO"):
+        transfer.run(stage, tiny.context(tmp_path))
+
+
+def test_a_patch_that_no_map_fits_is_refused(tmp_path: Path) -> None:
+    model = Model(width=16, depth=1, heads=2, patch=14, image_size=56)
+    stage = small_detector.stage(small_detector.recipe(2), images=20, model=model)
+    with pytest.raises(UserError, match="patch 14 is no power of two"):
         transfer.run(stage, tiny.context(tmp_path))
 
 
