@@ -240,7 +240,7 @@ def test_a_trained_encoder_beats_a_random_one(
     replicates = []
     for name, encoder in (("trained", trained_encoder), ("random", random_encoder)):
         context = replace(tiny.context(tmp_path / name, upstream=encoder), root=data_root)
-        transfer.run(small_detector.stage(small_detector.recipe(250), images=2000), context)
+        transfer.run(small_detector.stage(small_detector.recipe(200), images=2000), context)
         table = pd.read_parquet(tmp_path / name / "replicates.parquet")
         replicates.append(table[table.metric == "box_ap"].value.to_numpy())
     assert np.quantile(replicates[0] - replicates[1], 0.025) > 0
