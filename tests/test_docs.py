@@ -14,7 +14,7 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 UNIVERSAL = "python docs/universal_checkpoint.py"
-PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:

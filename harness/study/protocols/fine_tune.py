@@ -95,8 +95,9 @@ class Evaluate(OfTask):
 
     protocol: Literal["evaluate"] = "evaluate"
     among: Literal["all", "present"] = "all"
-    """Whether the model answers with any of its classes (as ReaL's, ImageNetV2's and ObjectNet's
-    authors score), or only with those that are right for some image of the set."""
+    """Whether the model answers with any of its classes , so that
+    an answer beyond the set's is wrong, or only with those that are right for some image of it
+    (ours: the paper does not say which it used on ObjectNet)."""
     names: dict[str, Annotated[tuple[str, ...], BeforeValidator(listed)]] | str = {}
     """Class of the set -> what the model calls it, one class or several; or a file (YAML, JSON)
     that says so. Classes of the same name need none."""
