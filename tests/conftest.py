@@ -34,6 +34,13 @@ stages:
 Harness = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests may take long: minutes on idle cores are many more where cores are shared."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture
 def study_file(tmp_path: Path) -> Callable[[str], Path]:
     """Writes a study file and returns its path."""

@@ -275,7 +275,6 @@ CHALLENGE = Video(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)  # minutes on idle cores, more where they are shared
 def test_a_trained_encoder_beats_a_random_one_on_motion(
     trained_encoder: Path, random_encoder: Path, data_root: Path, tmp_path: Path
 ) -> None:
