@@ -124,7 +124,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(motion_spec, "counts", lambda n=None: {"train": n or 64, "test": 40})
         open_dataset("motion-64", folder)
-        yield folder
+    return folder
 
 
 class Kept(VideoObjective):
