@@ -6,8 +6,11 @@ Shapes: K categories, I images, T IoU thresholds, D detections of a category, R 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,8 +191,8 @@ def lvis_precision(truth: _Json, found: Sequence[_Json], most: int = 300) -> Pre
 
     `truth`'s categories need their frequency: r, c or f. Box and mask AP are resampled.
     """
-    from lvis import LVIS, LVISEval, LVISResults
-
+    package = _lvis_package()
+    LVIS, LVISEval, LVISResults = package.LVIS, package.LVISEval, package.LVISResults
     # The lvis package is from before numpy 1.24, which dropped this alias.
     if not hasattr(np, "float"):
         np.float = float  # type: ignore[attr-defined]
@@ -224,6 +227,17 @@ def lvis_precision(truth: _Json, found: Sequence[_Json], most: int = 300) -> Pre
         replicates[f"{name}_ap"] = np.array([ap for ap, _ in again])
         replicates[f"{name}_ap50"] = np.array([ap50 for _, ap50 in again])
     return Precision(metrics, replicates)
+
+
+def _lvis_package() -> Any:
+    """The lvis package. It imports OpenCV to draw with, which needs libGL: servers have none, and
+    nothing is drawn here.
+    """
+    try:
+        importlib.import_module("cv2")
+    except ImportError:
+        sys.modules["cv2"] = types.ModuleType("cv2")
+    return importlib.import_module("lvis")
 
 
 def _lvis_matches(evaluated: Any) -> list[_Matches]:

@@ -1,5 +1,6 @@
 """Average precision: a case worked out by hand, perfect detections, and images drawn again."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,10 @@ def test_no_detection_at_all_is_0() -> None:
     for measure in (coco_precision, lvis_precision):
         got = measure(truth, [])
         assert set(got.metrics.values()) == {0.0} and not got.replicates["box_ap"].any()
+
+
+def test_lvis_is_imported_where_opencv_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lvis"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cv2", None)  # an import of it fails
+    assert average_precision._lvis_package().LVISEval.__name__ == "LVISEval"
