@@ -203,7 +203,7 @@ def test_status_logs_and_run(copied: tuple[Path, Path], harness: Harness) -> Non
     mae = next(root.glob("stages/mae/*/result.json")).stat().st_mtime_ns
     command = ("run", "d16x2-2k-mae-s0", "--set", "wsp.lr=3e-4", "--tag", "low-lr")
     first = harness(*command, "--root", root, env={"HARNESS_CORES": "2"})
-    assert "3 run now" in first.stdout
+    assert "4 run now" in first.stdout  # wsp, features, probe, tune
     assert next(root.glob("stages/mae/*/result.json")).stat().st_mtime_ns == mae
     rows = read_jsonl(root / "studies/tiny/cells.jsonl")
     child = next(r for r in rows if r["tag"] == "low-lr")
@@ -225,7 +225,7 @@ def test_read_only_runs_and_writes_nothing(copied: tuple[Path, Path], tmp_path: 
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
     empty = tmp_path / "empty"
     done = submit(empty, file, "--mode", "read-only", check=1)
-    assert "13 stages are not done" in done.stdout
+    assert "17 stages are not done" in done.stdout
     assert not empty.exists()
 
 
@@ -239,6 +239,7 @@ def test_force_runs_the_selected_stages_anew_and_finds_the_same(
     after = {n: (read_json(p / "result.json") or {})["uid"] for n, p in stages(root).items()}
     assert {n.rpartition("-")[0] for n in uids if uids[n] != after[n]} == {
         "d16x2-500-random-s0",
+        "d16x2-500-random-scenes-2k_features_500-s0",
         "d16x2-500-random-probe-s0",
         "d16x2-500-random-tune-s0",
     }
@@ -269,9 +270,9 @@ def test_a_diverged_cell_is_a_result_and_the_rest_finishes(
         assert "at step" in status["message"]
         assert name in done.stdout and status["message"] in done.stdout
         assert not (root / "stages/wsp" / name / "result.json").exists()
-    # The other data size finished whole: mae, wsp and transfers of both inits.
-    assert sum(s["state"] == "done" for s in found.values()) == 1 + 2 * 3
-    assert "4 stages are blocked" in done.stdout
+    # The other data size finished whole: mae, wsp, features and tasks of both inits.
+    assert sum(s["state"] == "done" for s in found.values()) == 1 + 2 * 4
+    assert "6 stages are blocked" in done.stdout
     again = submit(root, file, check=1)
     assert "--mode retry" in again.stdout
     assert {

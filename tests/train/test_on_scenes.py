@@ -8,7 +8,7 @@ import tiny
 
 from harness import transfer
 from harness.errors import PreemptedError
-from harness.study.protocols import LinearProbe
+from harness.study.protocols import Features, LinearProbe
 from harness.study.recipes import Duration, MaeRecipe, Model, WspRecipe
 from harness.study.scenes_spec import CLASSES, HASHTAGS
 from harness.study.stages import Images, Recipe, StageFile
@@ -26,6 +26,7 @@ def stage(recipe: Recipe) -> StageFile:
     split, images, num_classes = {
         "mae": ("pretrain", 500, 0),
         "wsp": ("pretrain", 500, len(HASHTAGS)),
+        "features": ("train", 400, 0),
         "linear_probe": ("train", 400, len(CLASSES)),
     }[file.kind]
     config = file.config.model_copy(
@@ -53,8 +54,11 @@ def test_the_whole_way_and_a_stop_in_the_middle(tmp_path: Path) -> None:
         stop = tiny.StopAfter(11)
         train(stage(WSP), context("r", upstream=weights, metrics=resumed, should_stop=stop))
     train(stage(WSP), context("r", upstream=weights, metrics=resumed))
+    encoder = tmp_path / "wsp" / "weights.safetensors"
+    transfer.run(stage(Features()), context("features", upstream=encoder))
+    upstream = {"features": tmp_path / "features"}
     probe = transfer.run(
-        stage(LinearProbe()), context("probe", upstream=tmp_path / "wsp" / "weights.safetensors")
+        stage(LinearProbe()), dataclasses.replace(context("probe"), upstream=upstream)
     )
     assert resumed.timeless() == straight.timeless()
     assert mae.metrics["val_loss"] < first_rows.rows[0]["loss"]  # type: ignore[operator]
