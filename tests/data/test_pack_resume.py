@@ -190,6 +190,7 @@ def running(script: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kills_at_any_moment_leave_the_same_bytes(
     script: Path, source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:

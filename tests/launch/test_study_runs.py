@@ -502,6 +502,7 @@ def test_a_study_stopped_with_one_rank_goes_on_with_two(
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_two_submissions_at_once_run_each_stage_once(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
