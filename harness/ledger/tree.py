@@ -54,6 +54,11 @@ class StageFolder:
         return self.path / "memory.json"
 
     @property
+    def stop(self) -> Path:
+        """A note that somebody wants the stage to end: see `harness.ledger.claim`."""
+        return self.path / "stop.json"
+
+    @property
     def weights(self) -> Path:
         """Encoder weights of a finished mae or wsp stage."""
         return self.path / "weights.safetensors"
