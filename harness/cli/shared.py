@@ -11,7 +11,7 @@ import harness
 from harness.cli import show
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 from harness.launch.driver import Driver, Mode
-from harness.launch.machine import Machine, detect
+from harness.launch.machine import Machine, detect, this_machine
 from harness.ledger import states, store
 from harness.ledger.tree import Tree, default_root
 from harness.study.cells import Ablation, Grid
@@ -40,7 +40,7 @@ def plan(
     machine = detect()
     if device is not None and device != machine.device:
         most = max(s.execution.ranks for s in grid.stages.values())
-        machine = Machine(device=device, slots=tuple(map(str, range(most))))
+        machine = this_machine(device, most)
     found = {k: v.state for k, v in states.read_states(tree, grid.stages).items()}
     speeds = states.measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))

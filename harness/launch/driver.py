@@ -12,7 +12,7 @@ from typing import Literal
 
 from harness.errors import UserError
 from harness.launch import provenance
-from harness.launch.machine import Machine
+from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.pool import Ended, Pool, Running
 from harness.ledger import store
 from harness.ledger.files import read_json, write_json
@@ -136,9 +136,8 @@ class Driver:
         what = "GPUs" if self.machine.device == "cuda" else "cores"
         for stage in self.stages.values():
             execution = stage.execution
-            threads = 1 if self.machine.device == "cuda" else execution.threads
-            need = execution.ranks * threads
-            if need > have:
+            need = execution.ranks * slots_per_rank(self.machine.device, execution.threads)
+            if execution.ranks > self.machine.most_ranks(execution.threads):
                 raise UserError(
                     f"{stage.id} needs {need} {what} ({execution.ranks} ranks); this machine has"
                     f" {have}; lower `resources`, or submit on a larger machine"
@@ -284,7 +283,9 @@ class Driver:
         folder = self.tree.stage(stage.kind, stage.id)
         told = sorted(folder.attempt(attempt).glob("error.rank*.json"))
         said = (read_json(told[0]) or {}) if told else {}
-        if said:
+        if ended.gone is not None:
+            state, reason, message = "failed", "killed", ended.gone
+        elif said:
             state, reason, message = said["state"], said["reason"], said["message"]
         elif ended.code < 0:
             name = signal.Signals(-ended.code).name

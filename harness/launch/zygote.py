@@ -4,14 +4,23 @@ Importing them takes about 8 s on two cores, a fork of a process that has them 0
 would otherwise spend more time importing than training. Each stage still runs in processes of its
 own: a crash, a leak or a changed global in one cannot touch another.
 
-Protocol: JSON lines. In: {"start": key, "args": [...], "env": {...}, "stdout": path, "stderr":
-path, "group": pid or 0}, {"signal": pid, "number": n} (to the process group). Out: {"ready": s},
-{"started": key, "pid": pid}, {"exited": pid, "code": c} (negative: ended by that signal).
-When stdin closes, the command that started us is gone: workers are told to stop, then killed.
+Protocol: JSON lines. In:
+  {"environ": {...}}                     variables to set before the imports; first, if at all
+  {"listen": key, "everywhere": bool}    opens the port at which the ranks of a stage will meet
+  {"start": key, "group": name, "args": [...], "env": {...}, "stdout": path, "stderr": path,
+   "listener": key or null}              forks a worker; rank 0 inherits the open port
+  {"forget": key}                        closes a port that nobody will use
+  {"signal": name, "number": n}          to all processes of a group
+  {"ping": n}                            somebody is there
+Out: {"ready": s}, {"listening": key, "port": n, "address": text}, {"started": key, "pid": pid},
+{"exited": key, "code": c} (negative: ended by that signal).
+When stdin closes, or stays silent for longer than `--silence` seconds, the command that started us
+is gone: workers are told to stop, then killed.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import importlib
@@ -19,24 +28,36 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
-_WORKER = "harness.worker"
 _GRACE_S = 20.0
 _PR_SET_PDEATHSIG = 1
+
+LISTENER = "HARNESS_RENDEZVOUS_FD"
+"""Names the open port that rank 0 inherits; `harness.train.engine` reads it."""
 
 
 def main() -> None:
     """Preloads, then serves requests from stdin until it closes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--silence", type=float, help="end after so many seconds without a word")
+    parser.add_argument("--environ", action="store_true", help="read variables from stdin first")
+    parser.add_argument("--worker", default="harness.worker", help="the module that runs a stage")
+    options = parser.parse_args()
     out = os.dup(1)
     # Libraries print while they are imported; the protocol's channel is not theirs.
     os.dup2(2, 1)
     began = time.monotonic()
-    importlib.import_module(_WORKER)
+    requests = _Requests(options.silence)
+    if options.environ:
+        os.environ.update(requests.first()["environ"])
+    importlib.import_module(options.worker)
     _tell(out, {"ready": time.monotonic() - began})
-    _serve(out)
+    _Zygote(out, requests, options.worker).serve()
 
 
 def _tell(out: int, message: dict[str, Any]) -> None:
@@ -45,53 +66,127 @@ def _tell(out: int, message: dict[str, Any]) -> None:
         os.write(out, json.dumps(message).encode() + b"\n")
 
 
-def _serve(out: int) -> None:
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_write, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    # The terminal's Ctrl-C goes to the command, which stops the workers in good order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    alive: set[int] = set()
-    buffer = b""
-    while True:
-        ready, _, _ = select.select([0, wake_read], [], [])
-        if wake_read in ready:
-            os.read(wake_read, 4096)
-            _reap(alive, out)
-        if 0 not in ready:
-            continue
-        chunk = os.read(0, 65536)
-        if not chunk:
-            _end(alive)
-            return
-        buffer += chunk
-        *lines, buffer = buffer.split(b"\n")
-        for line in lines:
-            _obey(json.loads(line), alive, out, (wake_read, wake_write))
+class _Requests:
+    """Lines of stdin."""
+
+    def __init__(self, silence_s: float | None) -> None:
+        self.silence_s = silence_s
+        self.over = False
+        self._buffer = b""
+
+    def first(self) -> dict[str, Any]:
+        """The first line, byte by byte: what follows it stays in the pipe."""
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(0, 1)
+            if not byte:
+                sys.exit("the command that started this process is gone")
+            line += byte
+        return json.loads(line)
+
+    def read(self, wake: int) -> Iterator[dict[str, Any]]:
+        """Waits for requests or for `wake`; `over` says that there will be no more."""
+        ready, _, _ = select.select([0, wake], [], [], self.silence_s)
+        if 0 in ready:
+            chunk = os.read(0, 65536)
+            self.over = not chunk
+            *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+        self.over = self.over or not ready
 
 
-def _obey(request: dict[str, Any], alive: set[int], out: int, pipes: tuple[int, int]) -> None:
-    if "signal" in request:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(request["signal"], request["number"])
-        return
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _become_worker(request, parent, (out, *pipes))
-    # Both sides set the group, so that neither can be early.
-    with contextlib.suppress(OSError):
-        os.setpgid(pid, request.get("group") or pid)
-    alive.add(pid)
-    _tell(out, {"started": request["start"], "pid": pid})
+class _Zygote:
+    def __init__(self, out: int, requests: _Requests, worker: str) -> None:
+        self.out, self.requests, self.worker = out, requests, worker
+        self.alive: dict[int, tuple[str, str]] = {}
+        """Pid -> key and group of a worker."""
+        self.groups: dict[str, int] = {}
+        """Name -> process group: the pid of the group's first worker. Only while one is alive:
+        the number may mean other processes afterwards."""
+        self.listeners: dict[str, socket.socket] = {}
+        self.wake_read, self.wake_write = os.pipe()
+
+    def serve(self) -> None:
+        os.set_blocking(self.wake_write, False)
+        os.set_blocking(self.wake_read, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+        # The terminal's Ctrl-C goes to the command, which stops the workers in good order.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while not self.requests.over:
+            for request in self.requests.read(self.wake_read):
+                self._obey(request)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.wake_read, 4096)
+                self._reap()
+        _end(set(self.alive))
+
+    def _obey(self, request: dict[str, Any]) -> None:
+        if "start" in request:
+            self._start(request)
+        elif "signal" in request:
+            with contextlib.suppress(ProcessLookupError, KeyError):
+                os.killpg(self.groups[request["signal"]], request["number"])
+        elif "listen" in request:
+            self._listen(request["listen"], request["everywhere"])
+        elif "forget" in request:
+            listener = self.listeners.pop(request["forget"], None)
+            if listener is not None:
+                listener.close()
+
+    def _listen(self, key: str, everywhere: bool) -> None:
+        """Opens a port of the system's choice and keeps it open: nobody else can have it."""
+        if everywhere and socket.has_dualstack_ipv6():
+            listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            listener = socket.create_server(("" if everywhere else "127.0.0.1", 0))
+        self.listeners[key] = listener
+        # The address at which ssh reached this host: others of the list reach it there as well.
+        reached = os.environ.get("SSH_CONNECTION", "").split()
+        address = reached[2] if len(reached) == 4 else ""
+        port = listener.getsockname()[1]
+        _tell(self.out, {"listening": key, "port": port, "address": address})
+
+    def _start(self, request: dict[str, Any]) -> None:
+        key, name = request["start"], request["group"]
+        listener = self.listeners.pop(request["listener"] or "", None)
+        others = [s.fileno() for s in self.listeners.values()]
+        group, parent = self.groups.get(name, 0), os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            if listener is not None:
+                request["env"][LISTENER] = str(listener.detach())
+            close = (self.out, self.wake_read, self.wake_write, *others)
+            _become_worker(self.worker, request, group, parent, close)
+        if listener is not None:
+            listener.close()
+        # Both sides set the group, so that neither can be early.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, group or pid)
+        self.groups.setdefault(name, pid)
+        self.alive[pid] = (key, name)
+        _tell(self.out, {"started": key, "pid": pid})
+
+    def _reap(self) -> None:
+        while self.alive:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            if pid not in self.alive:
+                continue
+            key, name = self.alive.pop(pid)
+            if name not in {group for _, group in self.alive.values()}:
+                del self.groups[name]
+            _tell(self.out, {"exited": key, "code": os.waitstatus_to_exitcode(status)})
 
 
-def _become_worker(request: dict[str, Any], parent: int, close: tuple[int, ...]) -> None:
+def _become_worker(
+    worker: str, request: dict[str, Any], group: int, parent: int, close: tuple[int, ...]
+) -> None:
     code = 1
     try:
         with contextlib.suppress(OSError):
-            os.setpgid(0, request.get("group") or 0)
+            os.setpgid(0, group)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
@@ -107,7 +202,7 @@ def _become_worker(request: dict[str, Any], parent: int, close: tuple[int, ...])
             os.dup2(opened, fd)
             os.close(opened)
         os.environ.update(request["env"])
-        code = importlib.import_module(_WORKER).main(request["args"])
+        code = importlib.import_module(worker).main(request["args"])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
@@ -126,18 +221,6 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-
-
-def _reap(alive: set[int], out: int) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        alive.discard(pid)
-        _tell(out, {"exited": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
 def _end(alive: set[int]) -> None:

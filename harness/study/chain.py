@@ -254,6 +254,7 @@ class Chain:
         return Execution(
             ranks=wanted.ranks,
             threads=wanted.threads,
+            share=wanted.share,
             micro_batch=wanted.micro_batch,
             head_batch=wanted.head_batch,
             activation_checkpointing=wanted.activation_checkpointing,

@@ -8,9 +8,16 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from harness.errors import UserError
 from harness.study import source as study_source
@@ -72,6 +79,8 @@ class Resources(Frozen):
     nodes: Count = 1
     threads: Count = 1
     """CPU threads of one rank."""
+    share: Count = 1
+    """Up to so many stages of one rank use one GPU at a time; no meaning on a CPU."""
     micro_batch: Count | None = None
     head_batch: Count | None = None
     """Images whose logits are in memory at a time in wsp; fewer than the micro-batch costs a second
@@ -86,6 +95,15 @@ class Resources(Frozen):
     """DeepSpeed config: a name in ds_configs/ or a path; none picks one by device."""
     checkpoint_every: Seconds = 60.0
     eval_points: Count = 8
+
+    @model_validator(mode="after")
+    def _share_is_for_one_rank(self) -> Self:
+        if self.share > 1 and self.ranks > 1:
+            raise ValueError(
+                f"share {self.share} with {self.ranks} ranks: only stages of one rank share a"
+                " GPU; leave out share or set ranks: 1"
+            )
+        return self
 
 
 class ResourceRule(Frozen):

@@ -90,6 +90,8 @@ class Execution(Frozen):
     """Processes of one stage; one GPU each on CUDA."""
     threads: int = 1
     """CPU threads of one rank."""
+    share: int = 1
+    """Up to so many stages of one rank use one GPU at a time; no meaning on a CPU."""
     micro_batch: int | None = None
     """Images per forward pass of one rank; none means the whole share of the rank."""
     activation_checkpointing: bool = False

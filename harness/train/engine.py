@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ _module("utils.nvtx").enable_nvtx = False
 for _name in ("partition_parameters", "partitioned_param_coordinator"):
     _module(f"runtime.zero.{_name}").print_rank_0 = lambda *args, **kwargs: None
 
+_RENDEZVOUS = timedelta(minutes=30)  # what torch itself allows for with init_method="env://"
+
 # --- processes ----------------------------------------------------------------------------
 
 
@@ -94,19 +97,35 @@ def connect(execution: Execution, rank: int, ranks: int) -> torch.device:
         # it leaves a lock at which every later run waits forever. Gloo does the same work.
         _module("comm.torch").build_shm_op = lambda: None
     if not dist.is_initialized():
-        where: dict[str, Any] = {"init_method": "env://"}
-        if ranks == 1:
-            # Documented, but left out of torch.distributed.__all__.
-            where = {"store": dist.HashStore()}  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             rank=rank,
             world_size=ranks,
             device_id=device if cuda else None,
-            **where,
+            store=_store(rank, ranks),
         )
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def _store(rank: int, ranks: int) -> Any:
+    """Where the ranks find each other.
+
+    The local pool opens the port before it starts anybody, and rank 0 inherits it (the file
+    descriptor HARNESS_RENDEZVOUS_FD): between choosing a port and using it, nobody can take it.
+    """
+    # The stores are documented, but left out of torch.distributed.__all__.
+    if ranks == 1:
+        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    opened = os.environ.pop("HARNESS_RENDEZVOUS_FD", None)
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        ranks,
+        is_master=rank == 0,
+        timeout=_RENDEZVOUS,
+        master_listen_fd=None if opened is None else int(opened),
+    )
 
 
 # --- the engine ---------------------------------------------------------------------------
