@@ -43,6 +43,7 @@ def grid(
     device: Annotated[
         Device | None, typer.Option(help="Estimate times for this device, not for this machine.")
     ] = None,
+    cluster: shared.Cluster = None,
     root: shared.Root = None,
 ) -> int:
     """Plan a study file: cells, shared stages, cost. With --submit, run what is missing."""
@@ -55,7 +56,7 @@ def grid(
     grid = only(full, select(own, selection))
     if device and submit:
         raise UserError("--device is for estimates; where stages run is the machine's own matter")
-    machine, plan = shared.plan(tree, grid, device)
+    machine, plan = shared.plan(tree, grid, device, cluster)
     if not submit:
         if as_json:
             print(json.dumps(plan.to_json(), indent=1))
@@ -65,7 +66,7 @@ def grid(
     check_budget(plan)
     shared.check_images(grid)
     shared.check_drift(tree, grid)
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode)
+    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
 
 
 grid.__doc__ = f"{grid.__doc__}\n\n{_EXAMPLE}"

@@ -25,6 +25,7 @@ def run(
     tag: Annotated[str | None, typer.Option(help="Name of the ablation.")] = None,
     study: Annotated[str | None, typer.Option(help="Study, if several have the cell.")] = None,
     mode: Annotated[Mode, typer.Option(help="As in `harness grid`.")] = "cached",
+    cluster: shared.Cluster = None,
     root: shared.Root = None,
 ) -> int:
     """Run one cell of a submitted study. With --set, run a changed copy that remembers its parent.
@@ -54,10 +55,10 @@ def run(
         wanted = (added or same)[0].id
     full = build_grid(loaded, ablations)
     grid = only(full, [c for c in full.cells if c.id == wanted])
-    machine, plan = shared.plan(tree, grid)
+    machine, plan = shared.plan(tree, grid, cluster=cluster)
     shared.check_drift(tree, grid)
     print(f"cell {wanted}")
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode)
+    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
 
 
 def find_in_studies(tree: Tree, cell: str, study: str | None) -> tuple[str, dict[str, Any]]:

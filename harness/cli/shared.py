@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,9 @@ import typer
 import harness
 from harness.cli import show
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
-from harness.launch.driver import Driver, Mode
+from harness.launch import queue, settings
+from harness.launch.driver import Driver, Mode, reset
+from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.machine import Machine, detect, this_machine
 from harness.ledger import states, store
 from harness.ledger.tree import Tree, default_root
@@ -24,8 +27,11 @@ Root = Annotated[
 
 
 def tree(root: Path | None) -> Tree:
-    """The run tree a verb works on."""
-    return Tree(root.absolute() if root else default_root())
+    """The run tree a verb works on: the flag, HARNESS_ROOT, the settings, or ./runs."""
+    if root:
+        return Tree(root.absolute())
+    named = None if os.environ.get("HARNESS_ROOT") else settings.load_settings().root
+    return Tree(named.expanduser().absolute() if named else default_root())
 
 
 def known_ablations(tree: Tree, study: str) -> list[Ablation]:
@@ -33,15 +39,39 @@ def known_ablations(tree: Tree, study: str) -> list[Ablation]:
     return store.read_ablations(tree, study)
 
 
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Where stages run: local, slurm, or a profile of the settings file."
+        " Default: HARNESS_CLUSTER, the settings, or local.",
+        show_default=False,
+    ),
+]
+
+
+def machine_of(cluster: str | None, grid: Grid) -> Machine:
+    """What a cluster offers; of a Slurm cluster, room for the largest stage of the grid."""
+    _, profile = settings.find_profile(cluster)
+    if isinstance(profile, settings.Hosts):
+        return machine_of_hostfile(profile.hostfile.expanduser(), profile.device)
+    if isinstance(profile, settings.Slurm):
+        most = max((s.execution.ranks for s in grid.stages.values()), default=1)
+        return this_machine(profile.device, most)
+    return detect()
+
+
 def plan(
-    tree: Tree, grid: Grid, device: Literal["cpu", "cuda"] | None = None
+    tree: Tree,
+    grid: Grid,
+    device: Literal["cpu", "cuda"] | None = None,
+    cluster: str | None = None,
 ) -> tuple[Machine, Plan]:
-    """The grid with states and cost on this machine, or on one just large enough of a device."""
-    machine = detect()
+    """The grid with states and cost on a cluster, or on a machine just large enough of a device."""
+    machine = machine_of(cluster, grid)
     if device is not None and device != machine.device:
         most = max(s.execution.ranks for s in grid.stages.values())
         machine = this_machine(device, most)
-    found = {k: v.state for k, v in states.read_states(tree, grid.stages).items()}
+    found = {k: v.state for k, v in queue.read_states(tree, grid.stages).items()}
     speeds = states.measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))
 
@@ -89,14 +119,34 @@ def submit(
     machine: Machine,
     plan: Plan,
     mode: Mode,
+    cluster: str | None = None,
 ) -> int:
-    """Runs what is missing of `grid`, a part of the study `full`; returns the exit code."""
+    """Runs what is missing of `grid`, a part of the study `full`; returns the exit code.
+
+    On a Slurm cluster it only submits: the study then finishes by itself.
+    """
+    name, profile = settings.find_profile(cluster)
     if mode != "read-only":
         store.register(tree, full, ablations)
+    if isinstance(profile, settings.Slurm) and mode != "read-only":
+        return _to_slurm(tree, grid, name, profile, mode)
+    ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
     with show.Live(plan, machine) as live:
-        summary = Driver(grid, tree, machine, plan.speeds, live.update).run(mode)
+        summary = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh).run(mode)
     show.summary(summary, grid, tree, mode)
     if summary.interrupted:
         return 130
     incomplete = mode == "read-only" and summary.left
     return EXIT_FAILED if summary.failed or summary.blocked or incomplete else EXIT_OK
+
+
+def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: Mode) -> int:
+    from harness.launch import slurm  # submitit is slow to import, and only needed here
+
+    reset(tree, grid.stages, queue.read_states(tree, grid.stages), mode)
+    study = grid.loaded.study
+    done = slurm.submit(tree, study.name, grid.stages, profile, study.retry)
+    found = queue.read_states(tree, grid.stages)
+    show.submitted(done, grid, name, found)
+    bad = [s for s in found.values() if s.state in states.FAILED]
+    return EXIT_FAILED if bad else EXIT_OK

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live as RichLive
@@ -16,10 +18,14 @@ from rich.text import Text
 
 from harness.launch.driver import Mode, Progress, Summary
 from harness.launch.machine import Machine
+from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
 from harness.study.plan import Plan
 from harness.units import format_count, format_seconds, format_si
+
+if TYPE_CHECKING:
+    from harness.launch.slurm import Submitted  # submitit is slow to import
 
 _COLOURS = {
     "done": "green",
@@ -247,3 +253,27 @@ def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
         out.print("  run failed stages again with --mode retry")
     if summary.interrupted:
         out.print("  stopped; the same command goes on from the last checkpoints")
+
+
+def submitted(done: Submitted, grid: Grid, cluster: str, found: Mapping[str, StageState]) -> None:
+    """What went into a scheduler's queue, and how to follow it."""
+    out, name = console(), grid.loaded.study.name
+    states = Counter(s.state for s in found.values())
+    if done.jobs:
+        jobs = list(dict.fromkeys(j.partition("_")[0] for j in done.jobs.values()))
+        shown = ", ".join(jobs[:6]) + (" ..." if len(jobs) > 6 else "")
+        out.print(
+            f"{escape(name)}: {len(done.jobs)} stages submitted to {escape(cluster)} in"
+            f" {done.arrays} jobs ({shown})"
+        )
+    elif states["done"] == len(found):
+        out.print(f"{escape(name)}: nothing to do, all {len(found)} stages are done")
+    else:
+        out.print(f"{escape(name)}: nothing to submit")
+    out.print("  " + ", ".join(f"{n} {state_text(s)}" for s, n in states.items()))
+    for stage, state in found.items():
+        if state.state in ("failed", "diverged"):
+            what = f"{state.state}: {state.message or state.reason}"
+            out.print(f"  {escape(stage)}: {escape(what)}; run it again with --mode retry")
+    if done.jobs:
+        out.print(f"  the study finishes by itself; follow it with: harness status {name} --watch")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal
 
 from harness.errors import UserError
-from harness.launch import provenance
+from harness.launch import ends, provenance
 from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.pool import Ended, Pool, Running
-from harness.ledger import store
+from harness.ledger import attempts, store
+from harness.ledger.claim import claim
 from harness.ledger.files import read_json, write_json
+from harness.ledger.lease import Silence
 from harness.ledger.states import ACTIVE, FAILED, StageState, read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
@@ -78,7 +79,23 @@ again) and the stages running here."""
 class _Job:
     stage: StageFile
     priority: float
-    tries: Counter[str] = field(default_factory=Counter)
+
+
+def reset(
+    tree: Tree, stages: Mapping[str, StageFile], states: Mapping[str, StageState], mode: Mode
+) -> None:
+    """Modes retry and force make failed, or all, stages runnable again."""
+    if mode not in ("retry", "force"):
+        return
+    for stage_id, state in states.items():
+        folder = tree.stage(stages[stage_id].kind, stage_id)
+        if state.state in ACTIVE or not folder.path.exists():
+            continue
+        if mode == "force":
+            store.set_aside(folder)
+        if mode == "force" or state.state in ("failed", "diverged"):
+            attempts.forgive(folder, mode)
+            write_json(folder.status, {"schema": 1, "state": "planned", "reason": mode})
 
 
 class Driver:
@@ -92,15 +109,17 @@ class Driver:
         speeds: Speeds,
         watch: Callable[[Progress], None] = lambda _: None,
         feed: Feed | None = None,
+        ssh: Sequence[str] = ("ssh",),
     ) -> None:
         self.grid, self.tree, self.machine, self.speeds = grid, tree, machine, speeds
-        self.watch, self.feed = watch, feed
+        self.watch, self.feed, self.ssh = watch, feed, ssh
         self.retry: Retry = grid.loaded.study.retry
         self.stages = {k: self._placed(s) for k, s in grid.stages.items()}
         self.interrupted = False
         self._kill = False
         self._ran: list[str] = []
         self._external: set[str] = set()
+        self._silence = Silence()
         self._cancelled: dict[str, str] = {}
         self.live: dict[str, dict[str, object]] = {}
 
@@ -112,7 +131,7 @@ class Driver:
         """Runs all that is missing and can run; returns when nothing is left to wait for."""
         started = time.monotonic()
         self._check_slots()
-        self._reset(mode)
+        reset(self.tree, self.stages, read_states(self.tree, self.stages), mode)
         states = read_states(self.tree, self.stages)
         todo = self._todo(states)
         if (not todo and self.feed is None) or mode == "read-only":
@@ -120,7 +139,7 @@ class Driver:
         self.git = provenance.git_state()
         stops = (signal.SIGINT, signal.SIGTERM)
         old_handlers = {n: signal.signal(n, self._interrupt) for n in stops}
-        pool = Pool(self.machine, self.tree)
+        pool = Pool(self.machine, self.tree, ssh=self.ssh)
         try:
             self._loop(pool, todo, started)
         finally:
@@ -142,21 +161,6 @@ class Driver:
                     f"{stage.id} needs {need} {what} ({execution.ranks} ranks); this machine has"
                     f" {have}; lower `resources`, or submit on a larger machine"
                 )
-
-    def _reset(self, mode: Mode) -> None:
-        """Modes retry and force make failed, or all, stages runnable again."""
-        if mode not in ("retry", "force"):
-            return
-        states = read_states(self.tree, self.stages)
-        for stage_id, state in states.items():
-            folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
-            if state.state in ACTIVE:
-                continue
-            if mode == "force" and folder.path.exists():
-                store.set_aside(folder)
-            if folder.path.exists() and (mode == "force" or state.state in ("failed", "diverged")):
-                store.add_event(folder, mode)
-                write_json(folder.status, {"schema": 1, "state": "planned", "reason": mode})
 
     def _todo(self, states: dict[str, StageState]) -> dict[str, _Job]:
         """Jobs by stage id; those on the longest remaining path first."""
@@ -189,7 +193,7 @@ class Driver:
                     states = read_states(self.tree, self.stages)
             waiting = self._waiting(states, todo, pool)
             if not self.interrupted:
-                self._place(pool, waiting, states)
+                changed = self._place(pool, waiting, states)
             self._tell(states, pool, started)
             active = pool.running or (self._external_alive(states) and not self.interrupted)
             if not active and (self.interrupted or not waiting):
@@ -231,85 +235,56 @@ class Driver:
         self._external = {s for s in self._external if states[s].state in ACTIVE}
         return bool(self._external)
 
-    def _place(self, pool: Pool, waiting: list[_Job], states: dict[str, StageState]) -> None:
+    def _place(self, pool: Pool, waiting: list[_Job], states: dict[str, StageState]) -> bool:
+        """Starts what is ready and fits; True if another submission was quicker somewhere."""
+        was_late = False
         for job in waiting:
             if not pool.free:
-                return
-            state = states[job.stage.id].state
-            if state in ACTIVE:
+                break
+            state = states[job.stage.id]
+            if state.state in ACTIVE and not self._is_silent(job.stage):
                 self._external.add(job.stage.id)
                 continue
-            if state == "waiting" or not pool.fits(job.stage):
+            if state.state == "waiting" or not pool.fits(job.stage):
                 # A stage too large for the free slots lets smaller ones pass; it is first in line
                 # again whenever a slot comes free.
                 continue
-            folder = store.write_stage(self.tree, job.stage)
-            attempt = folder.new_attempt()
+            attempt = claim(self.tree, job.stage, state, {"cluster": self.machine.name})
+            if attempt is None:
+                self._external.add(job.stage.id)
+                was_late = True
+                continue
+            self._silence.forget(job.stage.id)
+            folder = self.tree.stage(job.stage.kind, job.stage.id)
             provenance.write_attempt(folder.attempt(attempt), self.git, self.tree)
             pool.start(job.stage, attempt)
+        return was_late
+
+    def _is_silent(self, stage: StageFile) -> bool:
+        """True if the owner, on a host that nobody here can ask, has not been heard of for long."""
+        folder = self.tree.stage(stage.kind, stage.id)
+        return self._silence.is_over(stage.id, folder)
 
     def _ended(self, ended: Ended, todo: dict[str, _Job]) -> None:
         """Turns the end of an attempt into a state where the worker could not, and retries."""
         stage, attempt = ended.running.stage, ended.running.attempt
         folder = self.tree.stage(stage.kind, stage.id)
         if ended.code == EXIT_BUSY:
+            # A living lease says who runs it; our claim must not hide that.
+            attempts.end_busy(folder, attempt)
             self._external.add(stage.id)
             return
         self._ran.append(stage.id)
         if folder.result.exists() and ended.code == 0:
             return
-        status = read_json(folder.status) or {}
-        if status.get("attempt") != attempt or status.get("state") in (None, *ACTIVE):
-            status = self._write_end(ended, status)
-        cause = str(status.get("reason") or "code")
+        asked = ended.running.asked_to_stop
+        status = ends.settle(folder, attempt, ended.code, asked_to_stop=asked, gone=ended.gone)
         why = self._cancelled.pop(stage.id, None)
-        if why is not None and status.get("state") in ("preempted", "cancelled"):
-            store.add_event(folder, "cancelled", attempt=attempt, reason=why)
-            write_json(folder.status, {**status, "state": "cancelled", "reason": why})
-            del todo[stage.id]
+        if self.interrupted and why is None:
             return
-        if self.interrupted:
-            return
-        job = todo[stage.id]
-        job.tries[cause] += 1
-        allowed = {"stopped": self.retry.preempted}.get(cause, getattr(self.retry, cause, 0))
-        if job.tries[cause] <= allowed:
-            store.add_event(folder, "retry", cause=cause, attempt=attempt)
-            write_json(folder.status, {**status, "state": "preempted"})
-
-    def _write_end(self, ended: Ended, status: dict[str, object]) -> dict[str, object]:
-        """The worker is gone without a word: say by which signal, or what another rank said."""
-        stage, attempt = ended.running.stage, ended.running.attempt
-        folder = self.tree.stage(stage.kind, stage.id)
-        told = sorted(folder.attempt(attempt).glob("error.rank*.json"))
-        said = (read_json(told[0]) or {}) if told else {}
-        if ended.gone is not None:
-            state, reason, message = "failed", "killed", ended.gone
-        elif said:
-            state, reason, message = said["state"], said["reason"], said["message"]
-        elif ended.code < 0:
-            name = signal.Signals(-ended.code).name
-            hint = " (out of memory?)" if name == "SIGKILL" and not self.interrupted else ""
-            state, reason, message = "failed", "killed", f"ended by {name}{hint}"
-            if ended.running.asked_to_stop:
-                state, reason, message = "cancelled", "killed", "did not stop in time"
-        else:
-            log = folder.attempt(attempt) / "stderr.log"
-            state, reason, message = "failed", "code", f"exit code {ended.code}; see {log}"
-        row = {
-            **status,
-            "schema": 1,
-            "state": state,
-            "reason": reason,
-            "message": message,
-            "attempt": attempt,
-            "ended": time.time(),
-        }
-        write_json(folder.status, row)
-        record = folder.attempt(attempt) / "attempt.json"
-        write_json(record, {**(read_json(record) or {}), "end": reason, "message": message})
-        store.add_event(folder, state, attempt=attempt, reason=reason, message=message)
-        return row
+        decision = ends.conclude(folder, attempt, status, self.retry, why)
+        if not decision.again and (read_json(folder.status) or {}).get("state") == "cancelled":
+            todo.pop(stage.id, None)
 
     # -- stopping, telling --------------------------------------------------------------------
 

@@ -32,6 +32,11 @@ class Machine:
     hosts: tuple[Host, ...]
 
     @property
+    def name(self) -> str:
+        """What a stage's record says of where it ran."""
+        return "hosts" if any(h.remote for h in self.hosts) else "local"
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Every slot of every host; those of remote hosts with the host's name before."""
         return tuple(f"{h.name}:{s}" if h.remote else s for h in self.hosts for s in h.slots)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,11 @@ class GitState:
         """Folder name under code/: same code, same name."""
         return f"{(self.sha or 'no-git')[:12]}-{hashlib.sha256(self.diff).hexdigest()[:10]}"
 
+    @classmethod
+    def of_kept(cls, tree: Tree, sha: str | None, name: str) -> GitState:
+        """The state that an earlier submission kept under code/ with `keep_diff`."""
+        return cls(sha=sha, diff=(tree.code / name / "git.diff").read_bytes())
+
 
 def git_state() -> GitState:
     """Commit and uncommitted diff; no commit for an installed package outside a checkout."""
@@ -40,16 +47,56 @@ def git_state() -> GitState:
     return GitState(sha=sha.decode().strip(), diff=diff)
 
 
+def snapshot(tree: Tree, git: GitState) -> Path:
+    """A copy of the code as it is now, for jobs that start later: the folder for PYTHONPATH.
+
+    One copy a state of the code; its name is a hash of the files themselves, so that files git
+    does not know are in it too.
+    """
+    package = Path(harness.__file__).resolve().parent
+    top = package.parent
+    folders = [package, *(top / n for n in ("analysis", "ds_configs", "grids"))]
+    files = sorted(
+        p
+        for f in folders
+        for p in f.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts and not p.is_symlink()
+    )
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(top)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    final = tree.code / f"{(git.sha or 'no-git')[:12]}-{digest.hexdigest()[:10]}" / "src"
+    if final.is_dir():
+        return final
+    partial = final.with_name(f"src.{uuid.uuid4().hex[:8]}.partial")
+    for path in files:
+        target = partial / path.relative_to(top)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    try:
+        partial.rename(final)
+    except OSError:  # another submission was quicker
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
 def _git(top: Path, *arguments: str) -> bytes:
     command = ["git", "-C", str(top), *arguments]
     return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
 
 
-def write_attempt(folder: Path, git: GitState, tree: Tree) -> None:
-    """Writes git.json, git.diff and env.json of one attempt; the diff is stored once per code."""
+def keep_diff(tree: Tree, git: GitState) -> Path:
+    """Stores the diff below code/, once for each state of the code; returns its folder."""
     kept = tree.code / git.name
     if not (kept / "git.diff").exists():
         write_bytes(kept / "git.diff", git.diff)
+    return kept
+
+
+def write_attempt(folder: Path, git: GitState, tree: Tree) -> None:
+    """Writes git.json, git.diff and env.json of one attempt; the diff is stored once per code."""
+    kept = keep_diff(tree, git)
     about = {"schema": 1, "sha": git.sha, "dirty": bool(git.diff), "code": git.name}
     write_json(folder / "git.json", about)
     try:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from harness.ledger import store
+from harness.ledger import attempts, store
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import exclusive, process_started, this_host
 from harness.ledger.states import StageState
@@ -33,10 +33,39 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
         ):
             return None
         store.write_stage(tree, stage)
+        _close_last(folder)
         attempt = folder.new_attempt()
+        attempts.begin(folder, attempt, {"claimed_by": this_host(), **owner})
         write_json(folder.status, submitted(attempt, owner))
     store.add_event(folder, "submitted", attempt=attempt, **owner)
     return attempt
+
+
+def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
+    """Notes the scheduler's number of a claimed stage, unless its job has begun already."""
+    folder = tree.stage(stage.kind, stage.id)
+    with exclusive(folder.path / "claim"):
+        status = read_json(folder.status) or {}
+        is_ours = status.get("attempt") == attempt and status.get("state") == "submitted"
+        if is_ours and not status.get("job"):
+            write_json(folder.status, {**status, "job": job})
+
+
+def unclaim(folder: StageFolder, why: str) -> None:
+    """Takes a claim back whose worker never started: the stage is as it was before."""
+    with exclusive(folder.path / "claim"):
+        status = read_json(folder.status) or {}
+        _close_last(folder)
+        write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
+
+
+def _close_last(folder: StageFolder) -> None:
+    """The attempt before, if it ended without a word: every one keeps a reason."""
+    for number in folder.attempt_numbers()[-1:]:
+        path = folder.attempt(number) / "attempt.json"
+        row = read_json(path) or {"schema": 1, "attempt": number}
+        if row.get("end") is None:
+            write_json(path, {**row, "end": "lost", "message": "ended without a word"})
 
 
 def submitted(attempt: int, owner: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from harness.errors import LeaseLostError, UserError
 from harness.ledger.files import dump, read_json, write_bytes
+from harness.ledger.tree import StageFolder
 
 BEAT_S = 5.0
 EXPIRY_S = 60.0
@@ -69,6 +70,32 @@ def owner_is_dead(lease: dict[str, Any]) -> bool | None:
     if lease["host"] != this_host():
         return None
     return process_started(int(lease["pid"])) != lease["started"]
+
+
+class Silence:
+    """How long owners on other hosts have given no sign, by this process's own clock."""
+
+    def __init__(self, expiry_s: float = EXPIRY_S) -> None:
+        self.expiry_s = expiry_s
+        self._seen: dict[str, tuple[Any, float]] = {}
+
+    def is_over(self, stage_id: str, folder: StageFolder) -> bool:
+        """True if the stage's owner cannot be asked and neither its heartbeat nor its status has
+        changed for `expiry_s` of asking."""
+        lease, status = read_lease(folder.lease), read_json(folder.status) or {}
+        host = lease["host"] if lease else status.get("host")
+        if host == this_host() or status.get("job"):
+            return False  # its process, or the scheduler, can be asked
+        sign = (lease and (lease["token"], lease["beat"]), status.get("attempt"))
+        known = self._seen.get(stage_id)
+        if known is None or known[0] != sign:
+            self._seen[stage_id] = (sign, time.monotonic())
+            return False
+        return time.monotonic() - known[1] > self.expiry_s
+
+    def forget(self, stage_id: str) -> None:
+        """Starts anew for this stage."""
+        self._seen.pop(stage_id, None)
 
 
 class Lease:

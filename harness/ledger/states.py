@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.ledger.files import read_json
@@ -18,6 +18,8 @@ RESUMABLE = frozenset({"planned", "waiting", "preempted", "timeout", "cancelled"
 """States that `--submit` runs in mode cached."""
 FAILED = frozenset({"failed", "diverged", "blocked"})
 ACTIVE = frozenset({"submitted", "running"})
+TOKEN = "token"
+"""Key of status.json: the submission to a scheduler that a stage belongs to; its job's comment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,39 +31,75 @@ class StageState:
     message: str | None = None
     status: Mapping[str, Any]
     result: Mapping[str, Any] | None = None
+    """Of its last run: it counts only for a stage that is `done`."""
 
 
-def read_state(folder: StageFolder) -> StageState:
-    """State of one stage on its own, dependencies aside."""
+def read_state(
+    folder: StageFolder, over: str | None = None, waiting: str | None = None
+) -> StageState:
+    """State of one stage on its own, dependencies aside.
+
+    A scheduler's word, if there is one: `over` is a job (or the token of a submission) that has
+    left its queue, `waiting` one that is in it.
+    """
     result = read_json(folder.result)
     status = read_json(folder.status) or {}
     state = "done" if result else status.get("state", "planned")
     reason, message = status.get("reason"), status.get("message")
-    if not result and state in ACTIVE:
-        lease = read_lease(folder.lease)
-        if state == "running" and (lease is None or owner_is_dead(lease)):
-            state, message = "lost", "its process is gone without a word"
-        elif state == "submitted" and owner_is_dead(
-            {
-                "token": "driver",
-                "host": status.get("host"),
-                "pid": status.get("pid", 0),
-                "started": status.get("pid_started"),
-            }
-        ):
-            state, message = "lost", "the command that submitted it is gone"
+    if not result and state != "failed":
+        state, message = _as_of_now(folder, state, message, status, over, waiting)
     return StageState(state=state, reason=reason, message=message, status=status, result=result)
 
 
-def read_states(tree: Tree, stages: Mapping[str, StageFile]) -> dict[str, StageState]:
+def _as_of_now(
+    folder: StageFolder,
+    state: str,
+    message: str | None,
+    status: Mapping[str, Any],
+    over: str | None,
+    waiting: str | None,
+) -> tuple[str, str | None]:
+    """State and message, if the one in the file says that somebody is at work who is not."""
+    job = status.get("job") or status.get(TOKEN)
+    if job is not None and job == waiting:
+        # Stopped in good order and in the queue again: the scheduler will start it.
+        return ("submitted" if state in ("preempted", "timeout") else state), message
+    if state == "running":
+        lease = read_lease(folder.lease)
+        if lease is None or owner_is_dead(lease) or (job is not None and job == over):
+            return "lost", "its process is gone without a word"
+    elif state == "submitted" and job is not None:
+        if job == over:
+            return "lost", "its job left the queue before it started"
+    elif state == "submitted" and owner_is_dead(
+        {
+            "token": "driver",
+            "host": status.get("host"),
+            "pid": status.get("pid", 0),
+            "started": status.get("pid_started"),
+        }
+    ):
+        return "lost", "the command that submitted it is gone"
+    return state, message
+
+
+def read_states(
+    tree: Tree,
+    stages: Mapping[str, StageFile],
+    over: Mapping[str, str] | None = None,
+    waiting: Mapping[str, str] | None = None,
+) -> dict[str, StageState]:
     """States of a stage graph; `stages` in dependency order.
+
+    `over` and `waiting`: stage id -> job, see `read_state`.
 
     A done stage whose upstream was run again since (or is gone) is planned again; one whose
     upstream failed is blocked; one whose upstream is not done yet is waiting.
     """
     states: dict[str, StageState] = {}
     for stage in stages.values():
-        own = read_state(tree.stage(stage.kind, stage.id))
+        folder = tree.stage(stage.kind, stage.id)
+        own = read_state(folder, (over or {}).get(stage.id), (waiting or {}).get(stage.id))
         upstream = [states[u] for u in stage.config.upstream.values() if u in states]
         states[stage.id] = _in_graph(own, stage, upstream)
     return states
@@ -71,25 +109,21 @@ def _in_graph(own: StageState, stage: StageFile, upstream: list[StageState]) -> 
     if own.state == "done":
         used = (own.result or {}).get("upstream_uids", {})
         now = {
-            u: (s.result or {}).get("uid")
+            u: (s.result or {}).get("uid") if s.state == "done" else None
             for u, s in zip(stage.config.upstream.values(), upstream, strict=True)
         }
         if used == now:
             return own
         message = "its upstream stage was run again or removed since"
-        own = StageState(state="planned", reason="stale", message=message, status=own.status)
+        own = replace(own, state="planned", reason="stale", message=message)
     if own.state in RESUMABLE or own.state == "blocked":
         bad = [s for s in upstream if s.state in FAILED]
         if bad:
-            return StageState(
-                state="blocked", reason="upstream", message="upstream failed", status=own.status
-            )
+            return replace(own, state="blocked", reason="upstream", message="upstream failed")
         if own.state in ("planned", "waiting", "blocked"):
             ready = all(s.state == "done" for s in upstream)
             state = "planned" if ready else "waiting"
-            return StageState(
-                state=state, reason=own.reason, message=own.message, status=own.status
-            )
+            return replace(own, state=state)
     return own
 
 

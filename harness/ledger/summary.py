@@ -63,7 +63,7 @@ def _details(state: StageState | None) -> dict[str, Any]:
         "reason": state.reason,
         "message": state.message,
         "attempt": state.status.get("attempt"),
-        "metrics": (state.result or {}).get("metrics"),
+        "metrics": (state.result or {}).get("metrics") if state.state == "done" else None,
     }
 
 

@@ -253,6 +253,8 @@ class Chain:
                 )
         return Execution(
             ranks=wanted.ranks,
+            nodes=wanted.nodes,
+            time_s=wanted.time,
             threads=wanted.threads,
             share=wanted.share,
             micro_batch=wanted.micro_batch,

@@ -117,17 +117,27 @@ Tries = Annotated[int, Field(ge=0)]
 
 
 class Retry(Frozen):
-    """How often a stage is tried again, by the cause of its end."""
+    """How often a stage is tried again, by the cause of its end. Every try goes on from the last
+    checkpoint; counted are the attempts since a user last said `retry`."""
 
-    preempted: Tries = 100
-    timeout: Tries = 20
+    preempted: Tries | Literal["always"] = "always"
+    """Asked to stop: by a scheduler for somebody else's job, by Ctrl-C, by a requeue."""
+    timeout: Tries | Literal["always"] = "always"
+    """The time limit of its job."""
+    patience: Count = 3
+    """`always` ends when so many attempts in a row left nothing to go on from."""
+    node_fail: Tries = 3
+    """Its host is gone; under a scheduler the next try avoids that host."""
     killed: Tries = 2
-    """Ended by a signal nobody here sent: out of memory, a node failure, `kill -9`."""
+    """Ended by a signal nobody here sent: a host's memory, `kill -9`."""
     oom: Tries = 30
     """Out of memory in a training step; each try takes the next smaller micro-batch."""
+    hung: Tries = 1
+    """A rank stood still for `resources.hang_after`."""
     data: Tries = 0
     code: Tries = 0
-    diverged: Tries = 0
+    diverged: Annotated[int, Field(ge=0, le=1)] = 0
+    """On one machine the same run diverges again; on another, or with atomics, it may not."""
 
 
 class Budget(Frozen):

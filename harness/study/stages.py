@@ -88,6 +88,10 @@ class Execution(Frozen):
 
     ranks: int = 1
     """Processes of one stage; one GPU each on CUDA."""
+    nodes: int = 1
+    """Nodes that a scheduler spreads them over, at least."""
+    time_s: float | None = None
+    """Time limit for a scheduler."""
     threads: int = 1
     """CPU threads of one rank."""
     share: int = 1

@@ -1,0 +1,72 @@
+"""What an attempt's end means, where its own worker could not say it."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from harness.launch.policy import Decision, decide
+from harness.ledger import attempts, store
+from harness.ledger.claim import stop_asked
+from harness.ledger.files import read_json, write_json
+from harness.ledger.states import ACTIVE
+from harness.ledger.tree import StageFolder
+from harness.study.schema import Retry
+
+
+def settle(
+    folder: StageFolder, attempt: int, code: int, *, asked_to_stop: bool, gone: str | None = None
+) -> dict[str, Any]:
+    """The final status.json of an attempt whose every process is gone; written if it is missing.
+
+    `code` is the first exit code that was not 0, negative for a signal; `gone` says which host was
+    lost, if one was.
+    """
+    status = read_json(folder.status) or {}
+    if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
+        return status
+    return attempts.close(folder, attempt, *_meaning(folder, attempt, code, asked_to_stop, gone))
+
+
+def conclude(
+    folder: StageFolder, attempt: int, status: dict[str, Any], retry: Retry, why: str | None = None
+) -> Decision:
+    """What follows from a settled attempt; status.json says so.
+
+    `why` is set if somebody wanted this end; a stop note says so too.
+    """
+    why = why or stop_asked(folder)
+    interrupted = ("preempted", "timeout", "cancelled", "lost")
+    if why is not None and status.get("state") in interrupted:
+        store.add_event(folder, "cancelled", attempt=attempt, reason=why)
+        write_json(folder.status, {**status, "state": "cancelled", "reason": why})
+        return Decision(again=False, why=why)
+    tries = attempts.read_attempts(folder)
+    decision = decide(retry, tries, attempts.progress_of(folder))
+    if decision.again:
+        store.add_event(folder, "retry", attempt=attempt, why=decision.why)
+        write_json(folder.status, {**status, "state": "preempted"})
+    elif status.get("state") in interrupted:
+        # What is only interrupted would be started again; this one has had its tries.
+        message = f"{decision.why}; {status.get('message')}"
+        write_json(folder.status, {**status, "state": "failed", "message": message})
+    return decision
+
+
+def _meaning(
+    folder: StageFolder, attempt: int, code: int, asked_to_stop: bool, gone: str | None
+) -> tuple[str, str, str]:
+    """State, reason, message."""
+    if gone is not None:
+        return "failed", "node_fail", gone
+    said = attempts.told_by_ranks(folder, attempt)
+    if said is not None:
+        return said["state"], said["reason"], said["message"]
+    if code < 0:
+        name = signal.Signals(-code).name
+        if asked_to_stop:
+            return "cancelled", "killed", "did not stop in time"
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return "failed", "killed", f"ended by {name}{hint}"
+    log = folder.attempt(attempt) / "stderr.log"
+    return "failed", "code", f"exit code {code}; see {log}"

@@ -1,0 +1,104 @@
+"""The tries at a stage, as their own files tell them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.ledger import store
+from harness.ledger.files import read_json, read_jsonl, write_json
+from harness.ledger.tree import StageFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try: why it ended (None: nobody said), where, and what it started from."""
+
+    number: int
+    end: str | None
+    host: str | None
+    progress: int
+    """What was there when it started: see `progress_of`."""
+
+
+def progress_of(folder: StageFolder) -> int:
+    """A number that grows when an attempt leaves something that the next one goes on from.
+
+    The step of the last complete checkpoint; where a protocol keeps none, the finished parts.
+    """
+    steps = [
+        int(p.parent.name.removeprefix("step_"))
+        for p in folder.checkpoints.glob("step_*/COMPLETE")
+        if p.parent.name.removeprefix("step_").isdigit()
+    ]
+    if steps or folder.checkpoints.is_dir():
+        return max(steps, default=0)
+    own = ("attempts", "checkpoints")
+    parts = (p for p in folder.path.glob("*/*") if p.parent.name not in own)
+    return sum(1 for p in parts if not p.name.startswith(".") and p.suffix != ".tmp")
+
+
+def begin(folder: StageFolder, number: int, about: dict[str, Any]) -> None:
+    """Writes attempt.json before the worker starts: it may never get to say anything."""
+    row = {"schema": 1, "attempt": number, "progress": progress_of(folder), "end": None, **about}
+    write_json(folder.attempt(number) / "attempt.json", row)
+
+
+def read_attempts(folder: StageFolder) -> list[Attempt]:
+    """The tries since the user last asked to start over (retry, force), in order."""
+    forgiven = max(
+        (int(e.get("attempt") or 0) for e in read_jsonl(folder.events) if e.get("by") == "user"),
+        default=0,
+    )
+    found = []
+    for number in folder.attempt_numbers():
+        if number <= forgiven:
+            continue
+        row = read_json(folder.attempt(number) / "attempt.json") or {}
+        found.append(
+            Attempt(
+                number=number,
+                end=row.get("end"),
+                host=row.get("host") or row.get("claimed_by"),
+                progress=int(row.get("progress") or 0),
+            )
+        )
+    return found
+
+
+def forgive(folder: StageFolder, why: str) -> None:
+    """Notes that a user wants the stage to run again: earlier tries count no longer."""
+    numbers = folder.attempt_numbers()
+    store.add_event(folder, why, by="user", attempt=numbers[-1] if numbers else 0)
+
+
+def close(
+    folder: StageFolder, number: int, state: str, reason: str, message: str
+) -> dict[str, Any]:
+    """Says how an attempt ended where its worker could not; returns the new status.json."""
+    status = read_json(folder.status) or {}
+    record = folder.attempt(number) / "attempt.json"
+    row = {**status, "schema": 1, "state": state, "reason": reason, "message": message}
+    row |= {"attempt": number, "ended": time.time()}
+    write_json(folder.status, row)
+    write_json(record, {**(read_json(record) or {}), "end": reason, "message": message})
+    store.add_event(folder, state, attempt=number, reason=reason, message=message)
+    return row
+
+
+def told_by_ranks(folder: StageFolder, number: int) -> dict[str, Any] | None:
+    """What a rank other than 0 left as the cause of the end; the first of them."""
+    told: list[Path] = sorted(folder.attempt(number).glob("error.rank*.json"))
+    return read_json(told[0]) if told else None
+
+
+def end_busy(folder: StageFolder, number: int) -> None:
+    """The attempt found a living owner and did nothing: the stage is running, by that one."""
+    record = folder.attempt(number) / "attempt.json"
+    message = "another process owns the stage"
+    write_json(record, {**(read_json(record) or {}), "end": "busy", "message": message})
+    status = read_json(folder.status) or {}
+    if status.get("attempt") == number and status.get("state") == "submitted":
+        write_json(folder.status, {"schema": 1, "state": "running", "attempt": number - 1})
