@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -151,6 +154,27 @@ def test_nothing_outlives_a_closed_pool(make_pool: MakePool) -> None:
     rows = [*noted(pool.tree, "polite-a"), *noted(pool.tree, "polite-b")]
     pool.close()
     assert not any(is_alive(r["pid"]) or is_alive(r["zygote"]) for r in rows)
+
+
+def test_a_zygote_that_hears_nothing_for_long_ends(tmp_path: Path) -> None:
+    """A network that is cut closes nothing: only silence tells."""
+    command = [sys.executable, "-m", "harness.launch.zygote", "--silence", "0.2"]
+    zygote = subprocess.Popen(
+        [*command, "--worker", "tests.launch.small_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert zygote.stdin and zygote.stdout and b"ready" in zygote.stdout.readline()
+    request = {"start": "a#0", "group": "a", "args": [], "listener": None}
+    env = {"HARNESS_STAGE": "polite-a", "HARNESS_ATTEMPT": "1", "RANK": "0"}
+    request |= {"env": env | {"HARNESS_RUN_DIR": str(tmp_path)}}
+    request |= {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
+    zygote.stdin.write(json.dumps(request).encode() + b"\n")
+    zygote.stdin.flush()
+    pid = json.loads(zygote.stdout.readline())["pid"]
+    assert zygote.wait(timeout=60) == 0 and not is_alive(pid)
+    zygote.stdin.close()
+    zygote.stdout.close()
 
 
 def test_a_stage_asked_to_stop_before_its_ranks_are_forked_never_starts(
