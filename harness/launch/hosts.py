@@ -169,7 +169,8 @@ class Link:
     def lost(self, now: float) -> str:
         """Notes that the connection ended; returns why, in words."""
         self.hang_up()
-        code = self._process.wait()
+        self.close(time.monotonic() + 10)
+        code = self._process.returncode
         said = self.log.read_bytes()[self._log_from :].decode(errors="replace").strip()
         last = said.splitlines()[-1] if said else f"exit code {code}"
         what = f"host {self.host.name}" if self.host.remote else "the pool's process"

@@ -204,7 +204,7 @@ class Pool:
         Raises HarnessError if nothing runs and no host is left for what was asked for.
         """
         self._check_that_something_can_run()
-        self._line.end_round(self._slots, self._standing, self._clock())
+        self._line.end_round(self._slots, self._up, self._standing, self._clock())
         self._asked = {}
         for link in self._links.values():
             if link.why is not None and not link.is_given_up and self._clock() >= link.retry_at:
@@ -285,7 +285,8 @@ class Pool:
         ]
 
     def _exited(self, running: Running, ranks: Iterable[int], code: int) -> list[Ended]:
-        running.codes |= dict.fromkeys(ranks, code)
+        for rank in ranks:
+            running.codes.setdefault(rank, code)
         if len(running.codes) < running.ranks:
             if code != 0:
                 # The others would wait for the lost rank in a collective; the first cause counts.

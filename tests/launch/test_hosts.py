@@ -236,14 +236,19 @@ def driver(root: Path, file: Path, machine: Machine, watch: Callable[[Progress],
     return Driver(grid, Tree(root), machine, Speeds(device="cpu", flops_per_s={}), watch)
 
 
+def put_on_path(ssh: Ssh, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program `ssh` that is this command."""
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    (folder / "ssh").write_text(f'#!/bin/sh\nexec {shlex.join(ssh)} "$@"\n')
+    (folder / "ssh").chmod(0o755)
+
+
 def test_a_study_on_two_hosts_survives_the_loss_of_one_with_the_same_numbers(
     ssh: Ssh, two_hosts: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stages of one rank, so that the bits are those of an undisturbed run on this machine."""
     monkeypatch.setenv("PYTHONPATH", str(TOP))
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "ssh").write_text(f'#!/bin/sh\nexec {shlex.join(ssh)} "$@"\n')
-    (tmp_path / "ssh").chmod(0o755)
+    put_on_path(ssh, tmp_path, monkeypatch)
     file = tmp_path / "tiny.yaml"
     file.write_text(CHECKPOINTING.replace("steps: 40", "steps: 400"))
     seen: set[int] = set()
@@ -272,3 +277,26 @@ def test_a_study_on_two_hosts_survives_the_loss_of_one_with_the_same_numbers(
     alone = driver(tmp_path / "alone", file, this_machine("cpu", 2), lambda _: None).run("cached")
     assert not alone.failed and not alone.left
     assert numbers(tmp_path / "runs") == numbers(tmp_path / "alone")
+
+
+def test_ranks_on_two_hosts_give_the_bits_of_two_ranks_on_one(
+    ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TOP))
+    put_on_path(ssh, tmp_path, monkeypatch)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    file = tmp_path / "tiny.yaml"
+    one_cell = CHECKPOINTING.replace("[500, 2k]", "[500]").replace("[random, mae]", "[random]")
+    file.write_text(one_cell.replace("resources: {", "resources: {ranks: 2, "))
+    hosts: set[tuple[str, ...]] = set()
+
+    def watch(progress: Progress) -> None:
+        hosts.update(tuple(running.hosts) for running in progress.running)
+
+    two = machine_of_hostfile(hostfile, "cpu")
+    for root, machine in (("two", two), ("one", this_machine("cpu", 2))):
+        summary = driver(tmp_path / root, file, machine, watch).run("cached")
+        assert not summary.failed and not summary.left
+    assert hosts == {("localhost", "127.0.0.1"), ("localhost",)}
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "one")

@@ -147,6 +147,27 @@ def test_only_stages_of_one_rank_share() -> None:
         Resources(share=4, ranks=2)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_slots_are_kept_if_and_only_if_they_are_enough(seed: int) -> None:
+    """Otherwise they would be kept for ever."""
+    rng = random.Random(seed)
+    all_hosts = hosts(*rng.choices([1, 2, 3, 4], k=3))
+    slots, standing = Slots(all_hosts), {h.name for h in all_hosts}
+    for _ in range(3):
+        places = slots.find(need(share=2), standing)
+        assert places is not None
+        slots.take(places)
+    for ranks, per_rank, share in ((1, 1, 3), *((r, t, 1) for r in range(1, 9) for t in (1, 2))):
+        wanted = need(ranks, per_rank, share)
+        up = {h.name for h in all_hosts if rng.random() < 0.8}
+        kept = slots.reserve(wanted, up, standing)
+        assert {host for host, _ in kept} <= up
+        # On hosts of which nothing but the kept slots is free, and on hosts free throughout.
+        others = {(h.name, s) for h in all_hosts for s in h.slots} - kept
+        assert bool(kept) == (Slots(all_hosts).find(wanted, up, standing, others) is not None)
+        assert bool(kept) == (Slots(all_hosts).find(wanted, up, standing) is not None)
+
+
 # --- the line -----------------------------------------------------------------------------
 
 
@@ -184,7 +205,7 @@ def test_a_large_stage_gets_its_turn_among_endless_small_ones(
     number = 0
     while place(f"small-{number}", small):
         number += 1
-    line.end_round(slots, up, now)
+    line.end_round(slots, up, up, now)
     line = Line()  # from here on, only `large` is ever refused first
     while now < 600:
         now += 0.5
@@ -195,7 +216,7 @@ def test_a_large_stage_gets_its_turn_among_endless_small_ones(
             break
         while place(f"small-{number}", small):
             number += 1
-        line.end_round(slots, up, now)
+        line.end_round(slots, up, up, now)
     # A minute of patience, and the longest of the small stages that ran then.
     assert now <= PATIENCE_S + 50 + 1
 
@@ -203,13 +224,13 @@ def test_a_large_stage_gets_its_turn_among_endless_small_ones(
 def test_a_stage_that_nobody_asks_for_any_more_leaves_the_line() -> None:
     slots, line = Slots(hosts(1)), Line()
     line.ask("large")
-    line.refuse("large", need(2), 0.0)
-    line.end_round(slots, {"h0"}, PATIENCE_S + 1)
+    line.refuse("large", need(), 0.0)
+    line.end_round(slots, {"h0"}, {"h0"}, PATIENCE_S + 1)
     assert line.barred("small") == {("h0", "0")} and line.barred("large") == ()
     for _ in range(1000):  # rounds in which nothing was free: nobody was asked for
-        line.end_round(slots, {"h0"}, PATIENCE_S + 2)
+        line.end_round(slots, {"h0"}, {"h0"}, PATIENCE_S + 2)
     assert line.barred("small")
     for _ in range(200):
         line.ask("small")
-        line.end_round(slots, {"h0"}, PATIENCE_S + 2)
+        line.end_round(slots, {"h0"}, {"h0"}, PATIENCE_S + 2)
     assert line.barred("small") == ()
