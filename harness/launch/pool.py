@@ -241,7 +241,9 @@ class Pool:
                 return []
             return self._exited(running, range(running.ranks), -signal.SIGTERM)
         on_one_host = len(running.places) == 1
-        address = "127.0.0.1" if on_one_host else _address(link.host.name, message["address"])
+        address = (
+            "127.0.0.1" if on_one_host else meeting_address(link.host.name, message["address"])
+        )
         self._fork(running, {"MASTER_ADDR": address, "MASTER_PORT": str(message["port"])})
         return []
 
@@ -335,7 +337,7 @@ class Pool:
             link.close(deadline)
 
 
-def _address(host: str, reached_at: str) -> str:
+def meeting_address(host: str, reached_at: str) -> str:
     """Where other hosts reach this one: where ssh did, if that is no address of its own only."""
     name = host.rpartition("@")[2]
     try:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from harness.errors import HarnessError
-from harness.launch.machine import Device, this_machine
-from harness.launch.pool import Pool
+from harness.launch.hosts import RECONNECT_S
+from harness.launch.machine import Device, Host, Machine, this_machine
+from harness.launch.pool import Pool, meeting_address
 from harness.ledger.tree import Tree
 from tests.launch.made import is_alive, noted, poll_until, stage, start, wait_for
 
@@ -185,3 +186,48 @@ def test_a_stage_asked_to_stop_before_its_ranks_are_forked_never_starts(
     pool.stop(pool.running["sleep-a"])
     (ended,) = poll_until(pool, lambda: not pool.running).values()
     assert ended.code == -signal.SIGTERM and noted(pool.tree, "sleep-a") == []
+
+
+def test_a_host_that_never_answers_is_given_up_and_what_needs_it_is_named(tmp_path: Path) -> None:
+    now = 0.0
+    hosts = (Host(slots=("0",)), Host(name="far", slots=("0", "1"), remote=True))
+    pool = Pool(
+        Machine(device="cpu", hosts=hosts),
+        Tree(tmp_path),
+        ssh=[sys.executable, "-c", "raise SystemExit('ssh: far is down')"],
+        worker="tests.launch.small_worker",
+        clock=lambda: now,
+    )
+    large, small = stage("code-0-large", ranks=2), stage("code-0-small")
+    ran = tries = 0
+    with pytest.raises(HarnessError) as error:
+        while tries < 100:
+            # A round of the driver: the large stage is first in line all the time, and the small
+            # one can run until nobody tries to reach the host any more.
+            assert not pool.fits(large)
+            if tries < 20 and pool.fits(small):
+                start(pool, small)
+            for ended in pool.poll(0.1):
+                ran += ended.code == 0
+            if "far" in pool.away:
+                tries, now = tries + 1, now + RECONNECT_S
+    pool.close()
+    assert ran > 2
+    assert "no host is left that could run code-0-large: host far did not start" in str(error.value)
+    assert "ssh: far is down" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reached_at", "address"),
+    [
+        ("worker-1", "10.0.0.7", "10.0.0.7"),
+        ("me@worker-1", "127.0.1.1", "worker-1"),  # as Debian's /etc/hosts names its own host
+        ("worker-1", "::1", "worker-1"),
+        ("worker-1", "2001:db8::7", "2001:db8::7"),
+        ("worker-1", "", "worker-1"),
+    ],
+)
+def test_other_hosts_meet_where_ssh_reached_rank_zeros(
+    name: str, reached_at: str, address: str
+) -> None:
+    assert meeting_address(name, reached_at) == address
