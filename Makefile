@@ -29,7 +29,7 @@ test: install
 test-long: install
 	$(BIN)/python -m pytest -m "long and not gpu" --durations=5
 
-# Tests that need packages of the operating system: real Fashion-MNIST files, chromium.
+# Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd.
 test-system: install
 	$(BIN)/python -m pytest -m "browser or system" -rs
 

@@ -156,10 +156,12 @@ class Driver:
         for stage in self.stages.values():
             execution = stage.execution
             need = execution.ranks * slots_per_rank(self.machine.device, execution.threads)
-            if execution.ranks > self.machine.most_ranks(execution.threads):
+            most = self.machine.most_ranks(execution.threads)
+            if execution.ranks > most:
+                room = f"{have}" if need > have else f"{have} on hosts that hold {most} ranks"
                 raise UserError(
                     f"{stage.id} needs {need} {what} ({execution.ranks} ranks); this machine has"
-                    f" {have}; lower `resources`, or submit on a larger machine"
+                    f" {room}; lower `resources`, or submit on a larger machine"
                 )
 
     def _todo(self, states: dict[str, StageState]) -> dict[str, _Job]:

@@ -146,16 +146,14 @@ class Link:
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            try:
-                message = json.loads(line)
-                assert isinstance(message, dict)
-            except (ValueError, AssertionError):
+        with process.stdout as lines:
+            for line in lines:
+                if line.startswith(b"{"):
+                    self.inbox.put((self.host.name, json.loads(line)))
+                    continue
                 # A greeting of the remote shell's start-up files.
                 with open(self.log, "ab") as log:
                     log.write(line)
-                continue
-            self.inbox.put((self.host.name, message))
         self.inbox.put((self.host.name, None))
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -171,7 +169,8 @@ class Link:
     def lost(self, now: float) -> str:
         """Notes that the connection ended; returns why, in words."""
         self.hang_up()
-        code = self._process.wait()
+        self.close(time.monotonic() + 10)
+        code = self._process.returncode
         said = self.log.read_bytes()[self._log_from :].decode(errors="replace").strip()
         last = said.splitlines()[-1] if said else f"exit code {code}"
         what = f"host {self.host.name}" if self.host.remote else "the pool's process"

@@ -56,7 +56,9 @@ class Line:
         if self._first is not None:
             self._first.kept = set()
 
-    def end_round(self, slots: Slots, standing: Collection[str], now: float) -> None:
+    def end_round(
+        self, slots: Slots, up: Collection[str], standing: Collection[str], now: float
+    ) -> None:
         """After stages were asked for, in order of importance: keeps slots for the first."""
         first, asked = self._first, self._asked
         self._asked = set()
@@ -68,4 +70,4 @@ class Line:
         if first.missed > _ROUNDS:
             self._first = None
         elif now - first.since > PATIENCE_S and not first.kept:
-            first.kept = slots.reserve(first.need, standing)
+            first.kept = slots.reserve(first.need, up, standing)

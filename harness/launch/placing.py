@@ -103,8 +103,7 @@ class Slots:
         if need.part < 1:
             return self._part(need, up, barred)
         room = {h: self._whole(h, barred) for h in self._free if h in up}
-        largest = max((len(self._free[h]) for h in standing or up), default=0)
-        if need.slots <= largest:
+        if self._is_for_one_host(need.slots, standing or up):
             enough = [h for h, slots in room.items() if len(slots) >= need.slots]
             if not enough:
                 return None
@@ -142,16 +141,21 @@ class Slots:
                 placed += ranks
         return tuple(places) if placed == need.ranks else None
 
-    def reserve(self, need: Need, standing: Collection[str]) -> set[Slot]:
-        """Slots to keep for a stage that has no room now: those that lack the least."""
+    def reserve(self, need: Need, up: Collection[str], standing: Collection[str]) -> set[Slot]:
+        """Slots to keep for a stage that has no room now: those that lack the least.
+
+        None if it cannot run on the hosts that are `up`, free as they may be.
+        """
         lacking = {
             h: sorted(self._free[h].items(), key=lambda item: -item[1])
             for h in self._free
-            if h in standing
+            if h in up
         }
         count = 1 if need.part < 1 else need.slots
-        large = [h for h, slots in lacking.items() if len(slots) >= count]
-        if large:
+        if self._is_for_one_host(count, standing):
+            large = [h for h, slots in lacking.items() if len(slots) >= count]
+            if not large:
+                return set()
             host = max(large, key=lambda h: sum(free for _, free in lacking[h][:count]))
             return {(host, slot) for slot, _ in lacking[host][:count]}
         kept: set[Slot] = set()
@@ -160,4 +164,7 @@ class Slots:
             if ranks < need.ranks and len(lacking[host]) >= need.per_rank:
                 kept |= {(host, slot) for slot, _ in lacking[host]}
                 ranks += len(lacking[host]) // need.per_rank
-        return kept
+        return kept if ranks >= need.ranks else set()
+
+    def _is_for_one_host(self, count: int, standing: Collection[str]) -> bool:
+        return count <= max((len(self._free[h]) for h in standing), default=0)

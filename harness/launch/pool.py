@@ -204,7 +204,7 @@ class Pool:
         Raises HarnessError if nothing runs and no host is left for what was asked for.
         """
         self._check_that_something_can_run()
-        self._line.end_round(self._slots, self._standing, self._clock())
+        self._line.end_round(self._slots, self._up, self._standing, self._clock())
         self._asked = {}
         for link in self._links.values():
             if link.why is not None and not link.is_given_up and self._clock() >= link.retry_at:
@@ -241,7 +241,9 @@ class Pool:
                 return []
             return self._exited(running, range(running.ranks), -signal.SIGTERM)
         on_one_host = len(running.places) == 1
-        address = "127.0.0.1" if on_one_host else _address(link.host.name, message["address"])
+        address = (
+            "127.0.0.1" if on_one_host else meeting_address(link.host.name, message["address"])
+        )
         self._fork(running, {"MASTER_ADDR": address, "MASTER_PORT": str(message["port"])})
         return []
 
@@ -285,7 +287,8 @@ class Pool:
         ]
 
     def _exited(self, running: Running, ranks: Iterable[int], code: int) -> list[Ended]:
-        running.codes |= dict.fromkeys(ranks, code)
+        for rank in ranks:
+            running.codes.setdefault(rank, code)
         if len(running.codes) < running.ranks:
             if code != 0:
                 # The others would wait for the lost rank in a collective; the first cause counts.
@@ -334,7 +337,7 @@ class Pool:
             link.close(deadline)
 
 
-def _address(host: str, reached_at: str) -> str:
+def meeting_address(host: str, reached_at: str) -> str:
     """Where other hosts reach this one: where ssh did, if that is no address of its own only."""
     name = host.rpartition("@")[2]
     try:

@@ -101,7 +101,7 @@ class Resources(Frozen):
         if self.share > 1 and self.ranks > 1:
             raise ValueError(
                 f"share {self.share} with {self.ranks} ranks: only stages of one rank share a"
-                " GPU; leave out share or set ranks: 1"
+                " GPU; set share: 1 or ranks: 1 for them"
             )
         return self
 

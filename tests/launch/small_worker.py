@@ -1,7 +1,7 @@
 """Stands where `harness.worker` does, without torch: what it does is the stage's id.
 
-`sleep-*` waits to be killed, `polite-*` until TERM, `die-*` ends its zygote, `code-N-*` exits N;
-`store-*` meets the other ranks as the real worker does. All note their surroundings first.
+`sleep-*` waits to be killed, `polite-*` until TERM, `die-*` ends its zygote, `code-N-*` exits N.
+All note their surroundings first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main(args: list[str]) -> int:
     noted |= {"pid": os.getpid(), "zygote": os.getppid(), "args": args, "began": time.monotonic()}
     noted["listens"] = "HARNESS_RENDEZVOUS_FD" in os.environ
     path = Path(os.environ["HARNESS_RUN_DIR"]) / f"noted.{os.environ['HARNESS_ATTEMPT']}.{rank}"
-    path.with_suffix(".tmp").write_text(json.dumps(noted))
-    path.with_suffix(".tmp").rename(path.with_name(path.name + ".json"))
+    path.write_text(json.dumps(noted))
+    path.rename(f"{path}.json")
     what, _, rest = name.partition("-")
     if what == "sleep":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

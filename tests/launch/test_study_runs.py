@@ -518,3 +518,29 @@ def test_two_submissions_at_once_run_each_stage_once(
         events = [e["event"] for e in read_jsonl(folder / "events.jsonl")]
         assert events.count("started") == 1 and events.count("done") == 1, events
     assert numbers(root) == numbers(finished[0])
+
+
+@pytest.mark.long
+def test_a_study_survives_the_death_of_the_pools_process(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
+    file.write_text(CHECKPOINTING)
+    root.mkdir()
+    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    process = start(root, file)
+    assert wait_for(lambda: any(root.glob("stages/wsp/*/lease")))
+    lease = next(root.glob("stages/wsp/*/lease"))
+    worker = json.loads(lease.read_text())["pid"]
+    zygote = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(zygote, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert numbers(root) == numbers(finished[0])
+    killed = [
+        e
+        for path in root.glob("stages/*/*/events.jsonl")
+        for e in read_jsonl(path)
+        if e["event"] == "failed"
+    ]
+    assert killed and all("the pool's process is gone" in e["message"] for e in killed)

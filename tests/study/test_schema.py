@@ -81,6 +81,18 @@ def test_a_batch_that_does_not_divide_says_what_would(study_file: Write) -> None
     ), found
 
 
+def test_only_stages_of_one_rank_may_share_a_gpu(study_file: Write) -> None:
+    rules = "resources: [{set: {share: 4}}, {match: {stage: wsp}, set: {ranks: 2}}]\n"
+    path = study_file(SMALL + rules)
+    line = len(SMALL.splitlines()) + 1
+    (found,) = problems(path)
+    assert found.startswith(f"{path}:{line}: resources.1.set: share 4 with 2 ranks: only"), found
+    shared = build_grid(load_study(study_file(SMALL + "resources: {share: 4}\n")))
+    plain = build_grid(load_study(study_file(SMALL)))
+    assert shared.stages.keys() == plain.stages.keys()
+    assert {s.execution.share for s in shared.stages.values()} == {4}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
