@@ -37,8 +37,9 @@ def tend(folder: Path) -> slurm.Submitted:
         if state.state != "lost" or state.status.get("token") != about["token"]:
             continue
         attempt = int(state.status.get("attempt") or 0)
-        if state.status.get("state") == "submitted":
-            unclaim(own, "its job was dropped before it started")
+        upstream = stages[stage_id].config.upstream.values()
+        if any(states[u].state != "done" for u in upstream if u in states):
+            unclaim(own, "its job was dropped: it waited for one that failed")
             continue
         status = attempts.close(own, attempt, "failed", "node_fail", "its job is gone")
         conclude(own, attempt, status, retry)

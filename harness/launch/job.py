@@ -80,7 +80,13 @@ def begin(tasks_file: str) -> int:
     """Prints shell exports for the ranks. Exit code: 0 to go on, 3 if the stage is done already."""
     task = _read(tasks_file)
     with exclusive(task.folder.path / "claim"):
-        code, attempt = _take(task)
+        try:
+            code, attempt = _take(task)
+        except Exception as error:
+            # Nobody else would tell: the ranks, and `end`, are never started.
+            number = int((read_json(task.folder.status) or {}).get("attempt") or 0)
+            attempts.close(task.folder, number, "failed", "code", f"in `begin`: {error}")
+            raise
     if code:
         return code
     assert attempt is not None
@@ -105,8 +111,7 @@ def begin(tasks_file: str) -> int:
 def _take(task: _Task) -> tuple[int, int | None]:
     """Makes the stage this job's, or says why not: (exit code, attempt)."""
     folder, stage = task.folder, task.stage
-    graph = {u: store.read_stage(task.tree.stage(k, u)) for u, k in stage.upstream_kinds.items()}
-    found = states.read_states(task.tree, {**graph, stage.id: stage})
+    found = states.read_states(task.tree, store.with_upstream(task.tree, stage))
     if found[stage.id].state == "done":
         print(f"{stage.id} is done already", file=sys.stderr)
         return NOTHING_TO_DO, None
@@ -115,7 +120,7 @@ def _take(task: _Task) -> tuple[int, int | None]:
     if (why := stop_asked(folder)) is not None:
         attempts.close(folder, attempt, "cancelled", why, why)
         return 1, None
-    missing = [u for u in graph if found[u].state != "done"]
+    missing = [u for u in stage.upstream_kinds if found[u].state != "done"]
     if missing:
         write_json(folder.status, {**status, "state": "planned", "job": None, "token": None})
         print(f"{stage.id}: upstream {missing[0]} is not done", file=sys.stderr)

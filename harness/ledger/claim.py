@@ -55,17 +55,19 @@ def unclaim(folder: StageFolder, why: str) -> None:
     """Takes a claim back whose worker never started: the stage is as it was before."""
     with exclusive(folder.path / "claim"):
         status = read_json(folder.status) or {}
-        _close_last(folder)
+        _close_last(folder, "dropped", why)
         write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
 
 
-def _close_last(folder: StageFolder) -> None:
+def _close_last(
+    folder: StageFolder, end: str = "lost", message: str = "ended without a word"
+) -> None:
     """The attempt before, if it ended without a word: every one keeps a reason."""
     for number in folder.attempt_numbers()[-1:]:
         path = folder.attempt(number) / "attempt.json"
         row = read_json(path) or {"schema": 1, "attempt": number}
         if row.get("end") is None:
-            write_json(path, {**row, "end": "lost", "message": "ended without a word"})
+            write_json(path, {**row, "end": end, "message": message})
 
 
 def submitted(attempt: int, owner: Mapping[str, Any]) -> dict[str, Any]:

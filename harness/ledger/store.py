@@ -100,6 +100,14 @@ def read_stage(folder: StageFolder) -> StageFile:
     return StageFile.model_validate(raw)
 
 
+def with_upstream(tree: Tree, stage: StageFile) -> dict[str, StageFile]:
+    """The stage and all that it rests on, in dependency order."""
+    found: dict[str, StageFile] = {}
+    for upstream, kind in stage.upstream_kinds.items():
+        found |= with_upstream(tree, read_stage(tree.stage(kind, upstream)))
+    return found | {stage.id: stage}
+
+
 def write_stage(tree: Tree, stage: StageFile) -> StageFolder:
     """Writes stage.json if it is new or the way to run it changed; returns the folder."""
     folder = tree.stage(stage.kind, stage.id)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness.ledger.files import read_json, read_jsonl
+from harness.ledger.tree import StageFolder
 from tests.slurm.cluster import Cluster, missing
 
 STUDY = """\
 name: tiny
 axes:
-  init: [random, mae]
+  init: %(init)s
+  seed: %(seed)s
 defaults:
   data: 500
   size: d16x2
@@ -24,10 +30,10 @@ defaults:
   image_size: 24
 stages:
   mae: {duration: {steps: 30}, batch: 64, decoder_width: 16, decoder_depth: 1, decoder_heads: 2}
-  wsp: {duration: {steps: %(steps)d}, batch: 60}
+  wsp: {duration: {steps: %(steps)d}, batch: 60, lr: %(lr)s}
   transfer:
     tune: {protocol: fine_tune, duration: {steps: 10}, batch: 64, train_images: 500}
-resources: {checkpoint_every: 1, ranks: %(ranks)d}
+resources: {checkpoint_every: 0.5%(resources)s}
 """
 
 PROFILE = """\
@@ -66,10 +72,12 @@ class Site:
         """The run root."""
         return self.folder / "runs"
 
-    def study(self, text: str = STUDY, steps: int = 40, ranks: int = 1) -> Path:
+    def study(self, **changes: object) -> Path:
         """Writes a study file."""
+        known: dict[str, object] = {"init": "[random]", "seed": "[0]", "lr": "1e-3"}
+        known |= {"steps": 40, "resources": ""}
         file = self.folder / "tiny.yaml"
-        file.write_text(text % {"steps": steps, "ranks": ranks} if "%(" in text else text)
+        file.write_text(STUDY % (known | changes))
         return file
 
     def profile(self, **changes: str) -> None:
@@ -77,6 +85,63 @@ class Site:
         lines = [s for s in PROFILE.splitlines() if s.split(":")[0].strip() not in changes]
         lines += [f"    {k}: {v}" for k, v in changes.items()]
         (self.folder / "settings.yaml").write_text("\n".join(lines) + "\n")
+
+    def numbers(self) -> dict[str, list[dict[str, Any]]]:
+        """Everything the study measured, wall times aside."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for folder in sorted(self.root.glob("stages/*/*")):
+            rows = read_jsonl(folder / "metrics.jsonl")
+            found[folder.name] = [{k: v for k, v in r.items() if k != "wall_s"} for r in rows]
+            found[folder.name].append((read_json(folder / "result.json") or {})["metrics"])
+        return found
+
+    def states(self) -> dict[str, str]:
+        """State of every stage, as `status` tells it."""
+        found = json.loads(self.harness("status", "tiny", "--json").stdout)
+        return {s["id"]: s["state"] for s in found["studies"][0]["stages"]}
+
+    def folder_of(self, kind: str) -> StageFolder:
+        """The one stage of a kind."""
+        (path,) = self.root.glob(f"stages/{kind}/*")
+        return StageFolder(path)
+
+    def submit(self, file: Path, *words: str, check: int = 0) -> str:
+        """Submits a study; what was printed."""
+        return self.harness("grid", str(file), "--submit", *words, check=check).stdout
+
+    def wait_done(self, seconds: float = 300) -> None:
+        """Waits for an empty queue; every stage must be done then."""
+        self.cluster.wait_empty(seconds)
+        states = self.states()
+        assert set(states.values()) == {"done"}, "\n".join([str(states), *self._logs()])
+
+    def _logs(self) -> list[str]:
+        logs = [*self.root.glob("slurm/*/jobs/*_log.*")]
+        logs += self.root.glob("stages/*/*/attempts/*/stderr.log")
+        return [f"--- {log}\n{log.read_text()[-1500:]}" for log in sorted(logs)]
+
+    def wait_until(self, is_true: Callable[[], object], what: str, seconds: float = 120) -> None:
+        """Waits for something to become true."""
+        deadline = time.monotonic() + seconds
+        while not is_true():
+            late = time.monotonic() > deadline
+            assert not late, "\n".join([what, str(self.states()), *self._logs()])
+            time.sleep(0.1)
+
+    def wait_training(self, kind: str = "wsp", attempt: int = 1) -> str:
+        """Waits until a stage of the kind has saved a checkpoint; its job."""
+        folders = [StageFolder(p) for p in self.root.glob(f"stages/{kind}/*")]
+
+        def job() -> str | None:
+            for folder in folders:
+                status = read_json(folder.status) or {}
+                saved = any(folder.checkpoints.glob("*/COMPLETE"))
+                if status.get("state") == "running" and status["attempt"] >= attempt and saved:
+                    return str(status["job"])
+            return None
+
+        self.wait_until(job, f"{kind} does not train")
+        return job() or ""
 
     def harness(self, *words: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Runs a command of ours as on a login node."""

@@ -2,48 +2,182 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, read_jsonl
 from tests.slurm.conftest import Site
 
-pytestmark = [pytest.mark.slurm, pytest.mark.long]
-
-
-def stages(root: Path) -> dict[str, Path]:
-    return {p.name: p for p in sorted(root.glob("stages/*/*"))}
-
-
-def states(site: Site) -> dict[str, str]:
-    found = json.loads(site.harness("status", "tiny", "--json").stdout)
-    return {s["id"]: s["state"] for s in found["studies"][0]["stages"]}
+pytestmark = pytest.mark.slurm
 
 
 def test_a_study_finishes_by_itself_and_a_second_submit_does_nothing(site: Site) -> None:
-    file = site.study()
-    said = site.harness("grid", str(file), "--submit").stdout
-    assert "5 stages submitted to test" in said
-    site.cluster.wait_empty()
-    assert set(states(site).values()) == {"done"}, dump(site)
-    assert "nothing to do" in site.harness("grid", str(file), "--submit").stdout
+    file = site.study(init="[random, mae]", seed="[0, 1]")
+    # mae, random wsp; wsp after mae; fine-tuning after each: five arrays of two tasks.
+    assert "10 stages submitted to test in 5 jobs" in site.submit(file)
+    assert "nothing to submit" in site.submit(file)
+    site.wait_done()
+    assert "nothing to do, all 10 stages are done" in site.submit(file)
     assert site.cluster.queue() == []
-    for folder in stages(site.root).values():
-        assert [p.name for p in (folder / "attempts").iterdir()] == ["1"]
-        attempt = read_json(folder / "attempts/1/attempt.json") or {}
-        assert attempt["end"] == "done"
-        assert attempt["job"]
-        assert read_json(folder / "attempts/1/git.json")
-        assert sum(e["event"] == "done" for e in read_jsonl(folder / "events.jsonl")) == 1
+    for path in site.root.glob("stages/*/*"):
+        assert [p.name for p in (path / "attempts").iterdir()] == ["1"]
+        attempt = read_json(path / "attempts/1/attempt.json") or {}
+        assert (attempt["end"], "_" in attempt["job"]) == ("done", True)
+        assert read_json(path / "attempts/1/git.json")
+        assert (path / "attempts/1/stderr.log").exists()
+        assert sum(e["event"] == "done" for e in read_jsonl(path / "events.jsonl")) == 1
+        assert not (path / "lease").exists()
 
 
-def dump(site: Site) -> str:
-    parts: list[Any] = [states(site)]
-    for log in sorted(site.root.glob("slurm/*/jobs/*_log.*")):
-        parts.append(f"--- {log.name}\n{log.read_text()[-2000:]}")
-    for log in sorted(site.root.glob("stages/*/*/attempts/*/stderr.log")):
-        parts.append(f"--- {log}\n{log.read_text()[-2000:]}")
-    return "\n".join(map(str, parts))
+def test_two_ranks_on_two_nodes_train_as_one_rank_does(site: Site, tmp_path: Path) -> None:
+    site.submit(site.study())
+    site.wait_done()
+    alone = site.numbers()
+    shutil.rmtree(site.root)
+    site.submit(site.study(resources=", ranks: 2, nodes: 2"))
+    site.wait_done()
+    assert (read_json(site.folder_of("wsp").attempt(1) / "attempt.json") or {})["ranks"] == 2
+    assert (site.folder_of("wsp").attempt(1) / "stderr.rank1.log").exists()
+    for stage, rows in site.numbers().items():
+        for row, same in zip(rows, alone[stage], strict=True):
+            assert row == pytest.approx(same, rel=2e-4, abs=1e-5)
+
+
+def test_a_requeued_job_goes_on_from_its_checkpoint_with_the_same_numbers(site: Site) -> None:
+    file = site.study(steps=900)
+    site.submit(file)
+    job = site.wait_training()
+    site.cluster.command("scontrol", "requeue", job, check=True)
+    site.wait_done()
+    first, *_, last = read_attempts(site.folder_of("wsp"))
+    assert (first.end, last.end, last.progress > 0) == ("preempted", "done", True)
+    disturbed = site.numbers()
+    shutil.rmtree(site.root)
+    site.submit(file)
+    site.wait_done()
+    assert site.numbers() == disturbed
+
+
+def test_a_more_important_job_takes_the_node_and_gives_it_back(site: Site) -> None:
+    file = site.study(steps=900)
+    site.submit(file)
+    job = site.wait_training()
+    urgent = ["--partition=urgent", "--ntasks=4", "--wrap", "sleep 5"]
+    site.cluster.command("sbatch", *urgent, "--output=/dev/null", check=True)
+    site.wait_until(lambda: len(read_attempts(site.folder_of("wsp"))) > 1, f"{job} runs on")
+    site.wait_done()
+    assert [a.end for a in read_attempts(site.folder_of("wsp"))] == ["preempted", "done"]
+
+
+def test_scancel_ends_the_stage_until_the_study_is_submitted_again(site: Site) -> None:
+    file = site.study(steps=900)
+    site.submit(file)
+    job = site.wait_training()
+    site.cluster.command("scancel", job, check=True)
+    site.cluster.wait_empty()
+    states = site.states()
+    assert sorted(states.values()) == ["cancelled", "waiting"]
+    site.submit(file)
+    site.wait_done()
+    assert read_attempts(site.folder_of("wsp"))[-1].progress > 0
+
+
+def test_a_time_limit_is_only_a_pause(site: Site) -> None:
+    site.profile(time="1m", signal_s="30")
+    site.submit(site.study(steps=9000))
+    site.wait_done(420)
+    ends = [a.end for a in read_attempts(site.folder_of("wsp"))]
+    assert len(ends) > 1
+    assert set(ends[:-1]) == {"timeout"}
+    assert ends[-1] == "done"
+
+
+def test_a_lost_node_is_avoided_by_the_next_try(site: Site) -> None:
+    site.submit(site.study(steps=2500))
+    job = site.wait_training()
+    node = site.cluster.command("squeue", "--job", job, "--noheader", "--format", "%N").strip()
+    site.cluster.kill_node(node)
+    try:
+        site.wait_done(400)
+    finally:
+        site.cluster.start_node(node)
+    tries = read_attempts(site.folder_of("wsp"))
+    assert [a.end for a in tries] == ["node_fail", "done"]
+    assert tries[-1].progress > 0
+
+
+def test_a_stage_that_fails_ends_what_depends_on_it_and_nothing_is_submitted_for_ever(
+    site: Site,
+) -> None:
+    file = site.study(lr="1e30", init="[random, mae]")
+    site.submit(file)
+    site.cluster.wait_empty()
+    states = site.states()
+    kinds = {s: p.parent.name for p in site.root.glob("stages/*/*") for s in [p.name]}
+    by_kind = sorted((kinds[s], state) for s, state in states.items())
+    assert by_kind == [
+        *[("fine_tune", "blocked")] * 2,
+        ("mae", "done"),
+        *[("wsp", "diverged")] * 2,
+    ]
+    assert len(read_attempts(site.folder_of("mae"))) == 1
+    assert "--mode retry" in site.submit(file, check=1)
+    assert site.cluster.queue() == []
+
+
+def test_a_job_that_submits_hands_nothing_of_its_own_on(site: Site) -> None:
+    """From inside of an allocation of two tasks: a stage still gets one."""
+    file = site.study()
+    site.profile()
+    os.environ.update(SLURM_NTASKS="2", SLURM_JOB_ID="7", SBATCH_PARTITION="nowhere")
+    try:
+        site.submit(file)
+    finally:
+        for name in ("SLURM_NTASKS", "SLURM_JOB_ID", "SBATCH_PARTITION"):
+            del os.environ[name]
+    site.wait_done()
+    assert (read_json(site.folder_of("wsp").attempt(1) / "attempt.json") or {})["ranks"] == 1
+
+
+def test_queued_jobs_run_the_code_they_were_submitted_with(site: Site, tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parents[2]
+    copy = tmp_path / "checkout"
+    for name in ("harness", "analysis", "ds_configs", "grids"):
+        shutil.copytree(here / name, copy / name)
+    site.extra["PYTHONPATH"] = str(copy)
+    site.profile(sbatch="{hold: true}")
+    site.submit(site.study())
+    (copy / "harness/worker.py").write_text("raise RuntimeError('edited since')\n")
+    (copy / "harness/launch/job.py").write_text("raise RuntimeError('edited since')\n")
+    del site.extra["PYTHONPATH"]
+    jobs = {j.partition("_")[0] for j in site.cluster.queue()}
+    site.cluster.command("scontrol", "release", *sorted(jobs), check=True)
+    site.wait_done()
+
+
+def test_twenty_submissions_at_once_run_every_stage_once(site: Site) -> None:
+    file = site.study(init="[random, mae]")
+    site.profile()
+    command = [sys.executable, "-m", "harness.cli.main", "grid", str(file), "--submit"]
+    env = {
+        **os.environ,
+        **site.cluster.env,
+        "HARNESS_ROOT": str(site.root),
+        "HARNESS_SETTINGS": str(site.folder / "settings.yaml"),
+        "HARNESS_CLUSTER": "test",
+    }
+    running = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(20)
+    ]
+    said = [process.communicate()[0] for process in running]
+    assert sum("5 stages submitted" in text for text in said) == 1
+    assert sum("nothing to submit" in text for text in said) == 19
+    site.wait_done()
+    tries = [p for p in site.root.glob("stages/*/*/attempts/*") if p.is_dir()]
+    assert len(tries) == 5
