@@ -87,6 +87,7 @@ class Pool:
         self._inbox: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
         self._line = Line()
         self._asked: dict[str, StageFile] = {}
+        self._refused: set[tuple[Need, bool]] = set()
         self._leaving: list[tuple[float, Running, Iterable[int]]] = []
         """Ranks on lost hosts, and when they are surely over."""
         start = Start(device=machine.device, logs=tree.root / "logs", ssh=tuple(ssh), worker=worker)
@@ -134,10 +135,13 @@ class Pool:
         """
         self._asked[stage.id] = stage
         self._line.ask(stage.id)
-        if self._find(stage) is not None:
-            return True
-        self._line.refuse(stage.id, self._need(stage), self._clock())
-        return False
+        # Until the next `poll` room only shrinks. Thousands of stages may wait, of a few kinds.
+        key = (self._need(stage), bool(self._line.barred(stage.id)))
+        if key in self._refused or self._find(stage) is None:
+            self._refused.add(key)
+            self._line.refuse(stage.id, key[0], self._clock())
+            return False
+        return True
 
     def _need(self, stage: StageFile) -> Need:
         return Need.of(stage.execution, self.machine.device)
@@ -205,7 +209,7 @@ class Pool:
         """
         self._check_that_something_can_run()
         self._line.end_round(self._slots, self._up, self._standing, self._clock())
-        self._asked = {}
+        self._asked, self._refused = {}, set()
         for link in self._links.values():
             if link.why is not None and not link.is_given_up and self._clock() >= link.retry_at:
                 link.open()
