@@ -53,10 +53,17 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        self.reason = "preempted"
+        numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+        for number in numbers:
             signal.signal(number, self._ask)
+        # A launcher may have held them back while torch was imported.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        # Schedulers send USR2 ahead of the time limit.
+        if not self.asked and number == signal.SIGUSR2:
+            self.reason = "timeout"
         self.asked = True
 
 
@@ -75,6 +82,10 @@ class _Status:
             "pid_started": process_started(os.getpid()),
             "started": time.time(),
         }
+        # The claim's: by these the scheduler's queue is asked.
+        claimed = read_json(folder.status) or {}
+        if claimed.get("attempt") == attempt:
+            self.base |= {k: claimed[k] for k in ("cluster", "job", "token") if k in claimed}
         self.last: dict[str, Any] = {}
         self._written = 0.0
         self._first: tuple[float, int] | None = None
@@ -350,7 +361,8 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
         print(error, file=sys.stderr)
         return EXIT_BUSY
     except PreemptedError as error:
-        return _end(folder, attempt, job, "preempted", "stopped", error, EXIT_REQUEUE)
+        reason = job.stop.reason if job is not None else "preempted"
+        return _end(folder, attempt, job, reason, reason, error, EXIT_REQUEUE)
     except DivergedError as error:
         return _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
     except DataError as error:

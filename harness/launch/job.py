@@ -102,6 +102,7 @@ def begin(tasks_file: str) -> int:
         "HARNESS_STAGE": task.stage.id,
         "HARNESS_ATTEMPT": str(attempt),
         "HARNESS_RUN_DIR": str(task.folder.path),
+        "MASTER_ADDR": _address(),
         "MASTER_PORT": str(_port()),
     }
     print(" ".join(["export", *(shlex.quote(f"{k}={v}") for k, v in exports.items())]))
@@ -171,6 +172,22 @@ def _elsewhere(task: _Task, avoid: set[str]) -> bool:
     return True
 
 
+def _address() -> str:
+    """Where other nodes of the job reach this one, the first of them."""
+    if os.environ.get("SLURM_NNODES", "1") == "1":
+        return "127.0.0.1"
+    name = os.environ["SLURMD_NODENAME"]
+    try:
+        socket.getaddrinfo(name, None)
+        return name
+    except OSError:
+        # A node may be known to Slurm under a name that no resolver knows.
+        for word in (queue.scontrol("show", "node", name) or "").split():
+            if word.startswith("NodeAddr="):
+                return word.partition("=")[2]
+        return name
+
+
 def _port() -> int:
     """A free port of this host; by job, so that two jobs that ask at once try others first."""
     start = int(os.environ["SLURM_JOB_ID"]) * 7 % len(_PORTS)
@@ -202,16 +219,12 @@ def run_rank(tasks_file: str) -> None:
         )
         os.dup2(target, number)
         os.close(target)
-    import submitit
-
-    hosts = submitit.JobEnvironment().hostnames
     os.environ.update(
         {
             "RANK": rank,
             "WORLD_SIZE": ranks,
             "LOCAL_RANK": os.environ["SLURM_LOCALID"],
             "LOCAL_SIZE": str(int(ranks) // int(os.environ.get("SLURM_NNODES", "1"))),
-            "MASTER_ADDR": hosts[0] if len(hosts) > 1 else "127.0.0.1",
         }
     )
     arguments = ["--root", str(task.tree.root), "--kind", task.stage.kind]
