@@ -474,12 +474,12 @@ def test_a_study_stopped_with_one_rank_goes_on_with_two(
     file = tmp_path / "tiny.yaml"
     text = TINY.replace("steps: 40", "steps: 120")
     only = ("--only", "data=500,init=random")
-    for name in ("preempted", "undisturbed"):
+    for name in ("stopped", "undisturbed"):
         (tmp_path / name).mkdir()
         shutil.copytree(finished[0] / "datasets", tmp_path / name / "datasets")
     file.write_text(text)
     submit(tmp_path / "undisturbed", file, *only)
-    root = tmp_path / "preempted"
+    root = tmp_path / "stopped"
     process = start(root, file, *only)
 
     def training() -> bool:
