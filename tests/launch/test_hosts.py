@@ -8,12 +8,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from harness.errors import HarnessError
 from harness.launch.driver import Driver, Progress
@@ -21,6 +23,7 @@ from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.hosts import RECONNECT_S
 from harness.launch.machine import Machine, this_machine
 from harness.launch.pool import Pool
+from harness.ledger.files import read_json
 from harness.ledger.tree import Tree
 from harness.study.cells import build_grid
 from harness.study.cost import Speeds
@@ -300,3 +303,28 @@ def test_ranks_on_two_hosts_give_the_bits_of_two_ranks_on_one(
         assert not summary.failed and not summary.left
     assert hosts == {("localhost", "127.0.0.1"), ("localhost",)}
     assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
+
+
+def test_the_command_line_takes_hosts_from_a_profile(
+    ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TOP))
+    put_on_path(ssh, tmp_path, monkeypatch)
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    profile = {"kind": "hosts", "hostfile": str(tmp_path / "hosts"), "device": "cpu", "ssh": ssh}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"profiles": {"pair": profile}}))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        CHECKPOINTING.replace("[500, 2k]", "[500]").replace("[random, mae]", "[random]")
+    )
+    command = [sys.executable, "-m", "harness.cli.main", "grid", str(file), "--submit"]
+    done = subprocess.run(
+        [*command, "--cluster", "pair", "--root", str(tmp_path / "runs")],
+        env=os.environ | {"HARNESS_SETTINGS": str(tmp_path / "settings.yaml")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = list((tmp_path / "runs").glob("stages/*/*/attempts/1/attempt.json"))
+    assert {(read_json(r) or {})["cluster"] for r in records} == {"hosts"}
