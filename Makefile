@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install study test test-long test-system check format clean
+.PHONY: install study test test-long test-system chaos check format clean
 
 install: $(STAMP)
 
@@ -32,6 +32,11 @@ test-long: install
 # Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd.
 test-system: install
 	$(BIN)/python -m pytest -m "(browser or system or slurm) and not gpu" -rs --durations=5
+
+# Two hundred kills, and twenty submissions at once: an hour on two cores.
+chaos: install
+	$(BIN)/python -m tests.chaos.kills --kills 200
+	HARNESS_SUBMITTERS=20 $(BIN)/python -m pytest tests/chaos -k at_once
 
 check: install
 	$(BIN)/ruff check .

@@ -79,12 +79,18 @@ def _free_id(folder: Path, record_id: str) -> str:
 class Rows:
     """metrics.jsonl, mirrored into the sacred run as scalars."""
 
-    def __init__(self, path: Path, log_scalar: LogScalar) -> None:
+    def __init__(
+        self, path: Path, log_scalar: LogScalar, guard: Callable[[], None] = lambda: None
+    ) -> None:
+        """`guard` raises if the stage is not ours any more; called before every write."""
+        guard()
         self.writer = JsonlWriter(path)
         self.log_scalar = log_scalar
+        self.guard = guard
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Writes a row; each number in it becomes a scalar of the sacred run."""
+        self.guard()
         self.writer.append(row)
         for name, value in row.items():
             if value is not None and name not in ("step", "samples", "wall_s"):
@@ -92,6 +98,7 @@ class Rows:
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`."""
+        self.guard()
         self.writer.rewind(step)
 
 

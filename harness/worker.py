@@ -34,6 +34,7 @@ from harness.errors import (
     UserError,
 )
 from harness.ledger import store
+from harness.ledger.claim import stop_asked
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
@@ -54,6 +55,7 @@ class _Stop:
     def __init__(self) -> None:
         self.asked = False
         self.reason = "preempted"
+        self.note: str | None = None
         numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
         for number in numbers:
             signal.signal(number, self._ask)
@@ -65,6 +67,11 @@ class _Stop:
         if not self.asked and number == signal.SIGUSR2:
             self.reason = "timeout"
         self.asked = True
+
+    def obey(self, note: str | None) -> None:
+        """Somebody cancelled the stage: see `harness.ledger.claim`."""
+        if note is not None and not self.asked:
+            self.asked, self.reason, self.note = True, "cancelled", note
 
 
 class _Status:
@@ -87,11 +94,16 @@ class _Status:
         if claimed.get("attempt") == attempt:
             self.base |= {k: claimed[k] for k in ("cluster", "job", "token") if k in claimed}
         self.last: dict[str, Any] = {}
+        self.first_step: int | None = None
+        self.last_step: int | None = None
         self._written = 0.0
         self._first: tuple[float, int] | None = None
 
     def report(self, *, step: int, samples: int, **scalars: float | None) -> None:
         now = time.monotonic()
+        self.last_step = step
+        if self.first_step is None:
+            self.first_step = step
         if self._first is None:
             self._first = (now, samples)
         if now - self._written < _STATUS_EVERY_S:
@@ -102,6 +114,7 @@ class _Status:
             "step": step,
             "samples": samples,
             "samples_per_s": seen / since if since > 0 else None,
+            "memory_gib": _memory_gib(),
             **{k: v for k, v in scalars.items() if v is None or _finite(v)},
         }
         self.write("running")
@@ -111,6 +124,13 @@ class _Status:
         about = {"state": state, "reason": reason, "message": message}
         row = {**self.base, **self.last, "updated": time.time(), **final, **about}
         write_json(self.folder.status, row)
+
+
+def _memory_gib() -> float:
+    """The most that this rank has held so far: of its GPU, or of the host without one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _finite(value: Any) -> bool:
@@ -136,7 +156,7 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     try:
         if _is_done(tree, folder, stage):
             return EXIT_OK
-        lease.start_beating()
+        lease.start_beating(lambda: stop.obey(stop_asked(folder)))
         job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
         return _guarded(job.run, folder, attempt, job)
     finally:
@@ -270,12 +290,16 @@ class _RankZero:
             root=self.tree.root,
             upstream_weights=_upstream_weights(self.tree, self.stage),
             upstream=_upstream_folders(self.tree, self.stage),
-            metrics=record.Rows(self.folder.metrics, log_scalar),
-            report=self.status.report,
+            metrics=record.Rows(self.folder.metrics, log_scalar, self.lease.guard),
+            report=self._report,
             should_stop=lambda: self.stop.asked,
             check_lease=self.lease.check,
         )
         return _call(self.stage, context)
+
+    def _report(self, **progress: Any) -> None:
+        self.lease.guard()
+        self.status.report(**progress)
 
     def _write_result(self, result: StageResult, uids: dict[str, str]) -> None:
         total = time.time() - self.began
@@ -331,7 +355,10 @@ class _RankZero:
             "threads": self.stage.execution.threads,
             "device": self.stage.execution.device,
             "versions": {"harness": __version__, "torch": torch.__version__},
-            "last_step": self.status.last.get("step"),
+            "nodes": os.environ.get("SLURM_JOB_NODELIST"),
+            "restarts": os.environ.get("SLURM_RESTART_COUNT"),
+            "first_step": self.status.first_step,
+            "last_step": self.status.last_step,
             "end": ended,
             "message": message,
             "ended": time.time() if ended else None,
@@ -348,7 +375,8 @@ class _RankZero:
     ) -> None:
         """Notes how the attempt ended. Nothing is written once the lease is lost."""
         self.lease.check()
-        self._write_attempt(reason or state, message, details)
+        ended = state if state == "cancelled" else reason or state
+        self._write_attempt(ended, message, details)
         store.add_event(self.folder, state, attempt=self.attempt, reason=reason, message=message)
         self.status.write(state, reason, message)
 
@@ -362,7 +390,8 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
         return EXIT_BUSY
     except PreemptedError as error:
         reason = job.stop.reason if job is not None else "preempted"
-        return _end(folder, attempt, job, reason, reason, error, EXIT_REQUEUE)
+        why = (job and job.stop.note) or reason
+        return _end(folder, attempt, job, reason, why, error, EXIT_REQUEUE)
     except DivergedError as error:
         return _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
     except DataError as error:

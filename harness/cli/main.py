@@ -18,6 +18,7 @@ from harness.cli import (
     report,
     run,
     status,
+    steer,
     tune,
     weights,
 )
@@ -58,6 +59,9 @@ app.command("grid")(_exiting(grid.grid))
 app.command("status")(_exiting(status.status))
 app.command("logs")(_exiting(logs.logs))
 app.command("run")(_exiting(run.run))
+app.command("cancel")(_exiting(steer.cancel))
+app.command("resume")(_exiting(steer.resume))
+app.command("retry")(_exiting(steer.retry))
 app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
 

@@ -137,7 +137,8 @@ def submit(
     if summary.interrupted:
         return 130
     incomplete = mode == "read-only" and summary.left
-    return EXIT_FAILED if summary.failed or summary.blocked or incomplete else EXIT_OK
+    bad = summary.failed or summary.blocked or summary.held or incomplete
+    return EXIT_FAILED if bad else EXIT_OK
 
 
 def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: Mode) -> int:

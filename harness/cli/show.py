@@ -247,6 +247,10 @@ def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
     for stage, what in summary.failed.items():
         kind = grid.stages[stage].kind
         out.print(f"  {escape(stage)}: {escape(what)}; log: {tree.stage(kind, stage).attempts}")
+    if summary.held:
+        out.print(
+            f"  {len(summary.held)} stages are cancelled; run them with: harness resume SELECTOR"
+        )
     if summary.blocked:
         out.print(f"  {len(summary.blocked)} stages are blocked by these")
     if summary.failed and mode == "cached":

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.cli import shared, show
+from harness.launch import queue
 from harness.ledger import summary
 from harness.units import format_seconds, format_si
 
@@ -31,15 +32,15 @@ def status(
     """
     tree = shared.tree(root)
     if as_json:
-        print(json.dumps(summary.summarise(tree, study), indent=1))
+        print(json.dumps(summary.summarise(tree, study, queue.read_states), indent=1))
         return 0
     if not watch:
-        for part in _render(summary.summarise(tree, study)):
+        for part in _render(summary.summarise(tree, study, queue.read_states)):
             show.console().print(part)
         return 0
     with Live(console=show.console(), refresh_per_second=2) as live:
         while True:
-            now = summary.summarise(tree, study)
+            now = summary.summarise(tree, study, queue.read_states)
             live.update(Group(*_render(now)))
             if not any(s["active"] for s in now["studies"]):
                 return 0

@@ -44,7 +44,7 @@ def tend(folder: Path) -> slurm.Submitted:
         status = attempts.close(own, attempt, "failed", "node_fail", "its job is gone")
         conclude(own, attempt, status, retry)
     profile = Slurm.model_validate(about["profile"])
-    return slurm.submit(tree, about["study"], stages, profile, retry)
+    return slurm.submit(tree, about["study"], stages, profile, retry, cancelled_too=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from harness.ledger import attempts, store
 from harness.ledger.claim import claim
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Silence
-from harness.ledger.states import ACTIVE, FAILED, StageState, read_states
+from harness.ledger.states import ACTIVE, StageState, read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
 from harness.study.cost import Speeds
@@ -56,6 +56,8 @@ class Summary:
     """Stage id -> what happened, for stages that failed or diverged on their own."""
     blocked: list[str]
     left: list[str]
+    held: list[str]
+    """Cancelled, and not to be run until somebody says `resume`."""
     interrupted: bool
     wall_s: float
 
@@ -174,7 +176,7 @@ class Driver:
         for stage in reversed(list(self.stages.values())):
             tail = max((below[d] for d in dependants.get(stage.id, [])), default=0.0)
             below[stage.id] = self.speeds.seconds(stage) + tail
-        wanted = [s for s, state in states.items() if state.state not in {"done", *FAILED}]
+        wanted = [s for s, state in states.items() if not state.is_over]
         return {s: _Job(self.stages[s], below[s]) for s in wanted}
 
     # -- the loop -----------------------------------------------------------------------------
@@ -225,11 +227,10 @@ class Driver:
         self, states: dict[str, StageState], todo: dict[str, _Job], pool: Pool
     ) -> list[_Job]:
         """Jobs that may still run, best first: neither done, failed, blocked nor running."""
-        over = {"done", *FAILED}
         jobs = [
             job
             for stage_id, job in todo.items()
-            if states[stage_id].state not in over and stage_id not in pool.running
+            if not states[stage_id].is_over and stage_id not in pool.running
         ]
         return sorted(jobs, key=lambda j: -j.priority)
 
@@ -303,7 +304,7 @@ class Driver:
         names = {s: "running" if s in pool.running else v.state for s, v in states.items()}
         left = 0.0
         for stage_id, state in states.items():
-            if state.state in {"done", *FAILED}:
+            if state.is_over:
                 continue
             seconds = self.speeds.seconds(self.stages[stage_id])
             if stage_id in pool.running:
@@ -332,7 +333,8 @@ class Driver:
             done=[s for s, v in states.items() if v.state == "done"],
             failed={s: f"{v.state}: {v.message or v.reason}" for s, v in own.items()},
             blocked=[s for s, v in states.items() if v.state == "blocked"],
-            left=[s for s, v in states.items() if v.state not in {"done", *FAILED}],
+            left=[s for s, v in states.items() if not v.is_over],
+            held=[s for s, v in states.items() if v.held],
             interrupted=self.interrupted,
             wall_s=time.monotonic() - started,
         )

@@ -90,9 +90,6 @@ def begin(tasks_file: str) -> int:
     if code:
         return code
     assert attempt is not None
-    avoid = _places_to_avoid(task)
-    if this_host().partition(":")[0] in avoid and _elsewhere(task, avoid):
-        return 1
     git = task.submission["git"]
     state = provenance.GitState.of_kept(task.tree, git["sha"], git["name"])
     provenance.write_attempt(task.folder.attempt(attempt), state, task.tree)
@@ -133,7 +130,7 @@ def _take(task: _Task) -> tuple[int, int | None]:
     if record.get("job_started") or status.get("state") != "submitted":
         # This job was started again: by itself, by an administrator, or since its node was lost.
         if record.get("end") is None:
-            where = record.get("host") or "its node"
+            where = record.get("node") or "its node"
             attempts.close(folder, attempt, "failed", "node_fail", f"{where} was lost")
             decision = decide(
                 task.retry, attempts.read_attempts(folder), attempts.progress_of(folder)
@@ -142,34 +139,47 @@ def _take(task: _Task) -> tuple[int, int | None]:
                 print(f"{stage.id}: {decision.why}", file=sys.stderr)
                 return 1, None
             store.add_event(folder, "retry", attempt=attempt, why=decision.why)
+            status = {**(read_json(folder.status) or {}), "state": "preempted"}
+            write_json(folder.status, status)
+    if _this_node() in _places_to_avoid(task) and _elsewhere(task):
+        return 1, None
+    if record.get("job_started") or status.get("state") != "submitted":
         attempt = folder.new_attempt()
         attempts.begin(folder, attempt, {})
     record = read_json(folder.attempt(attempt) / "attempt.json") or {}
     write_json(
         folder.attempt(attempt) / "attempt.json",
-        {**record, "job": task.job, "job_started": time.time(), "host": this_host()},
+        {
+            **record,
+            "job": task.job,
+            "job_started": time.time(),
+            "host": this_host(),
+            "node": _this_node(),
+        },
     )
     owner = {"cluster": "slurm", "job": task.job, "token": task.submission["token"]}
     write_json(folder.status, submitted(attempt, owner))
     return 0, attempt
 
 
+def _this_node() -> str:
+    """Slurm's name of this node, which need not be its host name."""
+    return os.environ.get("SLURMD_NODENAME") or this_host().partition(":")[0]
+
+
 def _places_to_avoid(task: _Task) -> set[str]:
+    """Nodes on which the stage was lost."""
     tries = attempts.read_attempts(task.folder)
-    found = {a.host for a in tries if a.end == "node_fail" and a.host}
-    return {h.partition(":")[0] for h in found}
+    return {a.host for a in tries if a.end == "node_fail" and a.host}
 
 
-def _elsewhere(task: _Task, avoid: set[str]) -> bool:
-    """Puts the job back into the queue without the hosts it was lost on; False where it cannot."""
-    names = ",".join(sorted(avoid))
+def _elsewhere(task: _Task) -> bool:
+    """Puts the job back into the queue without the nodes it was lost on; False where it cannot."""
+    names = ",".join(sorted(_places_to_avoid(task)))
     if not task.submission["profile"]["requeue"]:
         return False
-    if queue.scontrol("requeue", task.job) is None:
-        return False
     queue.scontrol("update", f"JobId={task.job}", f"ExcNodeList={names}")
-    time.sleep(60)
-    return True
+    return queue.scontrol("requeue", task.job) is not None
 
 
 def _address() -> str:
@@ -245,29 +255,40 @@ def end(tasks_file: str, code: int) -> int:
     task = _read(tasks_file)
     folder, attempt = task.folder, int(os.environ["HARNESS_ATTEMPT"])
     number = -(code - 128) if 128 < code < 160 else code
-    state = _job_state(task.job)
-    stopped = state not in ("RUNNING", "COMPLETING", None)
-    status = ends.settle(folder, attempt, number, asked_to_stop=stopped)
+    about = _about(task.job)
+    is_running = about.get("JobState") == "RUNNING"
+    status = ends.settle(folder, attempt, number, asked_to_stop=not is_running)
     if status.get("attempt") != attempt or status.get("state") == "done":
         return 0 if status.get("state") == "done" else 1
-    why = "cancelled in Slurm" if state == "CANCELLED" else None
+    why = "cancelled in Slurm" if _is_cancelled(about) else None
     decision = ends.conclude(folder, attempt, status, task.retry, why)
     print(f"{task.stage.id}: {status.get('reason')}; {decision.why}", file=sys.stderr)
-    if decision.again and state == "RUNNING" and task.submission["profile"]["requeue"]:
+    if decision.again and is_running and task.submission["profile"]["requeue"]:
         if decision.avoid:
-            names = queue.hosts_of(decision.avoid)
+            names = ",".join(decision.avoid)
             queue.scontrol("update", f"JobId={task.job}", f"ExcNodeList={names}")
         if queue.scontrol("requeue", task.job) is not None:
             time.sleep(120)  # Slurm ends this shell
     return 1
 
 
-def _job_state(job: str) -> str | None:
-    """Slurm's word for the state of a job that is known to it; None if it does not answer."""
-    for word in (queue.scontrol("show", "job", job) or "").split():
-        if word.startswith("JobState="):
-            return word.partition("=")[2]
-    return None
+def _about(job: str) -> dict[str, str]:
+    """What Slurm says of a job, by its own names; empty if it does not answer."""
+    words = (queue.scontrol("show", "job", job) or "").split()
+    return {k: v for k, _, v in (w.partition("=") for w in words)}
+
+
+def _is_cancelled(about: dict[str, str]) -> bool:
+    """True if somebody took the job out of the queue.
+
+    While its steps end it is COMPLETING, and so is one that is put back; that one's number of
+    restarts is a new one already.
+    """
+    if about.get("JobState") == "CANCELLED":
+        return True
+    is_new_life = about.get("Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0")
+    at_limit = about.get("Reason") in ("TimeLimit", "NodeDown")
+    return about.get("JobState") == "COMPLETING" and not is_new_life and not at_limit
 
 
 def main(arguments: list[str] | None = None) -> int:

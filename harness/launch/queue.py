@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -139,8 +139,3 @@ def outside_of_a_job() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def hosts_of(nodes: Sequence[str]) -> str:
-    """Host names of this ledger (`name:boot`) as Slurm's list."""
-    return ",".join(dict.fromkeys(n.partition(":")[0] for n in nodes))

@@ -26,7 +26,7 @@ from harness.launch.settings import Slurm
 from harness.ledger.claim import claim, set_job
 from harness.ledger.files import write_json
 from harness.ledger.lease import exclusive
-from harness.ledger.states import ACTIVE, FAILED, StageState
+from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import Tree
 from harness.study.schema import Retry
 from harness.study.stages import StageFile
@@ -149,16 +149,35 @@ def submit(
     stages: Mapping[str, StageFile],
     profile: Slurm,
     retry: Retry,
+    *,
+    cancelled_too: bool = True,
 ) -> Submitted:
     """Submits what is missing of `stages` (in dependency order); claims each stage first.
 
-    One submission at a time per run root. Raises UserError where sbatch refuses.
+    One submission at a time per run root. `cancelled_too`: also what was taken out of the queue
+    (never what `harness cancel` holds). Raises UserError where sbatch refuses.
     """
     _check_command()
     stages = {k: _placed(s, profile) for k, s in stages.items()}
     with exclusive(tree.root / "slurm" / "submitting"):
         states = queue.read_states(tree, stages)
-        return _submit(tree, study, stages, states, profile, retry)
+        skip = set() if cancelled_too else {s for s, v in states.items() if v.state == "cancelled"}
+        wanted = _startable(stages, states, skip)
+        return _submit(tree, study, stages, states, wanted, profile, retry)
+
+
+def _startable(
+    stages: Mapping[str, StageFile], states: Mapping[str, StageState], skip: set[str]
+) -> list[str]:
+    """What nobody runs, with every upstream stage done, under way or in this list too."""
+    found: list[str] = []
+    for stage_id, stage in stages.items():
+        upstream = [u for u in stage.config.upstream.values() if u in states]
+        ready = all(states[u].state in ("done", *ACTIVE) or u in found for u in upstream)
+        idle = not states[stage_id].is_over and states[stage_id].state not in ACTIVE
+        if ready and idle and stage_id not in skip:
+            found.append(stage_id)
+    return found
 
 
 def _submit(
@@ -166,20 +185,16 @@ def _submit(
     study: str,
     stages: Mapping[str, StageFile],
     states: Mapping[str, StageState],
+    wanted: Sequence[str],
     profile: Slurm,
     retry: Retry,
 ) -> Submitted:
     token = f"{study}.{uuid.uuid4().hex[:10]}"
     folder = tree.root / "slurm" / token
     claimed: dict[str, int] = {}
-    for stage_id, stage in stages.items():
-        state = states[stage_id]
-        upstream = [states[u].state for u in stage.config.upstream.values() if u in states]
-        if state.state in ("done", "cancelled", *ACTIVE, *FAILED):
-            continue
-        if any(u in (*FAILED, "cancelled") for u in upstream):
-            continue
-        attempt = claim(tree, stage, state, {"cluster": "slurm", "token": token})
+    for stage_id in wanted:
+        owner = {"cluster": "slurm", "token": token}
+        attempt = claim(tree, stages[stage_id], states[stage_id], owner)
         if attempt is not None:
             claimed[stage_id] = attempt
     if not claimed:

@@ -61,7 +61,7 @@ def read_attempts(folder: StageFolder) -> list[Attempt]:
             Attempt(
                 number=number,
                 end=row.get("end"),
-                host=row.get("host") or row.get("claimed_by"),
+                host=row.get("node") or row.get("host"),
                 progress=int(row.get("progress") or 0),
             )
         )

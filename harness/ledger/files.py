@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import HarnessError, UserError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces the file in one step: readers see the old content or the new, never a part."""
+def write_bytes(path: Path, content: bytes, before: Callable[[], None] = lambda: None) -> None:
+    """Replaces the file in one step: readers see the old content or the new, never a part.
+
+    `before` is called right before that step; if it raises, nothing has changed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -21,7 +24,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(temporary, path)
+    except HarnessError:
+        temporary.unlink(missing_ok=True)
+        raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
         why = error.strerror

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from harness.ledger.files import dump, read_json, write_bytes
 from harness.ledger.tree import StageFolder
 
 BEAT_S = 5.0
-EXPIRY_S = 60.0
+EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
+"""An owner that cannot be asked is dead after so long without a heartbeat."""
 
 
 class LeaseHeldError(UserError):
@@ -35,7 +36,7 @@ def this_host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
     except OSError:
         boot = ""
-    return f"{socket.gethostname()}:{boot}"
+    return f"{os.environ.get('HARNESS_HOST') or socket.gethostname()}:{boot}"
 
 
 def process_started(pid: int) -> str | None:
@@ -105,6 +106,9 @@ class Lease:
         self.path = path
         self.token = token
         self._beat = 0
+        self._checked = -float("inf")
+        """When it was last seen to be ours; time.monotonic() goes on while we are stopped."""
+        self._guard_seen: tuple[int, float] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -164,18 +168,11 @@ class Lease:
 
     def _take_over(self, dead_token: str) -> bool:
         """Replaces a dead owner's lease. A second lock makes sure only one process does."""
-        guard = self.path.with_name("lease.takeover")
+        guard = self.path.with_name(f"{self.path.name}.takeover")
         try:
             os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
-            try:
-                age = time.time() - guard.stat().st_mtime
-            except FileNotFoundError:
-                return False
-            # A takeover lasts milliseconds; a guard this old belongs to a process that was killed.
-            if age > EXPIRY_S:
-                guard.unlink(missing_ok=True)
-            time.sleep(0.05)
+            self._wait_for(guard)
             return False
         try:
             held = read_lease(self.path)
@@ -186,15 +183,42 @@ class Lease:
         finally:
             guard.unlink(missing_ok=True)
 
-    def check(self) -> None:
-        """Raises LeaseLostError if another process owns the stage now."""
+    def _wait_for(self, guard: Path) -> None:
+        """A takeover lasts milliseconds: a guard that stays belongs to a process that was killed.
+
+        Judged by this process's own clock: the file's time is another host's.
+        """
+        try:
+            born = guard.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if self._guard_seen is None or self._guard_seen[0] != born:
+            self._guard_seen = (born, time.monotonic())
+        elif time.monotonic() - self._guard_seen[1] > min(10.0, EXPIRY_S):
+            guard.unlink(missing_ok=True)
+        time.sleep(0.05)
+
+    def check(self, within_s: float = 0.0) -> None:
+        """Raises LeaseLostError if another process owns the stage now.
+
+        With `within_s`, a look that was taken so shortly before will do.
+        """
+        now = time.monotonic()
+        if now - self._checked < within_s:
+            return
         held = read_lease(self.path)
         if held is None or held["token"] != self.token:
             owner = f"process {held['pid']} on {held['host']}" if held else "nobody"
             raise LeaseLostError(f"{self.path}: this process lost the lease; owner now: {owner}")
+        self._checked = now
 
-    def start_beating(self) -> None:
-        """Keeps the heartbeat going in a thread until `release`."""
+    def guard(self) -> None:
+        """`check`, cheap enough for every write: at most one look a second."""
+        self.check(within_s=1.0)
+
+    def start_beating(self, look: Callable[[], None] = lambda: None) -> None:
+        """Keeps the heartbeat going in a thread until `release`; `look` is called with each."""
+        self._look = look
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         self._thread.start()
 
@@ -203,10 +227,15 @@ class Lease:
             try:
                 self.check()
                 self._beat += 1
-                write_bytes(self.path, self._content())
-            except (LeaseLostError, UserError):
+                # Stopped in here for long enough to lose the lease, we must not take it back.
+                write_bytes(self.path, self._content(), before=lambda: self.check(EXPIRY_S / 4))
+                self._look()
+            except LeaseLostError:
                 # `check` in the main thread raises the same before anything is written.
                 return
+            except UserError:
+                # A full disk: the next beat may find room; if none does, others may take over.
+                continue
 
     def release(self) -> None:
         """Gives the lease back if it is still ours."""

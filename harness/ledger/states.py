@@ -32,6 +32,13 @@ class StageState:
     status: Mapping[str, Any]
     result: Mapping[str, Any] | None = None
     """Of its last run: it counts only for a stage that is `done`."""
+    held: bool = False
+    """Cancelled by somebody, until somebody says `harness resume`."""
+
+    @property
+    def is_over(self) -> bool:
+        """True if a submission has nothing to do about it: done, failed, or not to be run."""
+        return self.held or self.state == "done" or self.state in FAILED
 
 
 def read_state(
@@ -48,7 +55,13 @@ def read_state(
     reason, message = status.get("reason"), status.get("message")
     if not result and state != "failed":
         state, message = _as_of_now(folder, state, message, status, over, waiting)
-    return StageState(state=state, reason=reason, message=message, status=status, result=result)
+    held = state not in ("done", "failed", "diverged", "running") and folder.stop.exists()
+    if held:
+        note = read_json(folder.stop) or {}
+        state, reason = "cancelled", note.get("reason")
+    return StageState(
+        state=state, reason=reason, message=message, status=status, result=result, held=held
+    )
 
 
 def _as_of_now(
@@ -117,9 +130,12 @@ def _in_graph(own: StageState, stage: StageFile, upstream: list[StageState]) -> 
         message = "its upstream stage was run again or removed since"
         own = replace(own, state="planned", reason="stale", message=message)
     if own.state in RESUMABLE or own.state == "blocked":
-        bad = [s for s in upstream if s.state in FAILED]
+        if own.held:
+            return own
+        bad = [s for s in upstream if s.state in FAILED or s.held]
         if bad:
-            return replace(own, state="blocked", reason="upstream", message="upstream failed")
+            what = "upstream is cancelled" if bad[0].held else "upstream failed"
+            return replace(own, state="blocked", reason="upstream", message=what)
         if own.state in ("planned", "waiting", "blocked"):
             ready = all(s.state == "done" for s in upstream)
             state = "planned" if ready else "waiting"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.ledger import store
@@ -11,14 +12,22 @@ from harness.ledger.tree import Tree
 from harness.study.plan import cell_state
 from harness.study.stages import StageFile
 
+ReadStates = Callable[[Tree, Mapping[str, StageFile]], dict[str, StageState]]
 
-def summarise(tree: Tree, study: str | None = None) -> dict[str, Any]:
-    """All studies of a root, or one. Raises NotFoundError for a study that is not there."""
+
+def summarise(
+    tree: Tree, study: str | None = None, read: ReadStates = read_states
+) -> dict[str, Any]:
+    """All studies of a root, or one. Raises NotFoundError for a study that is not there.
+
+    `read` may know more than the files, such as what a scheduler says of its jobs.
+    """
     names = [study] if study else tree.studies()
-    return {"schema": 1, "root": str(tree.root), "studies": [_study(tree, n) for n in names]}
+    found = [_study(tree, n, read) for n in names]
+    return {"schema": 1, "root": str(tree.root), "studies": found}
 
 
-def _study(tree: Tree, name: str) -> dict[str, Any]:
+def _study(tree: Tree, name: str, read: ReadStates) -> dict[str, Any]:
     cells = store.read_cells(tree, name)
     kinds = {s: k for c in cells for s, k in c["kinds"].items()}
     stages: dict[str, StageFile] = {}
@@ -28,7 +37,7 @@ def _study(tree: Tree, name: str) -> dict[str, Any]:
             stages[stage] = store.read_stage(folder)
     # Folders may be listed in any order; upstream stages have to be read before their dependants.
     ordered = {k: stages[k] for k in sorted(stages, key=lambda s: _depth(s, stages))}
-    states = read_states(tree, ordered)
+    states = read(tree, ordered)
     shown = {s: states[s].state if s in states else "planned" for s in kinds}
     by_kind: dict[str, Counter[str]] = {}
     for stage, kind in kinds.items():
@@ -75,6 +84,7 @@ def _running(stage: str, state: StageState) -> dict[str, Any]:
     if rate and seen and step and steps:
         eta = seen * (steps / step - 1) / rate
     keys = ("step", "steps", "samples", "samples_per_s", "loss", "attempt", "host", "started")
+    keys += ("job", "memory_gib")
     return {"id": stage, **{k: status.get(k) for k in keys}, "eta_s": eta}
 
 

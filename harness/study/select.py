@@ -1,8 +1,9 @@
-"""Which cells a command means: `--only 'size=d64x4|d32x3,init=mae'`, or a cell's name or id."""
+"""Which cells and stages a command means: a filter such as `size=d64x4|d32x3`, or a name or id."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import NotFoundError, UserError
@@ -57,6 +58,48 @@ def find_cell(cells: list[dict[str, Any]], text: str) -> dict[str, Any]:
         shown = ", ".join(c["id"] for c in found[:4]) + (" ..." if len(found) > 4 else "")
         raise UserError(f"'{text}' means {len(found)} cells: {shown}; give more of the id")
     return found[0]
+
+
+def choose(cells: Sequence[Cell], states: Mapping[str, str], words: Sequence[str]) -> list[str]:
+    """Stage ids that selectors mean, in the order of the cells; several selectors add up.
+
+    A selector is the name, the id or the beginning of the id of cells or stages, or a filter
+    `size=d64x4|d32x3,state=failed`: axes choose cells, `stage` (a role such as `wsp` or `probe`)
+    and `state` choose among their stages. Raises NotFoundError if one means nothing.
+    """
+    found: dict[str, None] = {}
+    for word in words:
+        new = _by_filter(cells, states, word) if "=" in word else _by_name(cells, word)
+        if not new:
+            near = difflib.get_close_matches(word, [c.name for c in cells], n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise NotFoundError(f"{word!r} means no stage of the study{hint}")
+        found |= dict.fromkeys(new)
+    return list(found)
+
+
+def _by_name(cells: Sequence[Cell], word: str) -> list[str]:
+    exact = [c for c in cells if word in (c.id, c.name)]
+    chosen = exact or [c for c in cells if c.id.startswith(word)]
+    stages = [s for c in chosen for s in c.stages.values()]
+    return stages or [s for c in cells for s in c.stages.values() if s.startswith(word)]
+
+
+def _by_filter(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> list[str]:
+    rule = parse_filter(word)
+    roles, wanted = rule.pop("stage", None), rule.pop("state", None)
+    axes = ",".join(f"{k}={'|'.join(v)}" for k, v in rule.items())
+    chosen = select(list(cells), axes or None)
+    known = {r for c in cells for r in c.stages}
+    for role in roles or ():
+        if role not in known:
+            raise UserError(f"{word!r}: no stage '{role}'; stages: {', '.join(sorted(known))}")
+    return [
+        stage
+        for cell in chosen
+        for role, stage in cell.stages.items()
+        if (roles is None or role in roles) and (wanted is None or states[stage] in wanted)
+    ]
 
 
 def _matches(cell: Cell, key: str, wanted: list[str]) -> bool:

@@ -1,5 +1,6 @@
 """Resume checkpoints: written aside, renamed, marked complete; only the last one is kept.
 
+    checkpoints/step_<N>.<attempt>.partial   while it is written
     checkpoints/step_<N>/deepspeed/...   weights and optimizer, one pair of files a rank
     checkpoints/step_<N>/progress.json   where the run stood, by rank 0
     checkpoints/step_<N>/COMPLETE        written last; a folder without it is ignored
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,11 +39,21 @@ class Progress:
     """Seconds by part, over all attempts that led here."""
 
 
-def save(folder: Path, engine: Engine, progress: Progress) -> Path:
-    """Write a checkpoint of the stage in `folder`, then remove the older ones."""
+def save(
+    folder: Path,
+    engine: Engine,
+    progress: Progress,
+    check_lease: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a checkpoint of the stage in `folder`, then remove the older ones.
+
+    `check_lease` is called by rank 0 before anything that another owner would see.
+    """
     final = folder / "checkpoints" / f"step_{progress.step}"
-    partial = final.with_name(f"{final.name}.partial")
+    # A name of this attempt: one that was stopped for long and goes on must not write into ours.
+    partial = final.with_name(f"{final.name}.{os.environ.get('HARNESS_ATTEMPT', '0')}.partial")
     if engine.rank == 0:
+        check_lease()
         # Left by an attempt that was killed here, or complete and about to be replaced.
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
@@ -54,8 +66,10 @@ def save(folder: Path, engine: Engine, progress: Progress) -> Path:
         (partial / "progress.json").write_text(json.dumps(content))
         for file in partial.rglob("*"):
             _sync(file)
+        check_lease()
         partial.replace(final)
         _sync(final.parent)
+        check_lease()
         (final / "COMPLETE").write_text("")
         _sync(final / "COMPLETE")
         _sync(final)

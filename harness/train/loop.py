@@ -161,7 +161,7 @@ def run(
                 now = time.perf_counter()
                 progress.wall_s["train"] = train_before_s + now - train_started - other_s
                 with _timed(progress, "checkpoint") as checkpoint_time:
-                    checkpoint.save(ctx.folder, engine, progress)
+                    checkpoint.save(ctx.folder, engine, progress, ctx.check_lease)
                 other_s += checkpoint_time.seconds
                 last_checkpoint = time.perf_counter()
                 if signals.stop:
