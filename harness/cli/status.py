@@ -80,7 +80,9 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
             f"{format_si(rate)} samples/s" if rate else "",
             f"{format_seconds(stage['eta_s'])} left" if stage.get("eta_s") is not None else "",
             f"loss {loss:.4f}" if loss is not None else "",
-            f"attempt {stage['attempt']}" if stage["attempt"] > 1 else "",
+            f"{stage['memory_gib']:.1f} GiB" if stage.get("memory_gib") else "",
+            f"attempt {stage['attempt']}" if (stage["attempt"] or 1) > 1 else "",
+            f"job {stage['job']}" if stage.get("job") else "",
         ]
         parts.append(f"  running {escape(stage['id'])}  " + "  ".join(b for b in bits if b))
     for stage in study["failed"]:

@@ -170,7 +170,8 @@ def torment(folder: Path, kills: int, seed: int) -> Counter[str]:
         while True:
             driver = command(file, root)
             if done.total() < kills:
-                target, moment = draw.choice(TARGETS), draw.choice(MOMENTS)
+                # Every target in turn; one that was not there comes up again.
+                target, moment = TARGETS[done.total() % len(TARGETS)], draw.choice(MOMENTS)
                 await_moment(moment, root, driver, draw)
                 if strike(target, root, driver):
                     done[f"{target} at {moment}"] += 1
