@@ -110,9 +110,13 @@ def read_states(
     upstream failed is blocked; one whose upstream is not done yet is waiting.
     """
     states: dict[str, StageState] = {}
+    # Most stages of a large study have no folder yet: one listing a kind tells.
+    begun = {kind: tree.begun(kind) for kind in {s.kind for s in stages.values()}}
     for stage in stages.values():
-        folder = tree.stage(stage.kind, stage.id)
-        own = read_state(folder, (over or {}).get(stage.id), (waiting or {}).get(stage.id))
+        own = StageState(state="planned", status={})
+        if stage.id in begun[stage.kind]:
+            folder = tree.stage(stage.kind, stage.id)
+            own = read_state(folder, (over or {}).get(stage.id), (waiting or {}).get(stage.id))
         upstream = [states[u] for u in stage.config.upstream.values() if u in states]
         states[stage.id] = _in_graph(own, stage, upstream)
     return states

@@ -116,6 +116,13 @@ class Tree:
         """Folder of one stage."""
         return StageFolder(self.root / "stages" / kind / stage_id)
 
+    def begun(self, kind: str) -> set[str]:
+        """Ids of the stages of a kind that have a folder."""
+        try:
+            return set(os.listdir(self.root / "stages" / kind))
+        except FileNotFoundError:
+            return set()
+
     def tune(self, study: str, suffix: str) -> Path:
         """A file of a study's search: journal (optuna's), json (results), yaml (fragment)."""
         return self.root / "tune" / f"{study}.{suffix}"
