@@ -13,7 +13,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +35,7 @@ from harness.errors import (
     UserError,
 )
 from harness.ledger import store
+from harness.ledger.claim import stop_asked
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
@@ -44,28 +46,60 @@ from harness.train import loop
 
 EXIT_BUSY = 76
 """Another process owns the stage; nothing was done."""
+EXIT_LOST_RANK = 77
+"""Another rank is gone; what ended that one says why."""
 
 _STATUS_EVERY_S = 1.0
 
 
-class _Stop:
-    """Set by TERM, USR2 or INT: the loop saves a checkpoint and ends in good order."""
+_PATIENCE_S = 10.0
+_SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 
-    def __init__(self) -> None:
+
+class _Stop:
+    """Set by TERM, USR2, INT or a stop note: the loop saves a checkpoint and ends in good order."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self.folder = folder
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        self.end = ("preempted", "preempted")
+        """State and reason of an attempt that ends because of this."""
+        numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+        for number in numbers:
             signal.signal(number, self._ask)
+        # The job's own process blocks them while it imports torch.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked and number == signal.SIGUSR2:
+            self.end = ("timeout", "timeout")
         self.asked = True
+
+    def look(self) -> None:
+        """Obeys a stop note, if there is one now."""
+        why = stop_asked(self.folder)
+        if why is not None:
+            self.end, self.asked = ("cancelled", why), True
+
+    def check_at_start(self) -> None:
+        """Raises PreemptedError if the stage is not to begin at all."""
+        self.look()
+        if self.asked:
+            raise PreemptedError("asked to stop before it began")
 
 
 class _Status:
     """status.json of the stage: written at changes of state, and now and then while running."""
 
-    def __init__(self, folder: StageFolder, stage: StageFile, attempt: int) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: StageFolder, stage: StageFile, attempt: int, guard: Callable[[], None]
+    ) -> None:
+        self.folder, self.guard = folder, guard
+        claimed = read_json(folder.status) or {}
+        # The queue is asked by what the claim noted of this attempt.
+        kept = ("cluster", "job", "token") if claimed.get("attempt") == attempt else ()
         self.base: dict[str, Any] = {
+            **{k: claimed[k] for k in kept if k in claimed},
             "schema": 1,
             "state": "running",
             "attempt": attempt,
@@ -76,11 +110,14 @@ class _Status:
             "started": time.time(),
         }
         self.last: dict[str, Any] = {}
+        self.step: int | None = None
+        """Of the last report, written or not."""
         self._written = 0.0
         self._first: tuple[float, int] | None = None
 
     def report(self, *, step: int, samples: int, **scalars: float | None) -> None:
         now = time.monotonic()
+        self.step = step
         if self._first is None:
             self._first = (now, samples)
         if now - self._written < _STATUS_EVERY_S:
@@ -99,6 +136,7 @@ class _Status:
         final = {} if state == "running" else {"ended": time.time()}
         about = {"state": state, "reason": reason, "message": message}
         row = {**self.base, **self.last, "updated": time.time(), **final, **about}
+        self.guard()
         write_json(self.folder.status, row)
 
 
@@ -108,15 +146,16 @@ def _finite(value: Any) -> bool:
 
 def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     """Runs one rank of one stage; returns the exit code."""
-    stop = _Stop()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tree = Tree(root)
     folder = tree.stage(kind, stage_id)
+    stop = _Stop(folder)
     stage = _fitting(store.read_stage(folder), folder)
     torch.set_num_threads(stage.execution.threads)
     _limit_memory(stage.execution)
     if rank != 0:
-        return _guarded(lambda: _run_rank(tree, folder, stage, rank, ranks, stop), folder, attempt)
+        run = partial(_run_rank, tree, folder, stage, rank, ranks, stop)
+        return _guarded(run, folder, attempt, stop)
     try:
         lease = Lease.acquire(folder.lease)
     except LeaseHeldError as error:
@@ -125,9 +164,9 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     try:
         if _is_done(tree, folder, stage):
             return EXIT_OK
-        lease.start_beating()
+        lease.start_beating(each=stop.look)
         job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
-        return _guarded(job.run, folder, attempt, job)
+        return _guarded(job.run, folder, attempt, stop, job)
     finally:
         lease.release()
 
@@ -194,6 +233,7 @@ def _call(stage: StageFile, context: StageContext) -> StageResult:
 def _run_rank(
     tree: Tree, folder: StageFolder, stage: StageFile, rank: int, ranks: int, stop: _Stop
 ) -> int:
+    stop.check_at_start()
     context = StageContext(
         rank=rank,
         ranks=ranks,
@@ -225,10 +265,12 @@ class _RankZero:
     ) -> None:
         self.tree, self.folder, self.stage = tree, folder, stage
         self.attempt, self.ranks, self.lease, self.stop = attempt, ranks, lease, stop
-        self.status = _Status(folder, stage, attempt)
+        self.status = _Status(folder, stage, attempt, lease.guard)
+        self.rows: record.Rows | None = None
         self.began = time.time()
 
     def run(self) -> int:
+        self.stop.check_at_start()
         uids = _upstream_uids(self.tree, self.stage)
         self._start_clean_if_stale(uids)
         self.status.write("running")
@@ -252,6 +294,7 @@ class _RankZero:
         write_json(lineage, {"schema": 1, "upstream_uids": uids})
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
+        self.rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard)
         context = StageContext(
             rank=0,
             ranks=self.ranks,
@@ -259,10 +302,10 @@ class _RankZero:
             root=self.tree.root,
             upstream_weights=_upstream_weights(self.tree, self.stage),
             upstream=_upstream_folders(self.tree, self.stage),
-            metrics=record.Rows(self.folder.metrics, log_scalar),
+            metrics=self.rows,
             report=self.status.report,
             should_stop=lambda: self.stop.asked,
-            check_lease=self.lease.check,
+            check_lease=self.lease.guard,
         )
         return _call(self.stage, context)
 
@@ -320,7 +363,10 @@ class _RankZero:
             "threads": self.stage.execution.threads,
             "device": self.stage.execution.device,
             "versions": {"harness": __version__, "torch": torch.__version__},
-            "last_step": self.status.last.get("step"),
+            "topology": {"ranks": self.ranks, "nodes": self.stage.execution.nodes},
+            "slurm": {name.lower(): os.environ[name] for name in _SLURM if name in os.environ},
+            "first_step": self.rows.first_step if self.rows else None,
+            "last_step": self.status.step,
             "end": ended,
             "message": message,
             "ended": time.time() if ended else None,
@@ -337,12 +383,20 @@ class _RankZero:
     ) -> None:
         """Notes how the attempt ended. Nothing is written once the lease is lost."""
         self.lease.check()
-        self._write_attempt(reason or state, message, details)
+        # A note's reason is in the user's words; the end is one of ours.
+        end = state if state == "cancelled" else reason or state
+        self._write_attempt(end, message, details)
         store.add_event(self.folder, state, attempt=self.attempt, reason=reason, message=message)
         self.status.write(state, reason, message)
 
 
-def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None = None) -> int:
+def _guarded(
+    run: Callable[[], int],
+    folder: StageFolder,
+    attempt: int,
+    stop: _Stop,
+    job: _RankZero | None = None,
+) -> int:
     """Runs and turns every way to end into a state, a reason and an exit code."""
     try:
         return run()
@@ -350,9 +404,11 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
         print(error, file=sys.stderr)
         return EXIT_BUSY
     except PreemptedError as error:
-        return _end(folder, attempt, job, "preempted", "stopped", error, EXIT_REQUEUE)
+        code = _end(folder, attempt, job, *stop.end, error, EXIT_REQUEUE)
+        return _after_rank_zero(code, folder, job)
     except DivergedError as error:
-        return _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
+        code = _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
+        return _after_rank_zero(code, folder, job)
     except DataError as error:
         return _end(folder, attempt, job, "failed", "data", error, EXIT_FAILED)
     except UserError as error:
@@ -364,10 +420,29 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
     except HarnessError as error:
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
     except Exception as error:
+        if _is_lost_rank(error):
+            print(f"lost another rank: {error}", file=sys.stderr)
+            return EXIT_LOST_RANK
         # The one place where everything is caught: the process ends here, and its reason must
         # reach the status file; the traceback goes to the attempt's stderr.log.
         traceback.print_exc()
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
+
+
+def _after_rank_zero(code: int, folder: StageFolder, job: _RankZero | None) -> int:
+    """The code, once rank 0 is through: an end that all ranks see is its to tell, and the first
+    process that is gone takes the others with it."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while job is None and folder.lease.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return code
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """True if a collective failed: the cause is another rank's, and whoever sees that one says
+    it."""
+    is_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return is_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def _out_of_memory(

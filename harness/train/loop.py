@@ -68,6 +68,9 @@ def run(
         )
         on_exit.callback(engine.close)
         progress = Progress()
+        if ctx.rank == 0:
+            ctx.check_lease()
+            checkpoint.remove_partial(ctx.folder)
         found = checkpoint.latest(ctx.folder)
         if found is not None:
             progress = checkpoint.load(found, engine)
@@ -157,11 +160,10 @@ def run(
             # --- checkpoint; never after the last step, so that a resumed run has one to do ---
             if (signals.stop or signals.save) and done < steps:
                 reader.drain()
-                ctx.check_lease()
                 now = time.perf_counter()
                 progress.wall_s["train"] = train_before_s + now - train_started - other_s
                 with _timed(progress, "checkpoint") as checkpoint_time:
-                    checkpoint.save(ctx.folder, engine, progress)
+                    checkpoint.save(ctx.folder, engine, progress, ctx.check_lease)
                 other_s += checkpoint_time.seconds
                 last_checkpoint = time.perf_counter()
                 if signals.stop:
