@@ -43,6 +43,7 @@ from harness.ledger.tree import StageFolder, Tree
 from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
 from harness.train import loop
+from harness.watchdog import Watchdog
 
 EXIT_BUSY = 76
 """Another process owns the stage; nothing was done."""
@@ -154,7 +155,7 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     torch.set_num_threads(stage.execution.threads)
     _limit_memory(stage.execution)
     if rank != 0:
-        run = partial(_run_rank, tree, folder, stage, rank, ranks, stop)
+        run = partial(_run_rank, tree, folder, stage, attempt, rank, ranks, stop)
         return _guarded(run, folder, attempt, stop)
     try:
         lease = Lease.acquire(folder.lease)
@@ -225,13 +226,33 @@ def _upstream_folders(tree: Tree, stage: StageFile) -> dict[str, Path]:
     return {role: tree.stage(kinds[s], s).path for role, s in stage.config.upstream.items()}
 
 
-def _call(stage: StageFile, context: StageContext) -> StageResult:
+def _call(
+    stage: StageFile, context: StageContext, attempt: int, on_hung: Callable[[str], None]
+) -> StageResult:
     run = loop.train if stage.kind in ("mae", "wsp") else transfer.run
-    return run(stage, context)
+    watchdog = Watchdog(
+        StageFolder(context.folder).attempt(attempt),
+        context.rank,
+        context.ranks,
+        context.whereabouts,
+        stage.execution.hang_after_s,
+        on_hung,
+    )
+    watchdog.start()
+    try:
+        return run(stage, context)
+    finally:
+        watchdog.stop()
 
 
 def _run_rank(
-    tree: Tree, folder: StageFolder, stage: StageFile, rank: int, ranks: int, stop: _Stop
+    tree: Tree,
+    folder: StageFolder,
+    stage: StageFile,
+    attempt: int,
+    rank: int,
+    ranks: int,
+    stop: _Stop,
 ) -> int:
     stop.check_at_start()
     context = StageContext(
@@ -246,8 +267,13 @@ def _run_rank(
         should_stop=lambda: stop.asked,
         check_lease=lambda: None,
     )
-    _call(stage, context)
+    path = folder.attempt(attempt) / f"error.rank{rank}.json"
+    _call(stage, context, attempt, lambda message: _tell(path, "failed", "hung", message))
     return EXIT_OK
+
+
+def _tell(path: Path, state: str, reason: str, message: str) -> None:
+    write_json(path, {"schema": 1, "state": state, "reason": reason, "message": message})
 
 
 class _RankZero:
@@ -307,7 +333,11 @@ class _RankZero:
             should_stop=lambda: self.stop.asked,
             check_lease=self.lease.guard,
         )
-        return _call(self.stage, context)
+        return _call(self.stage, context, self.attempt, self._hung)
+
+    def _hung(self, message: str) -> None:
+        self.finish("failed", "hung", message)
+        self.lease.release()
 
     def _write_result(self, result: StageResult, uids: dict[str, str]) -> None:
         total = time.time() - self.began
@@ -363,7 +393,7 @@ class _RankZero:
             "threads": self.stage.execution.threads,
             "device": self.stage.execution.device,
             "versions": {"harness": __version__, "torch": torch.__version__},
-            "topology": {"ranks": self.ranks, "nodes": self.stage.execution.nodes},
+            "topology": self._topology(),
             "slurm": {name.lower(): os.environ[name] for name in _SLURM if name in os.environ},
             "first_step": self.rows.first_step if self.rows else None,
             "last_step": self.status.step,
@@ -373,6 +403,13 @@ class _RankZero:
             **(details or {}),
         }
         write_json(self._attempt_file, row)
+
+    def _topology(self) -> dict[str, Any]:
+        folder = self.folder.attempt(self.attempt)
+        rows = {k: read_json(folder / f"rank{k}.json") for k in range(self.ranks)}
+        hosts = {str(k): row["host"] for k, row in rows.items() if row}  # as the watchdogs found
+        nodes = self.stage.execution.nodes
+        return {"ranks": self.ranks, "nodes": nodes, "hosts": {**hosts, "0": this_host()}}
 
     def finish(
         self,
@@ -480,10 +517,8 @@ def _end(
             return EXIT_BUSY
     else:
         rank = os.environ.get("RANK", "0")
-        write_json(
-            folder.attempt(attempt) / f"error.rank{rank}.json",
-            {"schema": 1, "state": state, "reason": reason, "message": f"rank {rank}: {message}"},
-        )
+        path = folder.attempt(attempt) / f"error.rank{rank}.json"
+        _tell(path, state, reason, f"rank {rank}: {message}")
     return code
 
 

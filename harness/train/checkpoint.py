@@ -70,8 +70,9 @@ def save(folder: Path, engine: Engine, progress: Progress, guard: Callable[[], N
         (final / "COMPLETE").write_text("")
         _sync(final / "COMPLETE")
         _sync(final)
-        for other in final.parent.iterdir():
+        for other in list(final.parent.iterdir()):
             if other != final:
+                guard()  # stopped here, this process would remove what its successor has saved
                 shutil.rmtree(other, ignore_errors=True)
     engine.barrier()
     return final
