@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LeaseLostError, UserError
-from harness.ledger.files import dump, read_json, write_bytes
+from harness.ledger.files import dump, read_json, temporary_name, write_bytes
 from harness.ledger.tree import StageFolder
 
 EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
@@ -162,7 +162,7 @@ class Lease:
         return f'"beat": {self._beat:12d}'
 
     def _create(self) -> bool:
-        temporary = self.path.with_name(f".lease.{self.token}.tmp")
+        temporary = self.path.with_name(temporary_name(self.path.name))
         write_bytes(temporary, self._content())
         try:
             os.link(temporary, self.path)
