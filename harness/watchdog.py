@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_FAILED, UserError
+from harness.errors import EXIT_FAILED, LeaseLostError, UserError
 from harness.ledger.context import Whereabouts
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import this_host
@@ -39,8 +39,10 @@ class Watchdog:
         whereabouts: Whereabouts,
         hang_after_s: float,
         on_hung: Callable[[str], None],
+        guard: Callable[[], None],
     ) -> None:
-        """`folder` is the attempt's."""
+        """`folder` is the attempt's; `guard` raises where this process must write nothing more."""
+        self.guard = guard
         self.folder, self.rank, self.ranks = folder, rank, ranks
         self.whereabouts, self.hang_after_s, self.on_hung = whereabouts, hang_after_s, on_hung
         self.every_s = min(_WRITE_EVERY_S, hang_after_s / 4)
@@ -64,6 +66,8 @@ class Watchdog:
             try:
                 if self._stands() and (message := self._look()) is not None:
                     self._bark(message)
+            except LeaseLostError:
+                return  # the main thread finds it out as well
             except (UserError, OSError) as error:
                 print(f"watchdog: {error}", file=sys.stderr)  # a full disk is for others to report
 
@@ -75,6 +79,7 @@ class Watchdog:
         if now is None:
             return False
         stands_s = time.monotonic() - self._since
+        self.guard()
         write_json(
             self.folder / f"rank{self.rank}.json",
             {

@@ -237,6 +237,7 @@ def _call(
         context.whereabouts,
         stage.execution.hang_after_s,
         on_hung,
+        context.check_lease,
     )
     watchdog.start()
     try:
