@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install study test test-long test-system check format clean
+.PHONY: install study test test-long test-system chaos check format clean
 
 install: $(STAMP)
 
@@ -32,6 +32,11 @@ test-long: install
 # Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd.
 test-system: install
 	$(BIN)/python -m pytest -m "browser or system" -rs
+
+# Kills studies at 200 random moments; about an hour and a half on two cores.
+chaos: install
+	$(BIN)/python -m tests.chaos.kills --kills 200
+	$(BIN)/python -m tests.chaos.together --commands 20
 
 check: install
 	$(BIN)/ruff check .

@@ -1,0 +1,168 @@
+"""Kills a study at random moments, again and again, until it is done; then looks what is left.
+
+    python -m tests.chaos.kills --kills 200 --seed 0
+
+Every kill is followed by the same command. In the end the numbers must be those of an undisturbed
+run, bit for bit, and nothing may be left of what was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.chaos.tiny_study import (
+    flaws,
+    kill_all,
+    numbers,
+    processes,
+    start,
+    undisturbed,
+    with_its_images,
+)
+
+TARGETS = ("rank", "driver", "zygote", "session")
+MOMENTS = ("any", "partial", "row", "temporary", "result")
+_PATIENCE_S = 20.0
+
+
+def _pids(root: Path) -> dict[str, list[int]]:
+    """Processes of the run by what they are."""
+    found: dict[str, list[int]] = {target: [] for target in TARGETS}
+    for pid, line in processes(root).items():
+        if "harness.cli.main" in line:
+            found["driver"].append(pid)
+        elif "harness.launch.zygote" in line:
+            # A worker is a fork: its command line is the zygote's, its parent another of them.
+            found["zygote"].append(pid)
+    zygotes = set(found["zygote"])
+    found["rank"] = [p for p in zygotes if _parent(p) in zygotes]
+    found["zygote"] = sorted(zygotes - set(found["rank"]))
+    return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def _rows(root: Path) -> int:
+    return sum(p.stat().st_size for p in root.glob("stages/*/*/metrics.jsonl"))
+
+
+def _moment(root: Path, moment: str) -> Callable[[], bool]:
+    """A condition that becomes true when the aim is in sight."""
+    if moment == "partial":
+        return lambda: any(root.glob("stages/*/*/checkpoints/*.partial*"))
+    if moment == "temporary":
+        return lambda: any(root.glob("stages/*/*/.*.tmp"))
+    if moment == "row":
+        size = _rows(root)
+        return lambda: _rows(root) > size
+    known = len(list(root.glob("stages/*/*/result.json")))
+    return lambda: len(list(root.glob("stages/*/*/result.json"))) > known
+
+
+def _training(root: Path) -> bool:
+    return any(root.glob("stages/*/*/lease"))
+
+
+def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+    """True once the condition holds; False if the command ended first, or it takes too long."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if condition():
+                return True
+        except OSError:  # a file went away while it was looked at
+            continue
+    return False
+
+
+def _kill(root: Path, target: str, rng: random.Random) -> bool:
+    """Kills; a session is every process of it, as a power cut would."""
+    if target == "session":
+        kill_all(root)
+        return True
+    pids = _pids(root)[target]
+    if not pids:
+        return False
+    try:
+        os.kill(rng.choice(pids), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def chaos(folder: Path, kills: int, seed: int) -> list[str]:
+    """Kills until `kills` have hit; what is wrong in the end, a line each."""
+    rng = random.Random(seed)
+    oracle, file = undisturbed(folder / "oracle")
+    expected, hits, problems = numbers(oracle), Counter[str](), []
+    life = 0
+    while hits.total() < kills and not problems:
+        life += 1
+        root = with_its_images(oracle, folder / f"life{life}" / "runs")
+        process = start(root, file)
+        while hits.total() < kills:
+            target, moment = rng.choice(TARGETS), rng.choice(MOMENTS)
+            began = _wait(partial(_training, root), process)
+            delay = rng.uniform(0, 1.5)
+            if moment == "any":
+                time.sleep(delay)
+            elif began:
+                _wait(_moment(root, moment), process)
+            if process.poll() is None and _kill(root, target, rng):
+                hits[f"{target} at {moment}"] += 1
+            if target in ("driver", "session"):
+                process.wait()
+            if process.poll() is not None:
+                if process.returncode in (0, 1) and target not in ("driver", "session"):
+                    break
+                process = start(root, file)
+        code = process.wait(600)
+        for _ in range(3):  # it was perhaps the last kill that ended the command
+            if code != 0 or flaws(root):
+                code = start(root, file).wait(600)
+        problems = [f"exit code {code}"] * (code != 0) + flaws(root)
+        if numbers(root) != expected:
+            problems.append("the numbers differ from those of the undisturbed run")
+        print(f"life {life}: {hits.total()} kills so far, {len(problems)} problems", flush=True)
+        if not problems:
+            shutil.rmtree(root.parent)
+    for what, count in sorted(hits.items()):
+        print(f"{count:4d}  {what}")
+    return problems
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos"))
+    problems = chaos(folder, given.kills, given.seed)
+    print("\n".join(problems) or "nothing is wrong")
+    if problems:
+        print(f"files: {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
