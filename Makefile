@@ -33,10 +33,10 @@ test-long: install
 test-system: install
 	$(BIN)/python -m pytest -m "(browser or system or slurm) and not gpu" -rs --durations=5
 
-# Two hundred kills, and twenty submissions at once: an hour on two cores.
+# Kills studies at 200 random moments; about an hour and a half on two cores.
 chaos: install
 	$(BIN)/python -m tests.chaos.kills --kills 200
-	HARNESS_SUBMITTERS=20 $(BIN)/python -m pytest tests/chaos -k at_once
+	$(BIN)/python -m tests.chaos.together --commands 20
 
 check: install
 	$(BIN)/ruff check .

@@ -79,14 +79,12 @@ def _free_id(folder: Path, record_id: str) -> str:
 class Rows:
     """metrics.jsonl, mirrored into the sacred run as scalars."""
 
-    def __init__(
-        self, path: Path, log_scalar: LogScalar, guard: Callable[[], None] = lambda: None
-    ) -> None:
-        """`guard` raises if the stage is not ours any more; called before every write."""
-        guard()
+    def __init__(self, path: Path, log_scalar: LogScalar, guard: Callable[[], None]) -> None:
+        """`guard` is called before every write, and raises where there must be none."""
         self.writer = JsonlWriter(path)
-        self.log_scalar = log_scalar
-        self.guard = guard
+        self.log_scalar, self.guard = log_scalar, guard
+        self.first_step: int | None = None
+        """Where the attempt went on from; None where nobody said."""
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Writes a row; each number in it becomes a scalar of the sacred run."""
@@ -99,6 +97,7 @@ class Rows:
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`."""
         self.guard()
+        self.first_step = step
         self.writer.rewind(step)
 
 

@@ -13,7 +13,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,44 +43,64 @@ from harness.ledger.tree import StageFolder, Tree
 from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
 from harness.train import loop
+from harness.watchdog import Watchdog
 
 EXIT_BUSY = 76
 """Another process owns the stage; nothing was done."""
+EXIT_LOST_RANK = 77
+"""Another rank is gone; what ended that one says why."""
 
 _STATUS_EVERY_S = 1.0
 
 
-class _Stop:
-    """Set by TERM, USR2 or INT: the loop saves a checkpoint and ends in good order."""
+_PATIENCE_S = 10.0
+_SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 
-    def __init__(self) -> None:
+
+class _Stop:
+    """Set by TERM, USR2, INT or a stop note: the loop saves a checkpoint and ends in good order."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self.folder = folder
         self.asked = False
-        self.reason = "preempted"
-        self.note: str | None = None
+        self.end = ("preempted", "preempted")
+        """State and reason of an attempt that ends because of this."""
         numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
         for number in numbers:
             signal.signal(number, self._ask)
-        # A launcher may have held them back while torch was imported.
+        # The job's own process blocks them while it imports torch.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # Schedulers send USR2 ahead of the time limit.
         if not self.asked and number == signal.SIGUSR2:
-            self.reason = "timeout"
+            self.end = ("timeout", "timeout")
         self.asked = True
 
-    def obey(self, note: str | None) -> None:
-        """Somebody cancelled the stage: see `harness.ledger.claim`."""
-        if note is not None and not self.asked:
-            self.asked, self.reason, self.note = True, "cancelled", note
+    def look(self) -> None:
+        """Obeys a stop note, if there is one now."""
+        why = stop_asked(self.folder)
+        if why is not None:
+            self.end, self.asked = ("cancelled", why), True
+
+    def check_at_start(self) -> None:
+        """Raises PreemptedError if the stage is not to begin at all."""
+        self.look()
+        if self.asked:
+            raise PreemptedError("asked to stop before it began")
 
 
 class _Status:
     """status.json of the stage: written at changes of state, and now and then while running."""
 
-    def __init__(self, folder: StageFolder, stage: StageFile, attempt: int) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: StageFolder, stage: StageFile, attempt: int, guard: Callable[[], None]
+    ) -> None:
+        self.folder, self.guard = folder, guard
+        claimed = read_json(folder.status) or {}
+        # The queue is asked by what the claim noted of this attempt.
+        kept = ("cluster", "job", "token") if claimed.get("attempt") == attempt else ()
         self.base: dict[str, Any] = {
+            **{k: claimed[k] for k in kept if k in claimed},
             "schema": 1,
             "state": "running",
             "attempt": attempt,
@@ -89,21 +110,15 @@ class _Status:
             "pid_started": process_started(os.getpid()),
             "started": time.time(),
         }
-        # The claim's: by these the scheduler's queue is asked.
-        claimed = read_json(folder.status) or {}
-        if claimed.get("attempt") == attempt:
-            self.base |= {k: claimed[k] for k in ("cluster", "job", "token") if k in claimed}
         self.last: dict[str, Any] = {}
-        self.first_step: int | None = None
-        self.last_step: int | None = None
+        self.step: int | None = None
+        """Of the last report, written or not."""
         self._written = 0.0
         self._first: tuple[float, int] | None = None
 
     def report(self, *, step: int, samples: int, **scalars: float | None) -> None:
         now = time.monotonic()
-        self.last_step = step
-        if self.first_step is None:
-            self.first_step = step
+        self.step = step
         if self._first is None:
             self._first = (now, samples)
         if now - self._written < _STATUS_EVERY_S:
@@ -123,6 +138,7 @@ class _Status:
         final = {} if state == "running" else {"ended": time.time()}
         about = {"state": state, "reason": reason, "message": message}
         row = {**self.base, **self.last, "updated": time.time(), **final, **about}
+        self.guard()
         write_json(self.folder.status, row)
 
 
@@ -139,15 +155,16 @@ def _finite(value: Any) -> bool:
 
 def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     """Runs one rank of one stage; returns the exit code."""
-    stop = _Stop()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tree = Tree(root)
     folder = tree.stage(kind, stage_id)
+    stop = _Stop(folder)
     stage = _fitting(store.read_stage(folder), folder)
     torch.set_num_threads(stage.execution.threads)
     _limit_memory(stage.execution)
     if rank != 0:
-        return _guarded(lambda: _run_rank(tree, folder, stage, rank, ranks, stop), folder, attempt)
+        run = partial(_run_rank, tree, folder, stage, attempt, rank, ranks, stop)
+        return _guarded(run, folder, attempt, stop)
     try:
         lease = Lease.acquire(folder.lease)
     except LeaseHeldError as error:
@@ -156,9 +173,9 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     try:
         if _is_done(tree, folder, stage):
             return EXIT_OK
-        lease.start_beating(lambda: stop.obey(stop_asked(folder)))
+        lease.start_beating(each=stop.look)
         job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
-        return _guarded(job.run, folder, attempt, job)
+        return _guarded(job.run, folder, attempt, stop, job)
     finally:
         lease.release()
 
@@ -217,14 +234,36 @@ def _upstream_folders(tree: Tree, stage: StageFile) -> dict[str, Path]:
     return {role: tree.stage(kinds[s], s).path for role, s in stage.config.upstream.items()}
 
 
-def _call(stage: StageFile, context: StageContext) -> StageResult:
+def _call(
+    stage: StageFile, context: StageContext, attempt: int, on_hung: Callable[[str], None]
+) -> StageResult:
     run = loop.train if stage.kind in ("mae", "wsp") else transfer.run
-    return run(stage, context)
+    watchdog = Watchdog(
+        StageFolder(context.folder).attempt(attempt),
+        context.rank,
+        context.ranks,
+        context.whereabouts,
+        stage.execution.hang_after_s,
+        on_hung,
+        context.check_lease,
+    )
+    watchdog.start()
+    try:
+        return run(stage, context)
+    finally:
+        watchdog.stop()
 
 
 def _run_rank(
-    tree: Tree, folder: StageFolder, stage: StageFile, rank: int, ranks: int, stop: _Stop
+    tree: Tree,
+    folder: StageFolder,
+    stage: StageFile,
+    attempt: int,
+    rank: int,
+    ranks: int,
+    stop: _Stop,
 ) -> int:
+    stop.check_at_start()
     context = StageContext(
         rank=rank,
         ranks=ranks,
@@ -237,8 +276,13 @@ def _run_rank(
         should_stop=lambda: stop.asked,
         check_lease=lambda: None,
     )
-    _call(stage, context)
+    path = folder.attempt(attempt) / f"error.rank{rank}.json"
+    _call(stage, context, attempt, lambda message: _tell(path, "failed", "hung", message))
     return EXIT_OK
+
+
+def _tell(path: Path, state: str, reason: str, message: str) -> None:
+    write_json(path, {"schema": 1, "state": state, "reason": reason, "message": message})
 
 
 class _RankZero:
@@ -256,10 +300,12 @@ class _RankZero:
     ) -> None:
         self.tree, self.folder, self.stage = tree, folder, stage
         self.attempt, self.ranks, self.lease, self.stop = attempt, ranks, lease, stop
-        self.status = _Status(folder, stage, attempt)
+        self.status = _Status(folder, stage, attempt, lease.guard)
+        self.rows: record.Rows | None = None
         self.began = time.time()
 
     def run(self) -> int:
+        self.stop.check_at_start()
         uids = _upstream_uids(self.tree, self.stage)
         self._start_clean_if_stale(uids)
         self.status.write("running")
@@ -283,6 +329,7 @@ class _RankZero:
         write_json(lineage, {"schema": 1, "upstream_uids": uids})
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
+        self.rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard)
         context = StageContext(
             rank=0,
             ranks=self.ranks,
@@ -290,16 +337,16 @@ class _RankZero:
             root=self.tree.root,
             upstream_weights=_upstream_weights(self.tree, self.stage),
             upstream=_upstream_folders(self.tree, self.stage),
-            metrics=record.Rows(self.folder.metrics, log_scalar, self.lease.guard),
-            report=self._report,
+            metrics=self.rows,
+            report=self.status.report,
             should_stop=lambda: self.stop.asked,
-            check_lease=self.lease.check,
+            check_lease=self.lease.guard,
         )
-        return _call(self.stage, context)
+        return _call(self.stage, context, self.attempt, self._hung)
 
-    def _report(self, **progress: Any) -> None:
-        self.lease.guard()
-        self.status.report(**progress)
+    def _hung(self, message: str) -> None:
+        self.finish("failed", "hung", message)
+        self.lease.release()
 
     def _write_result(self, result: StageResult, uids: dict[str, str]) -> None:
         total = time.time() - self.began
@@ -355,16 +402,23 @@ class _RankZero:
             "threads": self.stage.execution.threads,
             "device": self.stage.execution.device,
             "versions": {"harness": __version__, "torch": torch.__version__},
-            "nodes": os.environ.get("SLURM_JOB_NODELIST"),
-            "restarts": os.environ.get("SLURM_RESTART_COUNT"),
-            "first_step": self.status.first_step,
-            "last_step": self.status.last_step,
+            "topology": self._topology(),
+            "slurm": {name.lower(): os.environ[name] for name in _SLURM if name in os.environ},
+            "first_step": self.rows.first_step if self.rows else None,
+            "last_step": self.status.step,
             "end": ended,
             "message": message,
             "ended": time.time() if ended else None,
             **(details or {}),
         }
         write_json(self._attempt_file, row)
+
+    def _topology(self) -> dict[str, Any]:
+        folder = self.folder.attempt(self.attempt)
+        rows = {k: read_json(folder / f"rank{k}.json") for k in range(self.ranks)}
+        hosts = {str(k): row["host"] for k, row in rows.items() if row}  # as the watchdogs found
+        nodes = self.stage.execution.nodes
+        return {"ranks": self.ranks, "nodes": nodes, "hosts": {**hosts, "0": this_host()}}
 
     def finish(
         self,
@@ -375,13 +429,20 @@ class _RankZero:
     ) -> None:
         """Notes how the attempt ended. Nothing is written once the lease is lost."""
         self.lease.check()
-        ended = state if state == "cancelled" else reason or state
-        self._write_attempt(ended, message, details)
+        # A note's reason is in the user's words; the end is one of ours.
+        end = state if state == "cancelled" else reason or state
+        self._write_attempt(end, message, details)
         store.add_event(self.folder, state, attempt=self.attempt, reason=reason, message=message)
         self.status.write(state, reason, message)
 
 
-def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None = None) -> int:
+def _guarded(
+    run: Callable[[], int],
+    folder: StageFolder,
+    attempt: int,
+    stop: _Stop,
+    job: _RankZero | None = None,
+) -> int:
     """Runs and turns every way to end into a state, a reason and an exit code."""
     try:
         return run()
@@ -389,11 +450,11 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
         print(error, file=sys.stderr)
         return EXIT_BUSY
     except PreemptedError as error:
-        reason = job.stop.reason if job is not None else "preempted"
-        why = (job and job.stop.note) or reason
-        return _end(folder, attempt, job, reason, why, error, EXIT_REQUEUE)
+        code = _end(folder, attempt, job, *stop.end, error, EXIT_REQUEUE)
+        return _after_rank_zero(code, folder, job)
     except DivergedError as error:
-        return _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
+        code = _end(folder, attempt, job, "diverged", "diverged", error, EXIT_FAILED)
+        return _after_rank_zero(code, folder, job)
     except DataError as error:
         return _end(folder, attempt, job, "failed", "data", error, EXIT_FAILED)
     except UserError as error:
@@ -405,10 +466,29 @@ def _guarded(run: Any, folder: StageFolder, attempt: int, job: _RankZero | None 
     except HarnessError as error:
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
     except Exception as error:
+        if _is_lost_rank(error):
+            print(f"lost another rank: {error}", file=sys.stderr)
+            return EXIT_LOST_RANK
         # The one place where everything is caught: the process ends here, and its reason must
         # reach the status file; the traceback goes to the attempt's stderr.log.
         traceback.print_exc()
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
+
+
+def _after_rank_zero(code: int, folder: StageFolder, job: _RankZero | None) -> int:
+    """The code, once rank 0 is through: an end that all ranks see is its to tell, and the first
+    process that is gone takes the others with it."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while job is None and folder.lease.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return code
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """True if a collective failed: the cause is another rank's, and whoever sees that one says
+    it."""
+    is_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return is_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def _out_of_memory(
@@ -446,10 +526,8 @@ def _end(
             return EXIT_BUSY
     else:
         rank = os.environ.get("RANK", "0")
-        write_json(
-            folder.attempt(attempt) / f"error.rank{rank}.json",
-            {"schema": 1, "state": state, "reason": reason, "message": f"rank {rank}: {message}"},
-        )
+        path = folder.attempt(attempt) / f"error.rank{rank}.json"
+        _tell(path, state, reason, f"rank {rank}: {message}")
     return code
 
 

@@ -14,7 +14,7 @@ from harness.launch import ends, provenance
 from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.pool import Ended, Pool, Running
 from harness.ledger import attempts, store
-from harness.ledger.claim import claim
+from harness.ledger.claim import claim, complete, is_untold
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Silence
 from harness.ledger.states import ACTIVE, StageState, read_states
@@ -135,6 +135,10 @@ class Driver:
         self._check_slots()
         reset(self.tree, self.stages, read_states(self.tree, self.stages), mode)
         states = read_states(self.tree, self.stages)
+        for stage_id, state in states.items() if mode != "read-only" else ():
+            folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
+            if is_untold(folder, state):
+                complete(folder)
         todo = self._todo(states)
         if (not todo and self.feed is None) or mode == "read-only":
             return self._summary(states, started)
@@ -278,7 +282,9 @@ class Driver:
             self._external.add(stage.id)
             return
         self._ran.append(stage.id)
-        if folder.result.exists() and ended.code == 0:
+        if (read_json(folder.result) or {}).get("attempts") == attempt:
+            if ended.code != 0:
+                complete(folder)  # it was killed between its result and the word of it
             return
         asked = ended.running.asked_to_stop
         status = ends.settle(folder, attempt, ended.code, asked_to_stop=asked, gone=ended.gone)

@@ -13,6 +13,8 @@ from harness.ledger.states import ACTIVE
 from harness.ledger.tree import StageFolder
 from harness.study.schema import Retry
 
+EXIT_LOST_RANK = 77  # harness.worker's, which must not be imported here
+
 
 def settle(
     folder: StageFolder, attempt: int, code: int, *, asked_to_stop: bool, gone: str | None = None
@@ -69,4 +71,6 @@ def _meaning(
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return "failed", "killed", f"ended by {name}{hint}"
     log = folder.attempt(attempt) / "stderr.log"
+    if code == EXIT_LOST_RANK:
+        return "failed", "killed", f"a rank lost its connection to the others; see {log}"
     return "failed", "code", f"exit code {code}; see {log}"

@@ -12,8 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.ledger import attempts, store
-from harness.ledger.files import read_json, write_json
-from harness.ledger.lease import exclusive, process_started, this_host
+from harness.ledger.files import read_json, read_jsonl, remove_leftovers, write_json
+from harness.ledger.lease import (
+    Lease,
+    LeaseHeldError,
+    exclusive,
+    owner_is_dead,
+    process_started,
+    read_lease,
+    this_host,
+)
 from harness.ledger.states import StageState
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.stages import StageFile
@@ -33,6 +41,7 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
         ):
             return None
         store.write_stage(tree, stage)
+        remove_leftovers(folder.path)
         _close_last(folder)
         attempt = folder.new_attempt()
         attempts.begin(folder, attempt, {"claimed_by": this_host(), **owner})
@@ -57,6 +66,46 @@ def unclaim(folder: StageFolder, why: str) -> None:
         status = read_json(folder.status) or {}
         _close_last(folder, "dropped", why)
         write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
+
+
+def complete(folder: StageFolder) -> None:
+    """Makes the files around a result say `done`, if its worker was killed before it could.
+
+    Where the worker still lives, or nobody here can ask, nothing happens: it will say so itself.
+    """
+    with exclusive(folder.path / "claim"):
+        lease, result = read_lease(folder.lease), read_json(folder.result)
+        if result is None or (lease is not None and not owner_is_dead(lease)):
+            return
+        number = int(result["attempts"])
+        status = read_json(folder.status) or {}
+        if lease is not None:
+            try:
+                Lease.acquire(folder.lease).release()
+            except LeaseHeldError:
+                return
+        remove_leftovers(folder.path)
+        path = folder.attempt(number) / "attempt.json"
+        row = read_json(path) or {"schema": 1, "attempt": number}
+        if row.get("end") is None:
+            write_json(path, {**row, "end": "done", "message": None})
+        events = read_jsonl(folder.events)
+        if not any(e["event"] == "done" and e.get("attempt") == number for e in events):
+            store.add_event(folder, "done", attempt=number, reason=None, message=None)
+        if status.get("attempt") == number and status.get("state") != "done":
+            about = {"state": "done", "reason": None, "message": None, "ended": time.time()}
+            write_json(folder.status, {**status, **about})
+
+
+def is_untold(folder: StageFolder, state: StageState) -> bool:
+    """True for a done stage that something of its worker may be left of."""
+    return state.state == "done" and (
+        state.status.get("state") != "done" or folder.lease.exists() or _has_temporary(folder)
+    )
+
+
+def _has_temporary(folder: StageFolder) -> bool:
+    return any(folder.path.glob(".*.tmp"))
 
 
 def _close_last(

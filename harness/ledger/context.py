@@ -20,6 +20,14 @@ class Metrics(Protocol):
         ...
 
 
+@dataclass
+class Whereabouts:
+    """What this rank is at, for whoever watches over it."""
+
+    at: tuple[int, str] | None = None
+    """(finished steps, part of the next one); None while nobody is to judge how long it takes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
     """The surroundings of one attempt at one stage."""
@@ -41,6 +49,7 @@ class StageContext:
     """True once the attempt was asked to stop: save a checkpoint and raise PreemptedError."""
     check_lease: Callable[[], None]
     """Raises LeaseLostError when another process owns the stage. Call before writing files."""
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import re
+import socket
+import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError, UserError
+from harness.errors import UserError
 
 
-def write_bytes(path: Path, content: bytes, before: Callable[[], None] = lambda: None) -> None:
-    """Replaces the file in one step: readers see the old content or the new, never a part.
+def temporary_name(name: str) -> str:
+    """A file of this process's own, of which `remove_leftovers` can tell whether it lives."""
+    return f".{name}.{uuid.uuid4().hex[:8]}-{_machine()}-{os.getpid()}.tmp"
 
-    `before` is called right before that step; if it raises, nothing has changed.
-    """
+
+def remove_leftovers(folder: Path) -> None:
+    """Takes away the temporary files of processes of this machine that are gone."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("attempts/*/.*.tmp")]:
+        match = re.fullmatch(r".*-([0-9a-f]+)-(\d+)", path.name.removesuffix(".tmp"))
+        if match is None or match[1] != _machine() or sys.platform != "linux":
+            continue
+        if not Path(f"/proc/{match[2]}").exists():
+            path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Differs between machines, boots and containers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        boot += os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = ""
+    return hashlib.sha256(f"{socket.gethostname()}{boot}".encode()).hexdigest()[:8]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file in one step: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        before()
         os.replace(temporary, path)
-    except HarnessError:
-        temporary.unlink(missing_ok=True)
-        raise
     except OSError as error:
         temporary.unlink(missing_ok=True)
         why = error.strerror

@@ -7,6 +7,7 @@ lease for a dead one. An owner on this host whose process is gone is dead at onc
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LeaseLostError, UserError
-from harness.ledger.files import dump, read_json, write_bytes
+from harness.ledger.files import dump, read_json, temporary_name, write_bytes
 from harness.ledger.tree import StageFolder
 
-BEAT_S = 5.0
 EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
-"""An owner that cannot be asked is dead after so long without a heartbeat."""
+"""An owner that nobody can ask is given up after so long; the same for all who share a root."""
+BEAT_S = EXPIRY_S / 12
+_FRESH_S = 1.0
 
 
 class LeaseHeldError(UserError):
@@ -31,7 +33,10 @@ class LeaseHeldError(UserError):
 
 
 def this_host() -> str:
-    """Name of this machine since its last boot; a rebooted host is another one."""
+    """Name of this machine since its last boot; a rebooted host is another one.
+
+    HARNESS_HOST stands in for the name where several machines have the same one.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
     except OSError:
@@ -106,9 +111,7 @@ class Lease:
         self.path = path
         self.token = token
         self._beat = 0
-        self._checked = -float("inf")
-        """When it was last seen to be ours; time.monotonic() goes on while we are stopped."""
-        self._guard_seen: tuple[int, float] | None = None
+        self._checked: float | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -141,7 +144,7 @@ class Lease:
                     continue
             if not dead:
                 raise LeaseHeldError(f"{path}: held by process {held['pid']} on {held['host']}")
-            if lease._take_over(held["token"]):
+            if lease._take_over(held["token"], expiry_s):
                 return lease
 
     def _content(self) -> bytes:
@@ -151,12 +154,15 @@ class Lease:
             "host": this_host(),
             "pid": os.getpid(),
             "started": process_started(os.getpid()),
-            "beat": self._beat,
         }
-        return (dump(content) + "\n").encode()
+        # Last and of a fixed width, so that it can be written over in place.
+        return f"{dump(content)[:-2]},\n {self._beat_field()}\n}}\n".encode()
+
+    def _beat_field(self) -> str:
+        return f'"beat": {self._beat:12d}'
 
     def _create(self) -> bool:
-        temporary = self.path.with_name(f".lease.{self.token}.tmp")
+        temporary = self.path.with_name(temporary_name(self.path.name))
         write_bytes(temporary, self._content())
         try:
             os.link(temporary, self.path)
@@ -166,84 +172,82 @@ class Lease:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _take_over(self, dead_token: str) -> bool:
-        """Replaces a dead owner's lease. A second lock makes sure only one process does."""
-        guard = self.path.with_name(f"{self.path.name}.takeover")
+    def _take_over(self, dead_token: str, expiry_s: float) -> bool:
+        """Replaces a dead owner's lease. A second lease makes sure only one process does."""
         try:
-            os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            self._wait_for(guard)
+            # Judged as any lease is, by life and not by its file's time: clocks of hosts differ.
+            guard = Lease.acquire(self.path.with_name(f"{self.path.name}.takeover"), expiry_s)
+        except LeaseHeldError:
+            time.sleep(0.05)
             return False
         try:
             held = read_lease(self.path)
-            if held is None or held["token"] != dead_token:
+            if held is None or held["token"] != dead_token or not guard.is_ours():
                 return False
             write_bytes(self.path, self._content())
             return True
         finally:
-            guard.unlink(missing_ok=True)
+            guard.release()
 
-    def _wait_for(self, guard: Path) -> None:
-        """A takeover lasts milliseconds: a guard that stays belongs to a process that was killed.
+    def is_ours(self) -> bool:
+        """True if no other process has taken the lease."""
+        held = read_lease(self.path)
+        return held is not None and held["token"] == self.token
 
-        Judged by this process's own clock: the file's time is another host's.
-        """
-        try:
-            born = guard.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        if self._guard_seen is None or self._guard_seen[0] != born:
-            self._guard_seen = (born, time.monotonic())
-        elif time.monotonic() - self._guard_seen[1] > min(10.0, EXPIRY_S):
-            guard.unlink(missing_ok=True)
-        time.sleep(0.05)
-
-    def check(self, within_s: float = 0.0) -> None:
-        """Raises LeaseLostError if another process owns the stage now.
-
-        With `within_s`, a look that was taken so shortly before will do.
-        """
-        now = time.monotonic()
-        if now - self._checked < within_s:
-            return
+    def check(self) -> None:
+        """Raises LeaseLostError if another process owns the stage now."""
         held = read_lease(self.path)
         if held is None or held["token"] != self.token:
             owner = f"process {held['pid']} on {held['host']}" if held else "nobody"
             raise LeaseLostError(f"{self.path}: this process lost the lease; owner now: {owner}")
-        self._checked = now
 
     def guard(self) -> None:
-        """`check`, cheap enough for every write: at most one look a second."""
-        self.check(within_s=1.0)
+        """`check`, to be called right before every write: looks at the file once a second only.
 
-    def start_beating(self, look: Callable[[], None] = lambda: None) -> None:
-        """Keeps the heartbeat going in a thread until `release`; `look` is called with each."""
-        self._look = look
-        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        The monotonic clock goes on while a process is stopped, so one that is continued looks.
+        """
+        if self._checked is None or time.monotonic() - self._checked > _FRESH_S:
+            began = time.monotonic()
+            self.check()
+            self._checked = began
+
+    def start_beating(self, each: Callable[[], None] = lambda: None) -> None:
+        """Keeps the heartbeat going in a thread until `release`; calls `each` at every beat."""
+        self._thread = threading.Thread(target=self._run, args=(each,), name="lease", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, each: Callable[[], None]) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                self.check()
-                self._beat += 1
-                # Stopped in here for long enough to lose the lease, we must not take it back.
-                write_bytes(self.path, self._content(), before=lambda: self.check(EXPIRY_S / 4))
-                self._look()
+                self._write_beat()
+                each()
             except LeaseLostError:
-                # `check` in the main thread raises the same before anything is written.
-                return
-            except UserError:
-                # A full disk: the next beat may find room; if none does, others may take over.
-                continue
+                return  # `check` in the main thread raises the same before anything is written
+            except (OSError, UserError):
+                continue  # a file system that is away for a moment
+
+    def _write_beat(self) -> None:
+        """Counts up in place, in the very file that holds our token: whoever takes over puts
+        another file there, which a process stopped in the middle of this cannot touch."""
+        try:
+            file = open(self.path, "r+b", buffering=0)
+        except FileNotFoundError:
+            raise LeaseLostError(f"{self.path}: is gone") from None
+        with file:
+            content = file.read()
+            if json.loads(content)["token"] != self.token:
+                raise LeaseLostError(f"{self.path}: has another owner")
+            self._beat += 1
+            place = content.rindex(b'"beat":')
+            os.pwrite(file.fileno(), self._beat_field().encode(), place)
+            os.fsync(file.fileno())
 
     def release(self) -> None:
         """Gives the lease back if it is still ours."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        held = read_lease(self.path)
-        if held is not None and held["token"] == self.token:
+        if self.is_ours():
             self.path.unlink(missing_ok=True)
 
 

@@ -131,7 +131,7 @@ def set_aside(folder: StageFolder) -> None:
     target = folder.attempt(numbers[-1]) / "superseded" if numbers else None
     about = ("stage.json", "status.json", "events.jsonl", "lineage.json", "memory.json", "attempts")
     for path in sorted(folder.path.iterdir()):
-        if path.name in about or path.name.startswith((".", "lease")):
+        if path.name in about or path.name.startswith((".", "lease", "claim", "stop.json")):
             continue
         if target is None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -264,6 +264,7 @@ class Chain:
             weights_path=str(self.weights) if config.weights else "",
             zero_config=wanted.zero,
             checkpoint_every_s=wanted.checkpoint_every,
+            hang_after_s=wanted.hang_after,
             eval_points=wanted.eval_points,
             dataset_path=spec,
         )

@@ -94,6 +94,8 @@ class Resources(Frozen):
     zero: str | None = None
     """DeepSpeed config: a name in ds_configs/ or a path; none picks one by device."""
     checkpoint_every: Seconds = 60.0
+    hang_after: Seconds = 1800.0
+    """A stage none of whose ranks' steps moves for so long is ended, with the cause `hung`."""
     eval_points: Count = 8
 
     @model_validator(mode="after")

@@ -110,6 +110,7 @@ class Execution(Frozen):
     zero_config: str | None = None
     """Name or path of a DeepSpeed config; none picks ds_configs/ by device."""
     checkpoint_every_s: float = 60.0
+    hang_after_s: float = 1800.0
     eval_points: int = 8
     """How often val_loss is measured during wsp, evenly spaced, the last at the end."""
     weights_path: str = ""

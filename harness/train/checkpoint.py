@@ -1,6 +1,5 @@
 """Resume checkpoints: written aside, renamed, marked complete; only the last one is kept.
 
-    checkpoints/step_<N>.<attempt>.partial   while it is written
     checkpoints/step_<N>/deepspeed/...   weights and optimizer, one pair of files a rank
     checkpoints/step_<N>/progress.json   where the run stood, by rank 0
     checkpoints/step_<N>/COMPLETE        written last; a folder without it is ignored
@@ -14,9 +13,12 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import torch
 
 from harness.errors import UserError
 from harness.train.engine import Engine
@@ -39,24 +41,17 @@ class Progress:
     """Seconds by part, over all attempts that led here."""
 
 
-def save(
-    folder: Path,
-    engine: Engine,
-    progress: Progress,
-    check_lease: Callable[[], None] = lambda: None,
-) -> Path:
+def save(folder: Path, engine: Engine, progress: Progress, guard: Callable[[], None]) -> Path:
     """Write a checkpoint of the stage in `folder`, then remove the older ones.
 
-    `check_lease` is called by rank 0 before anything that another owner would see.
+    `guard` raises on rank 0 where another process owns the stage now.
     """
     final = folder / "checkpoints" / f"step_{progress.step}"
-    # A name of this attempt: one that was stopped for long and goes on must not write into ours.
-    partial = final.with_name(f"{final.name}.{os.environ.get('HARNESS_ATTEMPT', '0')}.partial")
+    # Never shared with another attempt: one that was stopped may go on after its successor began.
+    partial = final.with_name(f"{final.name}.partial-{_common_number(engine):06x}")
     if engine.rank == 0:
-        check_lease()
-        # Left by an attempt that was killed here, or complete and about to be replaced.
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
+        guard()
+        remove_partial(folder)
         partial.mkdir(parents=True)
     engine.barrier()
     engine.save(partial)
@@ -66,18 +61,33 @@ def save(
         (partial / "progress.json").write_text(json.dumps(content))
         for file in partial.rglob("*"):
             _sync(file)
-        check_lease()
+        guard()
+        # Without its mark, if it was killed before; or complete, and about to be replaced.
+        shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
         _sync(final.parent)
-        check_lease()
+        guard()
         (final / "COMPLETE").write_text("")
         _sync(final / "COMPLETE")
         _sync(final)
-        for other in final.parent.iterdir():
+        for other in list(final.parent.iterdir()):
             if other != final:
-                shutil.rmtree(other)
+                guard()  # stopped here, this process would remove what its successor has saved
+                shutil.rmtree(other, ignore_errors=True)
     engine.barrier()
     return final
+
+
+def remove_partial(folder: Path) -> None:
+    """Takes away what attempts that were killed while they saved have left."""
+    for partial in (folder / "checkpoints").glob("step_*.partial*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _common_number(engine: Engine) -> int:
+    """A new random number, the same on all ranks."""
+    own = uuid.uuid4().int % 2**24 if engine.rank == 0 else 0  # exact as a float32
+    return int(engine.total(torch.tensor([float(own)], device=engine.device)).item())
 
 
 def latest(folder: Path) -> Path | None:

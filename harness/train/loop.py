@@ -67,7 +67,12 @@ def run(
             objective.blueprint(), recipe, execution, rank=ctx.rank, ranks=ctx.ranks
         )
         on_exit.callback(engine.close)
+        ctx.whereabouts.at = (0, "setup")
+        on_exit.callback(_leave, ctx)
         progress = Progress()
+        if ctx.rank == 0:
+            ctx.check_lease()
+            checkpoint.remove_partial(ctx.folder)
         found = checkpoint.latest(ctx.folder)
         if found is not None:
             progress = checkpoint.load(found, engine)
@@ -104,7 +109,9 @@ def run(
             make=objective.make_batch,
         )
         on_exit.callback(batches.close)  # ends its reading thread
+        ctx.whereabouts.at = (progress.step, "data")
         for step, rank_batch in enumerate(batches, start=progress.step):
+            ctx.whereabouts.at = (step, "compute")
             # --- one optimizer step ---
             engine.set_lr(lr_at(recipe, step, steps))
             share = batch // ctx.ranks
@@ -124,6 +131,7 @@ def run(
             due = time.perf_counter() - last_checkpoint >= execution.checkpoint_every_s
             done = step + 1
             wishes = {"stop": ctx.should_stop(), "save": due and ctx.rank == 0}
+            ctx.whereabouts.at = (step, "reduce")
             try:
                 signals = reader.put(done, torch.stack(losses), **wishes)
             except DivergedError as error:
@@ -142,6 +150,7 @@ def run(
                 }
                 progress.loss_sum, progress.loss_count = 0.0, 0
                 if done in eval_steps:
+                    ctx.whereabouts.at = (step, "evaluate")
                     with _timed(progress, "eval") as eval_time:
                         last_row |= objective.evaluate(engine)
                     other_s += eval_time.seconds
@@ -156,8 +165,8 @@ def run(
 
             # --- checkpoint; never after the last step, so that a resumed run has one to do ---
             if (signals.stop or signals.save) and done < steps:
+                ctx.whereabouts.at = (step, "checkpoint")
                 reader.drain()
-                ctx.check_lease()
                 now = time.perf_counter()
                 progress.wall_s["train"] = train_before_s + now - train_started - other_s
                 with _timed(progress, "checkpoint") as checkpoint_time:
@@ -166,11 +175,13 @@ def run(
                 last_checkpoint = time.perf_counter()
                 if signals.stop:
                     raise PreemptedError(f"asked to stop; checkpoint saved at step {done}")
+            ctx.whereabouts.at = (done, "data")
 
         # --- the end ---
         assert progress.step == steps, f"the loader ended at step {progress.step} of {steps}"
         progress.wall_s["train"] = train_before_s + time.perf_counter() - train_started - other_s
         ctx.check_lease()
+        ctx.whereabouts.at = (steps, "evaluate")
         with _timed(progress, "eval"):
             finished = objective.finish(engine)
         metrics: dict[str, float | None] = {
@@ -242,6 +253,10 @@ class _LossReader:
         bad_S[engine.rank * share : (engine.rank + 1) * share] = own_S
         error.places = engine.total(bad_S).nonzero().flatten().tolist()
         return error
+
+
+def _leave(ctx: StageContext) -> None:
+    ctx.whereabouts.at = None
 
 
 def _keys_of(split: Split, stream: Stream, error: DivergedError, batch: int) -> list[str]:

@@ -155,6 +155,7 @@ class MaeObjective:
                 name: to_bytes(unpatchify(value, patch)).permute(0, 2, 3, 1).cpu().numpy()
                 for name, value in pictures.items()
             }
+            self.ctx.check_lease()
             write_atomically(
                 self.ctx.folder / "reconstructions.npz",
                 lambda path: np.savez_compressed(path, allow_pickle=False, **arrays),
@@ -386,6 +387,7 @@ def _save_encoder(
         # MAE's positions are a buffer: no parameter, and rounded to bfloat16 in a bf16 run.
         tensors["pos_embed"] = VisionEncoder(model).pos_embed
     if engine.rank == 0:
+        ctx.check_lease()
         save_encoder(ctx.folder / "weights.safetensors", tensors, model, pool)
 
 

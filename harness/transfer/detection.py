@@ -187,6 +187,7 @@ class DetectionObjective:
         """predictions.parquet (key, category, score, box, mask as RLE), replicates.parquet."""
         if engine.rank == 0:
             assert self._precision is not None, "finish before evaluate"
+            self.ctx.check_lease()
             write_replicates(self.ctx.folder, self._precision.replicates)
             split, rows, classes = self.test.split, self._found, self.data.meta.classes
             keys = [str(split.keys[int(row)]) for row in self.test.indices]

@@ -177,6 +177,7 @@ class LitObjective:
         """lit.safetensors, and text/ where the text tower is of `transformers`."""
         tensors = dict(engine.tensors())
         if engine.rank == 0:
+            self.ctx.check_lease()
             if isinstance(self.recipe.text, TextFolder):
                 save_folder(Path(self.recipe.text.folder), self.ctx.folder / TEXT_FOLDER)
             said = {

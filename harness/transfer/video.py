@@ -152,6 +152,7 @@ class VideoObjective:
         self._loss_M = self.test.gather(engine, self._loss_M)
         if engine.rank == 0:
             keys = [str(self.test.split.keys[index]) for index in self.test.indices]
+            self.ctx.check_lease()
             write_predictions(self.ctx.folder, keys, label_M, pred_M)
             metrics = self._metrics(torch.arange(len(keys)))
             write_samples(self.ctx.folder, {name: (keys, v) for name, v in metrics.items()})

@@ -128,3 +128,59 @@ def test_the_heartbeat_counts_up_and_stops_when_lost(
     assert (read_lease(lease.path) or {})["beat"] >= 3
     lease.release()
     assert not lease.path.exists()
+
+
+@pytest.mark.parametrize("shift_s", [-600, 600])
+def test_the_guard_of_a_dead_taker_is_passed_whatever_the_clocks_say(
+    tmp_path: Path, shift_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a takeover, on a file server whose clock is ten minutes off."""
+    for name in ("lease", "lease.takeover"):
+        path = tmp_path / name
+        Lease.acquire(path)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "started": "1"}))
+        moment = time.time() + shift_s
+        os.utime(path, (moment, moment))
+    Lease.acquire(tmp_path / "lease").check()
+    assert [p.name for p in tmp_path.iterdir()] == ["lease"]
+    # A guard whose owner lives is respected, however old its file looks.
+    (tmp_path / "lease").write_text(
+        json.dumps({**json.loads((tmp_path / "lease").read_text()), "started": "1"})
+    )
+    guard = Lease.acquire(tmp_path / "lease.takeover")
+    os.utime(guard.path, (moment, moment))
+    waiting = multiprocessing.get_context("fork").Process(
+        target=Lease.acquire, args=(tmp_path / "lease",)
+    )
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    guard.release()
+    waiting.join(10)
+    assert waiting.exitcode == 0
+
+
+def test_a_beat_goes_into_the_own_file_only(tmp_path: Path) -> None:
+    lease = Lease.acquire(tmp_path / "lease")
+    lease._write_beat()
+    assert (read_lease(lease.path) or {})["beat"] == 1
+    successor = json.dumps({**json.loads(lease.path.read_text()), "token": "another"}, indent=1)
+    lease.path.unlink()
+    lease.path.write_text(successor)
+    with pytest.raises(LeaseLostError):
+        lease._write_beat()
+    assert lease.path.read_text() == successor
+
+
+def test_a_guarded_write_looks_again_after_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(tmp_path / "lease")
+    lease.guard()
+    lease.path.unlink()
+    now = time.monotonic()
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now + 0.5)
+    lease.guard()
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now + 2)
+    with pytest.raises(LeaseLostError):
+        lease.guard()
