@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -16,12 +15,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from harness import __version__, record, transfer
+from harness.attempt import Status, Stop, is_finite
 from harness.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -35,10 +34,9 @@ from harness.errors import (
     UserError,
 )
 from harness.ledger import store
-from harness.ledger.claim import stop_asked
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import read_json, write_json
-from harness.ledger.lease import Lease, LeaseHeldError, process_started, this_host
+from harness.ledger.lease import Lease, LeaseHeldError, this_host
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
@@ -50,107 +48,8 @@ EXIT_BUSY = 76
 EXIT_LOST_RANK = 77
 """Another rank is gone; what ended that one says why."""
 
-_STATUS_EVERY_S = 1.0
-
-
 _PATIENCE_S = 10.0
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-
-
-class _Stop:
-    """Set by TERM, USR2, INT or a stop note: the loop saves a checkpoint and ends in good order."""
-
-    def __init__(self, folder: StageFolder) -> None:
-        self.folder = folder
-        self.asked = False
-        self.end = ("preempted", "preempted")
-        """State and reason of an attempt that ends because of this."""
-        numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-        for number in numbers:
-            signal.signal(number, self._ask)
-        # The job's own process blocks them while it imports torch.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked and number == signal.SIGUSR2:
-            self.end = ("timeout", "timeout")
-        self.asked = True
-
-    def look(self) -> None:
-        """Obeys a stop note, if there is one now."""
-        why = stop_asked(self.folder)
-        if why is not None:
-            self.end, self.asked = ("cancelled", why), True
-
-    def check_at_start(self) -> None:
-        """Raises PreemptedError if the stage is not to begin at all."""
-        self.look()
-        if self.asked:
-            raise PreemptedError("asked to stop before it began")
-
-
-class _Status:
-    """status.json of the stage: written at changes of state, and now and then while running."""
-
-    def __init__(
-        self, folder: StageFolder, stage: StageFile, attempt: int, guard: Callable[[], None]
-    ) -> None:
-        self.folder, self.guard = folder, guard
-        claimed = read_json(folder.status) or {}
-        # The queue is asked by what the claim noted of this attempt.
-        kept = ("cluster", "job", "token") if claimed.get("attempt") == attempt else ()
-        self.base: dict[str, Any] = {
-            **{k: claimed[k] for k in kept if k in claimed},
-            "schema": 1,
-            "state": "running",
-            "attempt": attempt,
-            "steps": stage.config.steps,
-            "host": this_host(),
-            "pid": os.getpid(),
-            "pid_started": process_started(os.getpid()),
-            "started": time.time(),
-        }
-        self.last: dict[str, Any] = {}
-        self.step: int | None = None
-        """Of the last report, written or not."""
-        self._written = 0.0
-        self._first: tuple[float, int] | None = None
-
-    def report(self, *, step: int, samples: int, **scalars: float | None) -> None:
-        now = time.monotonic()
-        self.step = step
-        if self._first is None:
-            self._first = (now, samples)
-        if now - self._written < _STATUS_EVERY_S:
-            return
-        self._written = now
-        since, seen = now - self._first[0], samples - self._first[1]
-        self.last = {
-            "step": step,
-            "samples": samples,
-            "samples_per_s": seen / since if since > 0 else None,
-            "memory_gib": _memory_gib(),
-            **{k: v for k, v in scalars.items() if v is None or _finite(v)},
-        }
-        self.write("running")
-
-    def write(self, state: str, reason: str | None = None, message: str | None = None) -> None:
-        final = {} if state == "running" else {"ended": time.time()}
-        about = {"state": state, "reason": reason, "message": message}
-        row = {**self.base, **self.last, "updated": time.time(), **final, **about}
-        self.guard()
-        write_json(self.folder.status, row)
-
-
-def _memory_gib() -> float:
-    """The most that this rank has held so far: of its GPU, or of the host without one."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
 
 
 def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
@@ -158,7 +57,7 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tree = Tree(root)
     folder = tree.stage(kind, stage_id)
-    stop = _Stop(folder)
+    stop = Stop(folder)
     stage = _fitting(store.read_stage(folder), folder)
     torch.set_num_threads(stage.execution.threads)
     _limit_memory(stage.execution)
@@ -261,7 +160,7 @@ def _run_rank(
     attempt: int,
     rank: int,
     ranks: int,
-    stop: _Stop,
+    stop: Stop,
 ) -> int:
     stop.check_at_start()
     context = StageContext(
@@ -296,11 +195,11 @@ class _RankZero:
         attempt: int,
         ranks: int,
         lease: Lease,
-        stop: _Stop,
+        stop: Stop,
     ) -> None:
         self.tree, self.folder, self.stage = tree, folder, stage
         self.attempt, self.ranks, self.lease, self.stop = attempt, ranks, lease, stop
-        self.status = _Status(folder, stage, attempt, lease.guard)
+        self.status = Status(folder, stage, attempt, lease.guard)
         self.rows: record.Rows | None = None
         self.began = time.time()
 
@@ -352,7 +251,7 @@ class _RankZero:
         total = time.time() - self.began
         threads = 1 if self.stage.execution.device == "cuda" else self.stage.execution.threads
         busy = result.wall_s.get("train", 0.0) + result.wall_s.get("eval", 0.0)
-        metrics = {k: v if _finite(v) else None for k, v in result.metrics.items()}
+        metrics = {k: v if is_finite(v) else None for k, v in result.metrics.items()}
         config = self.stage.config
         write_json(
             self.folder.result,
@@ -440,7 +339,7 @@ def _guarded(
     run: Callable[[], int],
     folder: StageFolder,
     attempt: int,
-    stop: _Stop,
+    stop: Stop,
     job: _RankZero | None = None,
 ) -> int:
     """Runs and turns every way to end into a state, a reason and an exit code."""
@@ -538,8 +437,8 @@ def _details(error: BaseException) -> dict[str, Any]:
     about = {
         "step": error.step,
         "samples": error.samples,
-        "loss": error.loss if _finite(error.loss) else str(error.loss),
-        "grad_norm": error.norm if error.norm is None or _finite(error.norm) else str(error.norm),
+        "loss": error.loss if is_finite(error.loss) else str(error.loss),
+        "grad_norm": error.norm if error.norm is None or is_finite(error.norm) else str(error.norm),
         "keys": error.keys,
     }
     return {"diverged": about}
