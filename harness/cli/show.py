@@ -72,7 +72,7 @@ def _cell_table(plan: Plan) -> Table:
     for name in ("params", "images", "samples", "FLOPs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for cell in plan.grid.cells:
+    for cell in plan.grid.cells[:_MOST_ROWS]:
         stages = [plan.grid.stages[s] for s in cell.stages.values()]
         table.add_row(
             escape(cell.id),
@@ -83,6 +83,9 @@ def _cell_table(plan: Plan) -> Table:
             format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
             state_text(plan.cell_state(cell.stages)),
         )
+    more = len(plan.grid.cells) - _MOST_ROWS
+    if more > 0:
+        table.add_row(f"... and {more} more: --only AXIS=VALUE, or --json for all of them")
     return table
 
 
@@ -108,7 +111,7 @@ def _stage_table(plan: Plan) -> Table:
             f"{done}/{len(ids)} done",
             style="bold",
         )
-        shared = [s for s in stages if plan.grid.feeds[s.id] > 1]
+        shared = [s for s in stages if plan.grid.feeds[s.id] > 1][:_MOST_ROWS]
         for stage in shared:
             table.add_row(
                 f"  {escape(stage.id)}",
@@ -138,6 +141,10 @@ def _print_totals(out: Console, plan: Plan, tree: Tree, slots: int) -> None:
         f" {plan.speeds.device}, {totals.process_hours_remaining:.3g} {unit} ({escape(basis)});"
         f" disk: at most {format_si(totals.disk_bytes, 'B')}"
     )
+
+
+_MOST_ROWS = 400
+"""A table longer than this nobody reads, and it takes seconds to lay out."""
 
 
 class Live:

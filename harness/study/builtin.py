@@ -6,6 +6,7 @@ here; `harness.data.ready` has the functions that draw them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -126,6 +127,7 @@ BUILTIN: dict[str, Callable[[int | None], Builtin]] = {
 """Name -> the set with so many training samples, or as many as it has by default."""
 
 
+@functools.cache
 def builtin(spec: str) -> Builtin | None:
     """The built-in set that a dataset spec names; None if it names none."""
     match = re.fullmatch(r"([a-z][a-z0-9_]*)(?:-(\d\w*))?", spec)

@@ -27,7 +27,7 @@ from harness.study.schema import (
 )
 from harness.study.sizes import SIZES
 from harness.study.source import Location
-from harness.study.stages import StageFile
+from harness.study.stages import Images, StageFile
 from harness.study.starting import label_of
 from harness.units import format_count, safe_name
 
@@ -119,11 +119,15 @@ class _Builder:
         self.feeds: dict[str, int] = {}
         self.datasets: dict[str, DatasetMeta] = {}
         self._stages_cache: dict[str, Stages | None] = {}
+        self._resources: dict[str, Resources] = {}
+        self._images: dict[tuple[str, str, int, bool], Images] = {}
+        self._models: dict[tuple[str, int, int], Model] = {}
+        self._texts: dict[str, str] = {}
+        self.schedules: dict[tuple[int, int, int], Any] = {}
 
     def grid(self) -> Grid:
         if self.problems:
             raise UserError(*dict.fromkeys(self.problems))
-        self.check_clashes()
         return Grid(
             loaded=self.loaded,
             cells=list(self.cells.values()),
@@ -207,9 +211,16 @@ class _Builder:
                 f"{self._where(point, 'size')}size {point.values['size']}: image_size {image_size}"
                 f" is not a multiple of patch {patch}; set image_size or patch in defaults"
             )
-        return Model(
-            width=size.width, depth=size.depth, heads=size.heads, patch=patch, image_size=image_size
-        )
+        key = (str(point.values["size"]), patch, image_size)
+        if key not in self._models:
+            self._models[key] = Model(
+                width=size.width,
+                depth=size.depth,
+                heads=size.heads,
+                patch=patch,
+                image_size=image_size,
+            )
+        return self._models[key]
 
     # -- recipes: stages < dotted defaults < overrides < dotted axes < --set -----------------
 
@@ -255,30 +266,43 @@ class _Builder:
 
     # -- stages -----------------------------------------------------------------------------
 
-    def put(self, stage: StageFile) -> str:
+    def put(self, stage: StageFile, text: str) -> str:
+        # Two different stages never share an id; a clash of hashes would be silent otherwise.
+        key = stage.id.rsplit("-", 1)[1]
+        assert self._texts.setdefault(key, text) == text, f"hash clash at {stage.id}"
         self.stages.setdefault(stage.id, stage)
         return stage.id
 
+    def images(self, meta: DatasetMeta, split: str, images: int, one_window: bool) -> Images:
+        key = (meta.fingerprint, split, images, one_window)
+        if key not in self._images:
+            self._images[key] = Images(
+                dataset=meta.name,
+                fingerprint=meta.fingerprint,
+                split=split,
+                images=images,
+                layout="" if one_window else meta.layout.get(split, ""),
+            )
+        return self._images[key]
+
     def resources(self, stage: str, axes: dict[str, Any]) -> Resources:
         merged: dict[str, Any] = {}
+        asked = {**axes, "stage": stage}
         for i, rule in enumerate(self.loaded.study.resources):
-            if matches(rule.match, {**axes, "stage": stage}):
+            if matches(rule.match, asked):
                 merged |= rule.set
+                if repr(merged) in self._resources:
+                    continue
                 try:
-                    Resources.model_validate(merged)
+                    self._resources[repr(merged)] = Resources.model_validate(merged)
                 except ValidationError as error:
                     where: Location = ("resources", i, "set")
                     lines = problems_of(error, Resources, self.loaded.source, where)
                     raise UserError(*lines) from None
-        return Resources.model_validate(merged)
-
-    def check_clashes(self) -> None:
-        """Two different stages never share an id; a clash of hashes would be silent otherwise."""
-        seen: dict[str, dict[str, Any]] = {}
-        for stage in self.stages.values():
-            key = stage.id.rsplit("-", 1)[1]
-            fields = identity.semantic_fields(stage.config)
-            assert seen.setdefault(key, fields) == fields, f"hash clash at {stage.id}"
+        found = self._resources.get(repr(merged))
+        if found is None:
+            found = self._resources[repr(merged)] = Resources.model_validate(merged)
+        return found
 
 
 def _cut(recipes: Stages, until: str) -> Stages:

@@ -30,13 +30,20 @@ class Surroundings(Protocol):
 
     loaded: LoadedStudy
     stages: dict[str, StageFile]
+    schedules: dict[tuple[int, int, int], Any]
+    """Recipes with their lengths in samples: (id of the recipe, epoch, steps) -> (recipe, it)."""
 
-    def put(self, stage: StageFile) -> str:
-        """Keeps a stage, once however many cells need it; returns its id."""
+    def put(self, stage: StageFile, text: str) -> str:
+        """Keeps a stage, once however many cells need it; returns its id. `text` is what was
+        hashed."""
         ...
 
     def dataset(self, spec: str) -> DatasetMeta:
         """Metadata of a dataset, read once."""
+        ...
+
+    def images(self, meta: DatasetMeta, split: str, images: int, one_window: bool) -> Images:
+        """Some images of a split: one object for all stages that read them."""
         ...
 
     def resources(self, stage: str, axes: dict[str, Any]) -> Resources:
@@ -135,7 +142,13 @@ class Chain:
         epoch = epoch_samples(images, recipe)
         duration = recipe.duration
         steps = steps_of(duration.unit, duration.amount, epoch, recipe.batch)
-        return self._with_samples(role, recipe, epoch, steps * recipe.batch), steps
+        # One object for equal stages of many cells. The recipe is kept, and with it its id().
+        key = (id(recipe), epoch, steps)
+        known = self.builder.schedules.get(key)
+        if known is None:
+            known = (recipe, self._with_samples(role, recipe, epoch, steps * recipe.batch))
+            self.builder.schedules[key] = known
+        return known[1], steps
 
     def _with_samples(self, role: str, recipe: Any, epoch: int, total: int) -> Any:
         """The recipe with warm-up and cooldown in samples where they are not fractions.
@@ -185,13 +198,7 @@ class Chain:
             kind=kind,
             size=self.axes["size"],
             model=model or self.model,
-            images=Images(
-                dataset=meta.name,
-                fingerprint=meta.fingerprint,
-                split=name,
-                images=images,
-                layout="" if one_window else meta.layout.get(name, ""),
-            ),
+            images=self.builder.images(meta, name, images, one_window),
             num_classes=classes,
             recipe=recipe,
             steps=steps,
@@ -208,8 +215,9 @@ class Chain:
         if config.kind == "mae":
             readable = f"{config.size}-{format_count(config.images.images)}-s{config.seed}"
         stages = self.builder.stages
+        text = identity.canonical_text(config)
         stage = StageFile(
-            id=identity.stage_id(config, readable),
+            id=f"{readable}-{identity.digest(text)}",
             kind=config.kind,
             name=readable,
             config=config,
@@ -218,7 +226,7 @@ class Chain:
             flops=flops,
             execution=self._execution(resources or role, config),
         )
-        self.ids[role] = self.builder.put(stage)
+        self.ids[role] = self.builder.put(stage, text)
         return stage.id
 
     def _execution(self, role: str, config: StageConfig) -> Execution:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
+
 from harness.study.recipes import MaeRecipe, Optimization
-from harness.study.stages import StageConfig
+from harness.study.stages import Images, StageConfig
 from harness.units import format_count
 
 VERSION = 1
@@ -45,9 +48,54 @@ def canonical(fields: dict[str, Any]) -> str:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def digest(fields: dict[str, Any]) -> str:
-    """The hash part of an id."""
-    return hashlib.sha256(canonical(fields).encode()).hexdigest()[:HASH_CHARS]
+# A study of ten thousand cells has some dozens of recipes, models and sets of images: each is
+# written out once. The objects are frozen; the cache holds them, so that an id() stays theirs.
+_texts: dict[int, tuple[Any, str]] = {}
+_MOST_TEXTS = 10_000
+
+
+def canonical_text(config: StageConfig) -> str:
+    """`canonical(semantic_fields(config))`, put together from parts that are kept."""
+    images = config.images
+    upstream = [f"{_quoted(role)}:{_quoted(i)}" for role, i in sorted(config.upstream.items())]
+    parts = {
+        "images": _text(images, lambda: canonical(_images_fields(images))),
+        "kind": _quoted(config.kind),
+        "model": _text(config.model, lambda: canonical(_fields(config.model))),
+        "num_classes": str(config.num_classes or ""),
+        "recipe": _text(config.recipe, lambda: canonical(semantic_fields(config)["recipe"])),
+        "seed": str(config.seed or ""),
+        "steps": str(config.steps or ""),
+        "upstream": "{" + ",".join(upstream) + "}" if upstream else "",
+        "version": str(VERSION),
+        "weights": _quoted(config.weights) if config.weights else "",
+    }
+    return "{" + ",".join([f'"{k}":{text}' for k, text in parts.items() if text]) + "}"
+
+
+def _text(part: Any, write: Callable[[], str]) -> str:
+    known = _texts.get(id(part))
+    if known is None or known[0] is not part:
+        if len(_texts) >= _MOST_TEXTS:
+            _texts.clear()
+        known = _texts[id(part)] = (part, write())
+    return known[1]
+
+
+def _fields(part: BaseModel) -> dict[str, Any]:
+    return part.model_dump(mode="json", exclude_defaults=True)
+
+
+def _images_fields(images: Images) -> dict[str, Any]:
+    return images.model_dump(mode="json", exclude_defaults=True, exclude={"dataset"})
+
+
+_quoted = json.encoder.encode_basestring_ascii
+
+
+def digest(text: str) -> str:
+    """The hash part of an id, of a canonical text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARS]
 
 
 def stage_name(config: StageConfig) -> str:
@@ -61,7 +109,7 @@ def stage_name(config: StageConfig) -> str:
 
 def stage_id(config: StageConfig, readable: str | None = None) -> str:
     """`<readable>-<hash>`; equal configs have equal ids."""
-    return f"{readable or stage_name(config)}-{digest(semantic_fields(config))}"
+    return f"{readable or stage_name(config)}-{digest(canonical_text(config))}"
 
 
 def field_diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -370,3 +370,13 @@ def test_guessed_times_count_steps_on_a_cpu_and_the_slower_of_two_on_a_gpu(
     # What was measured holds the steps already.
     known = Speeds(flops_per_s={("wsp", stage.config.size): 1e9})
     assert known.seconds(long) == pytest.approx(1.5 + 1e6) and known.is_measured(long)
+
+
+@pytest.mark.parametrize("name", ["smoke", "scale_study", "transfer", "maws"])
+def test_ids_put_together_from_parts_are_those_of_the_whole(name: str) -> None:
+    from harness.study import identity
+
+    grid = build_grid(load_study(Path(__file__).parents[2] / f"grids/{name}.yaml"))
+    for stage in grid.stages.values():
+        whole = identity.canonical(identity.semantic_fields(stage.config))
+        assert identity.canonical_text(stage.config) == whole
