@@ -29,6 +29,9 @@ EXIT_BUSY = 76  # harness.worker's, which must not be imported here
 
 _POLL_S = 0.5
 _REREAD_S = 10.0
+# A driver that only waits takes at most a fiftieth of a core, however many stages it looks over.
+_IDLE = 50
+_LONGEST_WAIT_S = 10.0
 _STOP_GRACE_S = 60.0
 
 
@@ -188,13 +191,16 @@ class Driver:
     def _loop(self, pool: Pool, todo: dict[str, _Job], started: float) -> None:
         stop_at: float | None = None
         states: dict[str, StageState] = {}
-        read_at, changed = 0.0, True
+        read_at, changed, read_cost = 0.0, True, 0.0
         while True:
+            began = time.process_time()
             # Every stage's files are read when something ended here, and now and then for what
             # other submissions do; in between only the progress of running stages is.
-            if changed or time.monotonic() - read_at > _REREAD_S:
+            if changed or time.monotonic() - read_at > max(_REREAD_S, _IDLE * read_cost):
                 states = read_states(self.tree, self.stages)
                 read_at, changed = time.monotonic(), False
+                read_cost = time.process_time() - began
+                began = time.process_time()
             if self.feed is not None and not self.interrupted:
                 # Again after new stages: some may be done already, and their end is news too.
                 while self._obey(self.feed(states, pool.running), pool, todo):
@@ -209,7 +215,8 @@ class Driver:
             if self.interrupted:
                 stop_at = stop_at or time.monotonic() + _STOP_GRACE_S
                 self._stop_all(pool, kill=self._kill or time.monotonic() > stop_at)
-            for ended in pool.poll(_POLL_S):
+            cost = time.process_time() - began
+            for ended in pool.poll(min(max(_POLL_S, _IDLE * cost), _LONGEST_WAIT_S)):
                 self._ended(ended, todo)
                 changed = True
 
