@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,11 @@ app = typer.Typer(
 )
 
 
+def _printable(text: str) -> str:
+    """Without what a name from elsewhere could tell the terminal to do."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m[0])[1:-1], text)
+
+
 def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
     """A verb that ends the process with the code it returns, a user's mistake in one line each."""
 
@@ -44,7 +50,7 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
             code = verb(*args, **kwargs)
             sys.stdout.flush()
         except HarnessError as error:
-            print(error, file=sys.stderr)
+            print(_printable(str(error)), file=sys.stderr)
             code = error.exit_code
         except BrokenPipeError:
             # `harness status | head`: the reader has what it wanted. Nothing more can be said.

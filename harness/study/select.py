@@ -48,6 +48,8 @@ def find_cell(cells: list[dict[str, Any]], text: str) -> dict[str, Any]:
 
     Raises NotFoundError if there is none, UserError if there are several.
     """
+    if not text.strip():
+        raise UserError("the cell's name is empty; expected a name or the beginning of an id")
     exact = [c for c in cells if text in (c["id"], c["name"])]
     found = exact or [c for c in cells if c["id"].startswith(text)]
     if not found:
@@ -69,6 +71,8 @@ def choose(cells: Sequence[Cell], states: Mapping[str, str], words: Sequence[str
     """
     found: dict[str, None] = {}
     for word in words:
+        if not word.strip():
+            raise UserError("a selector is empty; expected a cell, a stage or a filter")
         new = _by_filter(cells, states, word) if "=" in word else _by_name(cells, word)
         if not new:
             near = difflib.get_close_matches(word, [c.name for c in cells], n=2)

@@ -14,7 +14,7 @@ from harness.ledger.attempts import read_attempts
 from harness.ledger.tree import StageFolder
 from tests.launch.test_study_runs import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STUDY = """\
 name: tiny

@@ -17,7 +17,7 @@ from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import build_grid
 from harness.study.schema import load_study
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STUDY = """\
 name: tiny

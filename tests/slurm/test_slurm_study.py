@@ -186,3 +186,12 @@ def test_twenty_submissions_at_once_run_every_stage_once(site: Site) -> None:
     site.wait_done()
     tries = [p for p in site.root.glob("stages/*/*/attempts/*") if p.is_dir()]
     assert len(tries) == 5
+
+
+def test_a_root_with_shell_characters_in_its_name_is_only_a_name(site: Site) -> None:
+    strange = Site(site.cluster, site.folder / "a b; $(touch pwned) 'q' & `touch pwned`")
+    strange.folder.mkdir()
+    strange.submit(strange.study())
+    strange.wait_done()
+    assert not list(site.folder.rglob("pwned"))
+    assert not Path("pwned").exists()

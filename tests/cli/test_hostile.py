@@ -1,0 +1,80 @@
+"""Names, values and files made to do harm: refused in a line, or nothing but text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, Harness
+
+WriteStudy = Callable[..., Path]
+
+NAMES = [
+    "../../etc",
+    "a/b",
+    "a\nb",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a;b",
+    "a b",
+    "-rf",
+    ".hidden",
+    "x" * 65,
+    "\x1b[31mred",
+    "<script>",
+    "nul\0l",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_study_name_that_is_no_plain_name_is_refused(
+    name: str, study_file: WriteStudy, harness: Harness
+) -> None:
+    file = study_file(SMALL.replace("name: small", f"name: {json.dumps(name)}"))
+    done = harness("grid", str(file), check=None)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "not a usable name" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("word", ["../..", "$(touch pwned)\n%", "\x1b[2J"])
+@pytest.mark.parametrize("verb", ["status", "report", "logs", "run", "cancel", "resume", "retry"])
+def test_a_name_nobody_has_is_a_line_and_not_a_path(
+    verb: str, word: str, harness: Harness, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = harness(verb, word, check=None)
+    assert done.returncode in (2, 4), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert sorted(p for p in tmp_path.rglob("*") if p.name == "pwned") == []
+    assert [p for p in before if not p.exists()] == []
+
+
+def test_a_file_of_aliases_of_aliases_is_refused_at_once(
+    study_file: WriteStudy, harness: Harness
+) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    done = harness("grid", study_file("\n".join([*levels, SMALL])), check=None)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_values_of_an_axis_never_become_paths(study_file: WriteStudy, harness: Harness) -> None:
+    """An axis of our own may hold anything; ids and folders made of it hold none of it."""
+    text = SMALL.replace(
+        "axes:\n", 'axes:\n  wsp.label_smoothing: [0.0]\n  note: ["../../x; $(id)"]\n'
+    )
+    done = harness("grid", study_file(text), "--json", check=None)
+    if done.returncode == 0:
+        found = json.loads(done.stdout)
+        ids = [c["id"] for c in found["cells"]] + [s["id"] for s in found["stages"]]
+        assert not [i for i in ids if set(i) & set("/;$() \n")]
+    else:
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
