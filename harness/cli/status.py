@@ -44,7 +44,9 @@ def status(
             live.update(Group(*_render(now)))
             if not any(s["active"] for s in now["studies"]):
                 return 0
-            time.sleep(1.0)
+            # A scheduler serves many: its queue is not asked every second.
+            in_queue = any(r.get("job") for s in now["studies"] for r in s["running"])
+            time.sleep(10.0 if in_queue else 1.0)
 
 
 def _render(found: dict[str, Any]) -> list[RenderableType]:
