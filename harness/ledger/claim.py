@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.ledger import attempts, store
-from harness.ledger.files import read_json, read_jsonl, remove_leftovers, write_json
+from harness.ledger.files import leftovers, read_json, read_jsonl, remove_leftovers, write_json
 from harness.ledger.lease import (
     Lease,
     LeaseHeldError,
@@ -100,12 +100,8 @@ def complete(folder: StageFolder) -> None:
 def is_untold(folder: StageFolder, state: StageState) -> bool:
     """True for a done stage that something of its worker may be left of."""
     return state.state == "done" and (
-        state.status.get("state") != "done" or folder.lease.exists() or _has_temporary(folder)
+        state.status.get("state") != "done" or folder.lease.exists() or bool(leftovers(folder.path))
     )
-
-
-def _has_temporary(folder: StageFolder) -> bool:
-    return any(folder.path.glob(".*.tmp"))
 
 
 def _close_last(

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,20 +17,37 @@ from typing import Any
 
 from harness.errors import UserError
 
+_DAY_S = 86_400.0
+
 
 def temporary_name(name: str) -> str:
-    """A file of this process's own, of which `remove_leftovers` can tell whether it lives."""
+    """A file of this process's own, of which `leftovers` can tell whether it lives."""
     return f".{name}.{uuid.uuid4().hex[:8]}-{_machine()}-{os.getpid()}.tmp"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Takes away the temporary files of processes of this machine that are gone."""
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files in a stage's folder whose writer is gone.
+
+    Of a writer on another machine only age can tell; a file is written in far less than a day.
+    """
+    found = []
     for path in [*folder.glob(".*.tmp"), *folder.glob("attempts/*/.*.tmp")]:
         match = re.fullmatch(r".*-([0-9a-f]+)-(\d+)", path.name.removesuffix(".tmp"))
-        if match is None or match[1] != _machine() or sys.platform != "linux":
-            continue
-        if not Path(f"/proc/{match[2]}").exists():
-            path.unlink(missing_ok=True)
+        if match and match[1] == _machine() and sys.platform == "linux":
+            is_left = not Path(f"/proc/{match[2]}").exists()
+        else:
+            try:
+                is_left = time.time() - path.stat().st_mtime > _DAY_S
+            except OSError:  # gone by now
+                continue
+        found += [path] * is_left
+    return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Takes away what `leftovers` finds."""
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.chaos.tiny_study import (
+    STUDY,
+    TWO_RANKS,
     flaws,
     kill_all,
     numbers,
@@ -35,6 +37,7 @@ from tests.chaos.tiny_study import (
 TARGETS = ("rank", "driver", "zygote", "session")
 MOMENTS = ("any", "partial", "row", "temporary", "result")
 _PATIENCE_S = 20.0
+_KILLS_PER_LIFE = 25
 
 
 def _pids(root: Path) -> dict[str, list[int]]:
@@ -109,42 +112,60 @@ def _kill(root: Path, target: str, rng: random.Random) -> bool:
 
 def chaos(folder: Path, kills: int, seed: int) -> list[str]:
     """Kills until `kills` have hit; what is wrong in the end, a line each."""
+    print(f"seed {seed}", flush=True)
     rng = random.Random(seed)
-    oracle, file = undisturbed(folder / "oracle")
-    expected, hits, problems = numbers(oracle), Counter[str](), []
+    texts = (STUDY, TWO_RANKS)
+    oracles: dict[int, tuple[Path, Path]] = {}
+    hits, problems = Counter[str](), list[str]()
     life = 0
     while hits.total() < kills and not problems:
         life += 1
-        root = with_its_images(oracle, folder / f"life{life}" / "runs")
-        process = start(root, file)
-        while hits.total() < kills:
-            target, moment = rng.choice(TARGETS), rng.choice(MOMENTS)
-            began = _wait(partial(_training, root), process)
-            delay = rng.uniform(0, 1.5)
-            if moment == "any":
-                time.sleep(delay)
-            elif began:
-                _wait(_moment(root, moment), process)
-            if process.poll() is None and _kill(root, target, rng):
-                hits[f"{target} at {moment}"] += 1
-            if target in ("driver", "session"):
-                process.wait()
-            if process.poll() is not None:
-                if process.returncode in (0, 1) and target not in ("driver", "session"):
-                    break
-                process = start(root, file)
-        code = process.wait(600)
-        for _ in range(3):  # it was perhaps the last kill that ended the command
-            if code != 0 or flaws(root):
-                code = start(root, file).wait(600)
-        problems = [f"exit code {code}"] * (code != 0) + flaws(root)
-        if numbers(root) != expected:
-            problems.append("the numbers differ from those of the undisturbed run")
-        print(f"life {life}: {hits.total()} kills so far, {len(problems)} problems", flush=True)
+        ranks = 1 + life % 2
+        if ranks not in oracles:
+            oracles[ranks] = undisturbed(folder / f"oracle{ranks}", texts[ranks - 1])
+        root = with_its_images(oracles[ranks][0], folder / f"life{life}" / "runs")
+        try:
+            problems = _life(root, oracles[ranks], rng, hits, kills)
+        finally:
+            kill_all(root)
+        about = f"{hits.total()} kills so far, {len(problems)} problems"
+        print(f"life {life}, {ranks} ranks: {about}", flush=True)
         if not problems:
             shutil.rmtree(root.parent)
     for what, count in sorted(hits.items()):
         print(f"{count:4d}  {what}")
+    return problems
+
+
+def _life(
+    root: Path, oracle: tuple[Path, Path], rng: random.Random, hits: Counter[str], kills: int
+) -> list[str]:
+    """One study, killed until it ends by itself or `kills` were counted; what is wrong then."""
+    file = oracle[1]
+    process = start(root, file)
+    most = hits.total() + _KILLS_PER_LIFE
+    while hits.total() < min(kills, most):
+        target, moment = rng.choice(TARGETS), rng.choice(MOMENTS)
+        began = _wait(partial(_training, root), process)
+        delay = rng.uniform(0, 1.5)
+        hit = began and moment != "any" and _wait(_moment(root, moment), process)
+        if moment == "any":
+            time.sleep(delay)
+        if process.poll() is None and _kill(root, target, rng):
+            hits[f"{target} at {moment if hit else 'any'}"] += 1
+        if target in ("driver", "session"):
+            process.wait()
+        if process.poll() is not None:
+            if process.returncode in (0, 1) and target not in ("driver", "session"):
+                break
+            process = start(root, file)
+    code = process.wait(600)
+    for _ in range(3):  # it was perhaps the last kill that ended the command
+        if code != 0 or flaws(root):
+            code = start(root, file).wait(600)
+    problems = [f"exit code {code}"] * (code != 0) + flaws(root)
+    if numbers(root) != numbers(oracle[0]):
+        problems.append("the numbers differ from those of the undisturbed run")
     return problems
 
 

@@ -37,6 +37,7 @@ stages:
 resources: {checkpoint_every: 0.15}
 retry: {killed: 1000, node_fail: 1000, patience: 1000}
 """
+TWO_RANKS = STUDY.replace("resources: {", "resources: {ranks: 2, ")
 
 
 def environment(root: Path, **more: str) -> dict[str, str]:
@@ -118,8 +119,13 @@ def flaws(root: Path) -> list[str]:
     found = [f"process {pid} is left: {line}" for pid, line in processes(root).items()]
     for folder in sorted(root.glob("stages/*/*")):
         name = folder.name
-        if not (folder / "result.json").exists():
+        result = read_json(folder / "result.json")
+        if result is None:
             found.append(f"{name}: no result")
+        for upstream, uid in ((result or {}).get("upstream_uids") or {}).items():
+            (path,) = root.glob(f"stages/*/{upstream}/result.json")
+            if (read_json(path) or {}).get("uid") != uid:
+                found.append(f"{name}: made from another run of {upstream}")
         state = (read_json(folder / "status.json") or {}).get("state")
         if state != "done":
             found.append(f"{name}: status says {state}")
