@@ -6,12 +6,15 @@ to do. Everything else that is not one of these is a bug and keeps its traceback
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_NOT_FOUND = 4
+EXIT_STORAGE = 74  # EX_IOERR: the disk did not take the worker's files, its last word included.
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: the worker stopped in good order and asks to be run again.
 
 
@@ -29,6 +32,47 @@ class UserError(HarnessError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class StorageError(UserError):
+    """A file cannot be written: no space, no right to, or the file system is gone."""
+
+    def __init__(self, path: object, error: OSError | str) -> None:
+        number = error.errno if isinstance(error, OSError) else None
+        why = error if isinstance(error, str) else error.strerror or type(error).__name__
+        todo = _STORAGE_ADVICE.get(number or 0, "see that the file system takes files")
+        what = "used" if number in (errno.EACCES, errno.EPERM) else "written"
+        super().__init__(f"{path}: cannot be {what}: {why}; {todo}, then give the command again")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STORAGE_ADVICE = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EFBIG: "free space",
+    errno.EACCES: "chmod it or take another folder",
+    errno.EPERM: "chmod it or take another folder",
+    errno.EROFS: "mount it writable or take another folder",
+}
+
+
+def storage_error(error: BaseException, path: object = None) -> StorageError | None:
+    """The StorageError that an error of any library amounts to; None if it is something else.
+
+    Writers in other languages (torch, safetensors, arrow) raise errors of their own, where only
+    the text tells. An OSError without a file name counts only if no space is left.
+    """
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, OSError) and error.errno in _STORAGE_ADVICE:
+        place = error.filename or path
+        if place is not None or error.errno in _FULL:
+            return StorageError(place or "a file", error)
+    text = str(error).strip().partition("\n")[0]
+    words = ["PytorchStreamWriter failed", *map(os.strerror, _FULL), os.strerror(errno.EROFS)]
+    if any(word.lower() in text.lower() for word in words):
+        return StorageError(path or "a file", text)
+    return None
 
 
 class NotFoundError(UserError):

@@ -6,8 +6,10 @@ files and cannot resume. Each attempt gets a run of its own, with an id that say
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ with warnings.catch_warnings():
     # sacred 0.8.7 imports pkg_resources, which announces its own end (setuptools is pinned below).
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     import sacred
-    from sacred.observers import FileStorageObserver
+    from sacred.observers import FileStorageObserver, RunObserver
 
 # Workers log to their own files; sacred's capture keeps all of stdout in memory and rewrites it.
 sacred.SETTINGS.CAPTURE_MODE = "no"  # type: ignore[attr-defined]  # an untyped munch
@@ -44,14 +46,13 @@ def run_recorded(
     experiment = sacred.Experiment(stage.kind, save_git_info=False)
     # Without a logger of its own sacred puts a handler on the root logger.
     experiment.logger = logging.getLogger("harness.sacred")  # type: ignore[assignment]
-    experiment.observers.append(
-        FileStorageObserver(folder, copy_artifacts=False, copy_sources=False)
-    )
+    files = FileStorageObserver(folder, copy_artifacts=False, copy_sources=False)
+    experiment.observers.append(_tolerant(files))
     mongo = os.environ.get("HARNESS_MONGO_URL")
     if mongo:
         from sacred.observers import MongoObserver  # needs pymongo, which only its users install
 
-        experiment.observers.append(MongoObserver(url=mongo, db_name="harness"))
+        experiment.observers.append(_tolerant(MongoObserver(url=mongo, db_name="harness")))
     config = stage.model_dump(mode="json", by_alias=True)
     experiment.add_config({"stage": config, "attempt": dict(about)})
     results: list[StageResult] = []
@@ -63,6 +64,25 @@ def run_recorded(
     experiment.main(main)
     experiment.run(options={"--id": _free_id(folder, record_id), "--loglevel": "WARNING"})
     return results[0]
+
+
+def _tolerant(observer: RunObserver) -> RunObserver:
+    """The observer, ending no training by its own failure to start.
+
+    Sacred catches what an observer raises later, but not that.
+    """
+    start = observer.started_event
+
+    def started_event(**about: Any) -> Any:
+        try:
+            return start(**about)
+        except Exception as error:  # of a disk, a network, a database's driver
+            with contextlib.suppress(OSError):
+                print(f"no record by {type(observer).__name__}: {error}", file=sys.stderr)
+            return about["_id"]
+
+    observer.started_event = started_event  # pyright: ignore[reportAttributeAccessIssue]
+    return observer
 
 
 def _free_id(folder: Path, record_id: str) -> str:

@@ -6,6 +6,7 @@ Started once per rank, as `python -m harness.worker` by a scheduler or forked by
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import sys
@@ -25,18 +26,21 @@ from harness.errors import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_REQUEUE,
+    EXIT_STORAGE,
     DataError,
     DivergedError,
     HarnessError,
     LeaseLostError,
     OutOfMemoryError,
     PreemptedError,
+    StorageError,
     UserError,
+    storage_error,
 )
-from harness.ledger import store
+from harness.ledger import attempts, store
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import read_json, write_json
-from harness.ledger.lease import Lease, LeaseHeldError, this_host
+from harness.ledger.lease import AttemptGuard, Lease, LeaseHeldError, this_host
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
@@ -54,9 +58,29 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RE
 
 def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
     """Runs one rank of one stage; returns the exit code."""
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tree = Tree(root)
     folder = tree.stage(kind, stage_id)
+    try:
+        return _run_stage(tree, folder, attempt)
+    except OSError as error:
+        known = storage_error(error, folder.path)
+        if known is None:
+            raise
+        _say(known)
+        return EXIT_STORAGE
+    except StorageError as error:  # even its end could not be written down
+        _say(error)
+        return EXIT_STORAGE
+
+
+def _say(what: object) -> None:
+    """Prints to the attempt's log, which may lie on the very disk that is full."""
+    with contextlib.suppress(OSError):
+        print(what, file=sys.stderr, flush=True)
+
+
+def _run_stage(tree: Tree, folder: StageFolder, attempt: int) -> int:
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     stop = Stop(folder)
     stage = _fitting(store.read_stage(folder), folder)
     torch.set_num_threads(stage.execution.threads)
@@ -76,7 +100,8 @@ def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
         job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
         return _guarded(job.run, folder, attempt, stop, job)
     finally:
-        lease.release()
+        with contextlib.suppress(OSError):  # read-only by now: the lease dies with its process
+            lease.release()
 
 
 def _fitting(stage: StageFile, folder: StageFolder) -> StageFile:
@@ -163,6 +188,7 @@ def _run_rank(
     stop: Stop,
 ) -> int:
     stop.check_at_start()
+    guard = AttemptGuard(folder, attempt).guard
     context = StageContext(
         rank=rank,
         ranks=ranks,
@@ -173,7 +199,7 @@ def _run_rank(
         metrics=record.NoRows(),
         report=lambda **_: None,
         should_stop=lambda: stop.asked,
-        check_lease=lambda: None,
+        check_lease=guard,
     )
     path = folder.attempt(attempt) / f"error.rank{rank}.json"
     _call(stage, context, attempt, lambda message: _tell(path, "failed", "hung", message))
@@ -223,6 +249,7 @@ class _RankZero:
         """Leftovers of an earlier upstream run, or of a finished run, are not this run's."""
         lineage = self.folder.path / "lineage.json"
         known = read_json(lineage)
+        self.lease.check()
         if self.folder.result.exists() or (known is not None and known["upstream_uids"] != uids):
             store.set_aside(self.folder)
         write_json(lineage, {"schema": 1, "upstream_uids": uids})
@@ -303,14 +330,23 @@ class _RankZero:
             "versions": {"harness": __version__, "torch": torch.__version__},
             "topology": self._topology(),
             "slurm": {name.lower(): os.environ[name] for name in _SLURM if name in os.environ},
+            "gpus": _gpus(self.stage.execution),
             "first_step": self.rows.first_step if self.rows else None,
             "last_step": self.status.step,
+            "first_samples": self._samples(self.rows.first_step if self.rows else None),
+            "last_samples": self._samples(self.status.step),
+            "last_checkpoint": attempts.last_checkpoint(self.folder),
             "end": ended,
             "message": message,
             "ended": time.time() if ended else None,
             **(details or {}),
         }
         write_json(self._attempt_file, row)
+
+    def _samples(self, step: int | None) -> int | None:
+        """Samples seen after a step; None where the stage has no steps."""
+        config = self.stage.config
+        return None if step is None or not config.steps else step * config.samples // config.steps
 
     def _topology(self) -> dict[str, Any]:
         folder = self.folder.attempt(self.attempt)
@@ -356,6 +392,8 @@ def _guarded(
         return _after_rank_zero(code, folder, job)
     except DataError as error:
         return _end(folder, attempt, job, "failed", "data", error, EXIT_FAILED)
+    except StorageError as error:
+        return _end(folder, attempt, job, "failed", "storage", error, EXIT_STORAGE)
     except UserError as error:
         return _end(folder, attempt, job, "failed", "config", error, EXIT_FAILED)
     except OutOfMemoryError as error:
@@ -366,8 +404,11 @@ def _guarded(
         return _end(folder, attempt, job, "failed", "code", error, EXIT_FAILED)
     except Exception as error:
         if _is_lost_rank(error):
-            print(f"lost another rank: {error}", file=sys.stderr)
+            _say(f"lost another rank: {error}")
             return EXIT_LOST_RANK
+        disk = storage_error(error, folder.path)
+        if disk is not None:
+            return _end(folder, attempt, job, "failed", "storage", disk, EXIT_STORAGE)
         # The one place where everything is caught: the process ends here, and its reason must
         # reach the status file; the traceback goes to the attempt's stderr.log.
         traceback.print_exc()
@@ -399,6 +440,11 @@ def _out_of_memory(
         return _end(folder, attempt, job, "failed", "too_large", error, EXIT_FAILED)
     asked = {"ranks": stage.execution.ranks, "micro_batch": stage.execution.micro_batch}
     row = {"schema": 1, "asked": asked, "micro_batch": error.smaller, "failed": error.micro_batch}
+    try:
+        (job.lease.check if job else AttemptGuard(folder, attempt).guard)()
+    except LeaseLostError as lost:
+        _say(lost)
+        return EXIT_BUSY
     write_json(folder.memory, row)
     return _end(folder, attempt, job, "failed", "oom", error, EXIT_FAILED)
 
@@ -416,7 +462,7 @@ def _end(
     message = lines[0] if lines else type(error).__name__
     if reason == "code":
         message = f"{type(error).__name__}: {message}"
-    print(f"{state} ({reason}): {message}", file=sys.stderr)
+    _say(f"{state} ({reason}): {message}")
     if job is not None:
         try:
             job.finish(state, reason, message, _details(error))
@@ -425,9 +471,17 @@ def _end(
             return EXIT_BUSY
     else:
         rank = os.environ.get("RANK", "0")
+        # In the folder of its own attempt, which no later one touches.
         path = folder.attempt(attempt) / f"error.rank{rank}.json"
         _tell(path, state, reason, f"rank {rank}: {message}")
     return code
+
+
+def _gpus(execution: Execution) -> list[str]:
+    """Names of the GPUs that this rank sees."""
+    if execution.device != "cuda":
+        return []
+    return [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
 
 
 def _details(error: BaseException) -> dict[str, Any]:

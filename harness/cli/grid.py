@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,7 +58,7 @@ def grid(
     machine, plan = shared.plan(tree, grid, device, cluster)
     if not submit:
         if as_json:
-            print(json.dumps(plan.to_json(), indent=1))
+            shared.print_json(plan.to_json())
         else:
             show.plan(plan, tree, len(machine.slots))
         return 0

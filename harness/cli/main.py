@@ -23,7 +23,7 @@ from harness.cli import (
     tune,
     weights,
 )
-from harness.errors import EXIT_FAILED, HarnessError
+from harness.errors import EXIT_FAILED, HarnessError, storage_error
 
 app = typer.Typer(
     name="harness",
@@ -56,6 +56,12 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
             # `harness status | head`: the reader has what it wanted. Nothing more can be said.
             sys.stdout = sys.stderr = None  # type: ignore[assignment]
             code = EXIT_FAILED
+        except OSError as error:
+            known = storage_error(error)
+            if known is None:
+                raise
+            print(_printable(str(known)), file=sys.stderr)
+            code = known.exit_code
         raise typer.Exit(code)
 
     return run_verb

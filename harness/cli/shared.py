@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -81,6 +82,13 @@ def slots() -> int:
     return len(detect().slots)
 
 
+def print_json(value: dict[str, Any]) -> None:
+    """JSON on stdout, indented as long as a person may read it: that takes seconds for a lot."""
+    parts = [value, *(v for k, v in value.items() if k == "studies" for v in v)]
+    is_large = any(isinstance(v, list) and len(v) > 1000 for p in parts for v in p.values())
+    print(json.dumps(value, indent=None if is_large else 1))
+
+
 def study_file(path: Path) -> Path:
     """The file itself, or the shipped study of that name (`grids/smoke.yaml`)."""
     package = Path(harness.__file__).parent
@@ -144,8 +152,8 @@ def submit(
 def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: Mode) -> int:
     from harness.launch import slurm  # submitit is slow to import, and only needed here
 
-    reset(tree, grid.stages, queue.read_states(tree, grid.stages), mode)
     study = grid.loaded.study
+    reset(tree, grid.stages, queue.read_states(tree, grid.stages), mode, study.retry)
     done = slurm.submit(tree, study.name, grid.stages, profile, study.retry)
     found = queue.read_states(tree, grid.stages)
     show.submitted(done, grid, name, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Annotated, Any
 
@@ -32,15 +31,15 @@ def status(
     """
     tree = shared.tree(root)
     if as_json:
-        print(json.dumps(summary.summarise(tree, study, queue.read_states), indent=1))
+        shared.print_json(summary.summarise(tree, study, queue.read_graph))
         return 0
     if not watch:
-        for part in _render(summary.summarise(tree, study, queue.read_states)):
+        for part in _render(summary.summarise(tree, study, queue.read_graph)):
             show.console().print(part)
         return 0
     with Live(console=show.console(), refresh_per_second=2) as live:
         while True:
-            now = summary.summarise(tree, study, queue.read_states)
+            now = summary.summarise(tree, study, queue.read_graph)
             live.update(Group(*_render(now)))
             if not any(s["active"] for s in now["studies"]):
                 return 0
@@ -85,8 +84,13 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
             f"{stage['memory_gib']:.1f} GiB" if stage.get("memory_gib") else "",
             f"attempt {stage['attempt']}" if (stage["attempt"] or 1) > 1 else "",
             f"job {stage['job']}" if stage.get("job") else "",
+            f"on {stage['host'].partition(':')[0]}" if stage.get("job") and stage["host"] else "",
         ]
-        parts.append(f"  running {escape(stage['id'])}  " + "  ".join(b for b in bits if b))
+        line = f"  {stage['state']} {escape(stage['id'])}  " + "  ".join(b for b in bits if b)
+        if stage["last_failure"] is not None:
+            what = f"{stage['last_failure']['reason']}: {stage['last_failure']['message']}"
+            line += escape(f"  (attempt {stage['attempt'] - 1} ended: {what})")
+        parts.append(line)
     for stage in study["failed"]:
         message = escape(f"{stage['reason']}: {stage['message']}")
         parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {message}")

@@ -16,6 +16,7 @@ from harness.launch.settings import Slurm
 from harness.ledger import attempts, store
 from harness.ledger.claim import unclaim
 from harness.ledger.files import read_json
+from harness.ledger.lease import exclusive
 from harness.ledger.tree import Tree
 from harness.study.schema import Retry
 
@@ -41,8 +42,9 @@ def tend(folder: Path) -> slurm.Submitted:
         if any(states[u].state != "done" for u in upstream if u in states):
             unclaim(own, "its job was dropped: it waited for one that failed")
             continue
-        status = attempts.close(own, attempt, "failed", "node_fail", "its job is gone")
-        conclude(own, attempt, status, retry)
+        with exclusive(own.claim):
+            status = attempts.close(own, attempt, "failed", "node_fail", "its job is gone")
+            conclude(own, attempt, status, retry)
     profile = Slurm.model_validate(about["profile"])
     return slurm.submit(tree, about["study"], stages, profile, retry, cancelled_too=False)
 

@@ -16,7 +16,7 @@ from harness.launch.pool import Ended, Pool, Running
 from harness.ledger import attempts, store
 from harness.ledger.claim import claim, complete, is_untold
 from harness.ledger.files import read_json, write_json
-from harness.ledger.lease import Silence
+from harness.ledger.lease import Silence, exclusive
 from harness.ledger.states import ACTIVE, StageState, read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
@@ -87,20 +87,29 @@ class _Job:
 
 
 def reset(
-    tree: Tree, stages: Mapping[str, StageFile], states: Mapping[str, StageState], mode: Mode
+    tree: Tree,
+    stages: Mapping[str, StageFile],
+    states: Mapping[str, StageState],
+    mode: Mode,
+    retry: Retry,
 ) -> None:
-    """Modes retry and force make failed, or all, stages runnable again."""
-    if mode not in ("retry", "force"):
-        return
+    """Modes retry and force make failed, or all, stages runnable again.
+
+    In every mode that is true of what failed for want of disk space, which was not the stage's
+    fault, and of what the table grants another try.
+    """
     for stage_id, state in states.items():
         folder = tree.stage(stages[stage_id].kind, stage_id)
-        if state.state in ACTIVE or not folder.path.exists():
+        has_failed = state.state in ("failed", "diverged")
+        if state.state in ACTIVE or not (has_failed or (mode == "force" and folder.path.exists())):
             continue
         if mode == "force":
             store.set_aside(folder)
-        if mode == "force" or state.state in ("failed", "diverged"):
+        if mode == "force" or (has_failed and (mode == "retry" or state.reason == "storage")):
             attempts.forgive(folder, mode)
             write_json(folder.status, {"schema": 1, "state": "planned", "reason": mode})
+        else:
+            ends.reconsider(folder, retry)
 
 
 class Driver:
@@ -136,8 +145,10 @@ class Driver:
         """Runs all that is missing and can run; returns when nothing is left to wait for."""
         started = time.monotonic()
         self._check_slots()
-        reset(self.tree, self.stages, read_states(self.tree, self.stages), mode)
         states = read_states(self.tree, self.stages)
+        if mode != "read-only":
+            reset(self.tree, self.stages, states, mode, self.retry)
+            states = read_states(self.tree, self.stages)
         for stage_id, state in states.items() if mode != "read-only" else ():
             folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
             if is_untold(folder, state):
@@ -294,11 +305,12 @@ class Driver:
                 complete(folder)  # it was killed between its result and the word of it
             return
         asked = ended.running.asked_to_stop
-        status = ends.settle(folder, attempt, ended.code, asked_to_stop=asked, gone=ended.gone)
         why = self._cancelled.pop(stage.id, None)
-        if self.interrupted and why is None:
-            return
-        decision = ends.conclude(folder, attempt, status, self.retry, why)
+        with exclusive(folder.claim):
+            status = ends.settle(folder, attempt, ended.code, asked_to_stop=asked, gone=ended.gone)
+            if self.interrupted and why is None:
+                return
+            decision = ends.conclude(folder, attempt, status, self.retry, why)
         if not decision.again and (read_json(folder.status) or {}).get("state") == "cancelled":
             todo.pop(stage.id, None)
 

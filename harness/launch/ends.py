@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from harness.errors import EXIT_STORAGE
 from harness.launch.policy import Decision, decide
 from harness.ledger import attempts, store
 from harness.ledger.claim import stop_asked
 from harness.ledger.files import read_json, write_json
+from harness.ledger.lease import exclusive
 from harness.ledger.states import ACTIVE
 from harness.ledger.tree import StageFolder
 from harness.study.schema import Retry
@@ -21,8 +23,9 @@ def settle(
 ) -> dict[str, Any]:
     """The final status.json of an attempt whose every process is gone; written if it is missing.
 
-    `code` is the first exit code that was not 0, negative for a signal; `gone` says which host was
-    lost, if one was.
+    To be called, as `conclude` is, inside `exclusive(folder.claim)`: between the two a stage that
+    will be tried again looks failed for good. `code` is the first exit code that was not 0,
+    negative for a signal; `gone` says which host was lost, if one was.
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
@@ -55,6 +58,24 @@ def conclude(
     return decision
 
 
+def reconsider(folder: StageFolder, retry: Retry) -> Decision | None:
+    """Makes a failed stage runnable if the table grants it another try; None if it has not failed.
+
+    Who was to decide may have been killed between the end and the decision, and a table may allow
+    more by now than it did.
+    """
+    with exclusive(folder.claim):
+        status = read_json(folder.status) or {}
+        tries = attempts.read_attempts(folder)
+        if status.get("state") not in ("failed", "diverged") or not tries:
+            return None
+        decision = decide(retry, tries, attempts.progress_of(folder))
+        if decision.again:
+            store.add_event(folder, "retry", attempt=tries[-1].number, why=decision.why)
+            write_json(folder.status, {**status, "state": "preempted"})
+        return decision
+
+
 def _meaning(
     folder: StageFolder, attempt: int, code: int, asked_to_stop: bool, gone: str | None
 ) -> tuple[str, str, str]:
@@ -71,6 +92,8 @@ def _meaning(
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return "failed", "killed", f"ended by {name}{hint}"
     log = folder.attempt(attempt) / "stderr.log"
+    if code == EXIT_STORAGE:
+        return "failed", "storage", f"{folder.path} takes no files; see {log}; free space"
     if code == EXIT_LOST_RANK:
         return "failed", "killed", f"a rank lost its connection to the others; see {log}"
     return "failed", "code", f"exit code {code}; see {log}"

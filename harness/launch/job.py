@@ -257,11 +257,12 @@ def end(tasks_file: str, code: int) -> int:
     number = -(code - 128) if 128 < code < 160 else code
     about = _about(task.job)
     is_running = about.get("JobState") == "RUNNING"
-    status = ends.settle(folder, attempt, number, asked_to_stop=not is_running)
-    if status.get("attempt") != attempt or status.get("state") == "done":
-        return 0 if status.get("state") == "done" else 1
     why = "cancelled in Slurm" if _is_cancelled(about) else None
-    decision = ends.conclude(folder, attempt, status, task.retry, why)
+    with exclusive(folder.claim):
+        status = ends.settle(folder, attempt, number, asked_to_stop=not is_running)
+        if status.get("attempt") != attempt or status.get("state") == "done":
+            return 0 if status.get("state") == "done" else 1
+        decision = ends.conclude(folder, attempt, status, task.retry, why)
     print(f"{task.stage.id}: {status.get('reason')}; {decision.why}", file=sys.stderr)
     if decision.again and is_running and task.submission["profile"]["requeue"]:
         if decision.avoid:

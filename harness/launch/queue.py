@@ -69,7 +69,12 @@ def read_states(tree: Tree, stages: Mapping[str, StageFile]) -> dict[str, StageS
     Asks the queue only if a stage was submitted to it. The queue is asked after the files were
     read: a job in the files of before that is not in the queue of now is over.
     """
-    found = states.read_states(tree, stages)
+    return read_graph(tree, states.graph_of(stages))
+
+
+def read_graph(tree: Tree, graph: Mapping[str, states.Node]) -> dict[str, StageState]:
+    """`read_states`, of stages of which only kinds and edges are known."""
+    found = states.read_graph(tree, graph)
     asked = {
         s: v.status.get("job") or v.status.get(TOKEN)
         for s, v in found.items()
@@ -83,7 +88,7 @@ def read_states(tree: Tree, stages: Mapping[str, StageFile]) -> dict[str, StageS
     live = {j.id for j in jobs.values()} | {j.comment for j in jobs.values()}
     over = {s: str(j) for s, j in asked.items() if j and j not in live}
     waiting = {s: str(j) for s, j in asked.items() if j and j in live}
-    return states.read_states(tree, stages, over=over, waiting=waiting)
+    return states.read_graph(tree, graph, over=over, waiting=waiting)
 
 
 def cancel_jobs(ids: Iterable[str]) -> None:

@@ -28,16 +28,21 @@ def progress_of(folder: StageFolder) -> int:
 
     The step of the last complete checkpoint; where a protocol keeps none, the finished parts.
     """
+    if folder.checkpoints.is_dir():
+        return last_checkpoint(folder) or 0
+    own = ("attempts", "checkpoints")
+    parts = (p for p in folder.path.glob("*/*") if p.parent.name not in own)
+    return sum(1 for p in parts if not p.name.startswith("."))
+
+
+def last_checkpoint(folder: StageFolder) -> int | None:
+    """Step of the last complete checkpoint; None if there is none."""
     steps = [
         int(p.parent.name.removeprefix("step_"))
         for p in folder.checkpoints.glob("step_*/COMPLETE")
         if p.parent.name.removeprefix("step_").isdigit()
     ]
-    if steps or folder.checkpoints.is_dir():
-        return max(steps, default=0)
-    own = ("attempts", "checkpoints")
-    parts = (p for p in folder.path.glob("*/*") if p.parent.name not in own)
-    return sum(1 for p in parts if not p.name.startswith(".") and p.suffix != ".tmp")
+    return max(steps, default=None)
 
 
 def begin(folder: StageFolder, number: int, about: dict[str, Any]) -> None:

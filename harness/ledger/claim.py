@@ -34,7 +34,7 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
     """
     folder = tree.stage(stage.kind, stage.id)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.path / "claim"):
+    with exclusive(folder.claim):
         status, result = read_json(folder.status) or {}, read_json(folder.result)
         if dict(seen.status) != status or (seen.result or {}).get("uid") != (result or {}).get(
             "uid"
@@ -53,7 +53,7 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
 def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
     """Notes the scheduler's number of a claimed stage, unless its job has begun already."""
     folder = tree.stage(stage.kind, stage.id)
-    with exclusive(folder.path / "claim"):
+    with exclusive(folder.claim):
         status = read_json(folder.status) or {}
         is_ours = status.get("attempt") == attempt and status.get("state") == "submitted"
         if is_ours and not status.get("job"):
@@ -62,7 +62,7 @@ def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
 
 def unclaim(folder: StageFolder, why: str) -> None:
     """Takes a claim back whose worker never started: the stage is as it was before."""
-    with exclusive(folder.path / "claim"):
+    with exclusive(folder.claim):
         status = read_json(folder.status) or {}
         _close_last(folder, "dropped", why)
         write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
@@ -73,7 +73,7 @@ def complete(folder: StageFolder) -> None:
 
     Where the worker still lives, or nobody here can ask, nothing happens: it will say so itself.
     """
-    with exclusive(folder.path / "claim"):
+    with exclusive(folder.claim):
         lease, result = read_lease(folder.lease), read_json(folder.result)
         if result is None or (lease is not None and not owner_is_dead(lease)):
             return

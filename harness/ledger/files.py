@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,14 +16,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import StorageError, UserError
 
 _DAY_S = 86_400.0
 
 
 def temporary_name(name: str) -> str:
-    """A file of this process's own, of which `leftovers` can tell whether it lives."""
-    return f".{name}.{uuid.uuid4().hex[:8]}-{_machine()}-{os.getpid()}.tmp"
+    """A file of this process's own, of which `leftovers` can tell whether it lives.
+
+    The whole name stays at the end: some writers choose the format by it.
+    """
+    return f".tmp.{uuid.uuid4().hex[:8]}-{_machine()}-{os.getpid()}.{name}"
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -31,8 +35,9 @@ def leftovers(folder: Path) -> list[Path]:
     Of a writer on another machine only age can tell; a file is written in far less than a day.
     """
     found = []
-    for path in [*folder.glob(".*.tmp"), *folder.glob("attempts/*/.*.tmp")]:
-        match = re.fullmatch(r".*-([0-9a-f]+)-(\d+)", path.name.removesuffix(".tmp"))
+    places = (".tmp.*", "*/.tmp.*", "attempts/*/.tmp.*")
+    for path in [p for place in places for p in folder.glob(place)]:
+        match = re.match(r"\.tmp\.[0-9a-f]+-([0-9a-f]+)-(\d+)\.", path.name)
         if match and match[1] == _machine() and sys.platform == "linux":
             is_left = not Path(f"/proc/{match[2]}").exists()
         else:
@@ -63,18 +68,18 @@ def _machine() -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces the file in one step: readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        why = error.strerror
-        raise UserError(f"{path}: cannot be written: {why}; free space or chmod") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(path, error) from error
 
 
 def dump(value: Any) -> str:
@@ -124,7 +129,10 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(path, error) from error
         # A torn last line of a killed writer is cut off, or the next row would be glued to it.
         if path.exists():
             raw = path.read_bytes()
@@ -134,8 +142,11 @@ class JsonlWriter:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row and hands it to the operating system at once."""
-        with open(self.path, "ab") as file:
-            file.write(jsonl([row]))
+        try:
+            with open(self.path, "ab") as file:
+                file.write(jsonl([row]))
+        except OSError as error:
+            raise StorageError(self.path, error) from error
 
     def rewind(self, step: int) -> None:
         """Keeps the rows up to `step`; a resumed run writes the later ones again."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.errors import LeaseLostError, UserError
+from harness.errors import LeaseLostError, StorageError, UserError
 from harness.ledger.files import dump, read_json, temporary_name, write_bytes
 from harness.ledger.tree import StageFolder
 
@@ -26,6 +26,12 @@ EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
 """An owner that nobody can ask is given up after so long; the same for all who share a root."""
 BEAT_S = EXPIRY_S / 12
 _FRESH_S = 1.0
+
+
+def _clock() -> float:
+    """Seconds that go on while the machine is suspended, where the system counts those."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 class LeaseHeldError(UserError):
@@ -122,7 +128,6 @@ class Lease:
         Raises LeaseHeldError as soon as the owner is seen alive.
         """
         lease = cls(path, uuid.uuid4().hex)
-        path.parent.mkdir(parents=True, exist_ok=True)
         deadline: float | None = None
         seen: tuple[str, int] | None = None
         while True:
@@ -169,6 +174,8 @@ class Lease:
             return True
         except FileExistsError:
             return False
+        except OSError as error:
+            raise StorageError(self.path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -204,10 +211,11 @@ class Lease:
     def guard(self) -> None:
         """`check`, to be called right before every write: looks at the file once a second only.
 
-        The monotonic clock goes on while a process is stopped, so one that is continued looks.
+        The clock goes on while a process is stopped or its machine sleeps, so one that is
+        continued looks.
         """
-        if self._checked is None or time.monotonic() - self._checked > _FRESH_S:
-            began = time.monotonic()
+        if self._checked is None or _clock() - self._checked > _FRESH_S:
+            began = _clock()
             self.check()
             self._checked = began
 
@@ -249,6 +257,30 @@ class Lease:
             self._thread.join()
         if self.is_ours():
             self.path.unlink(missing_ok=True)
+
+
+class AttemptGuard:
+    """What `Lease.guard` is to rank 0, for the ranks beside it, which hold no lease.
+
+    A claim puts its attempt into status.json before its worker starts: a later number there than
+    the rank's own means that the stage was taken over.
+    """
+
+    def __init__(self, folder: StageFolder, attempt: int) -> None:
+        self.folder, self.attempt = folder, attempt
+        self._checked: float | None = None
+
+    def guard(self) -> None:
+        """Raises LeaseLostError if a later attempt owns the stage; looks once a second only."""
+        if self._checked is not None and _clock() - self._checked <= _FRESH_S:
+            return
+        began = _clock()
+        now = int((read_json(self.folder.status) or {}).get("attempt") or 0)
+        if now > self.attempt:
+            raise LeaseLostError(
+                f"{self.folder.path}: attempt {now} owns the stage now, not attempt {self.attempt}"
+            )
+        self._checked = began
 
 
 @contextmanager

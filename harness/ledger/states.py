@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.ledger.files import read_json
+from harness.ledger.index import results
 from harness.ledger.lease import owner_is_dead, read_lease
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid
@@ -109,25 +110,78 @@ def read_states(
     A done stage whose upstream was run again since (or is gone) is planned again; one whose
     upstream failed is blocked; one whose upstream is not done yet is waiting.
     """
+    return read_graph(tree, graph_of(stages), over, waiting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What the state of a stage depends on besides its own files."""
+
+    kind: str
+    upstream: tuple[str, ...]
+
+
+def graph_of(stages: Mapping[str, StageFile]) -> dict[str, Node]:
+    """Kinds and edges of a stage graph."""
+    return {
+        s: Node(kind=stage.kind, upstream=tuple(stage.config.upstream.values()))
+        for s, stage in stages.items()
+    }
+
+
+def graph_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Node]:
+    """The same of rows of cells.jsonl, where stages stand in dependency order, cell by cell."""
+    graph: dict[str, Node] = {}
+    for row in rows:
+        for stage in row["stages"].values():
+            if stage not in graph:
+                upstream = tuple(row["upstream"][stage])
+                graph[stage] = Node(kind=row["kinds"][stage], upstream=upstream)
+    return graph
+
+
+def read_graph(
+    tree: Tree,
+    graph: Mapping[str, Node],
+    over: Mapping[str, str] | None = None,
+    waiting: Mapping[str, str] | None = None,
+) -> dict[str, StageState]:
+    """`read_states`, of stages of which only kinds and edges are known.
+
+    Of a stage that is done, `status` has only state and attempt, `result` only `index.KEYS`.
+    """
     states: dict[str, StageState] = {}
     # Most stages of a large study have no folder yet: one listing a kind tells.
-    begun = {kind: tree.begun(kind) for kind in {s.kind for s in stages.values()}}
-    for stage in stages.values():
-        own = StageState(state="planned", status={})
-        if stage.id in begun[stage.kind]:
-            folder = tree.stage(stage.kind, stage.id)
-            own = read_state(folder, (over or {}).get(stage.id), (waiting or {}).get(stage.id))
-        upstream = [states[u] for u in stage.config.upstream.values() if u in states]
-        states[stage.id] = _in_graph(own, stage, upstream)
+    begun = {kind: tree.begun(kind) for kind in {node.kind for node in graph.values()}}
+    own_ids: dict[str, list[str]] = {kind: [] for kind in begun}
+    for stage_id, node in graph.items():
+        if stage_id in begun[node.kind]:
+            own_ids[node.kind].append(stage_id)
+    done = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
+    unbegun = StageState(state="planned", status={})
+    for stage_id, node in graph.items():
+        upstream = [states[u] for u in node.upstream if u in states]
+        row = done[node.kind].get(stage_id)
+        if row is not None and row["told"]:
+            status = {"state": "done", "attempt": row.get("attempts")}
+            own = StageState(state="done", status=status, result=row)
+            if _in_graph(own, node, upstream).state == "done":
+                states[stage_id] = own
+                continue
+        own = unbegun
+        if stage_id in begun[node.kind]:
+            folder = tree.stage(node.kind, stage_id)
+            own = read_state(folder, (over or {}).get(stage_id), (waiting or {}).get(stage_id))
+        states[stage_id] = _in_graph(own, node, upstream)
     return states
 
 
-def _in_graph(own: StageState, stage: StageFile, upstream: list[StageState]) -> StageState:
+def _in_graph(own: StageState, node: Node, upstream: list[StageState]) -> StageState:
     if own.state == "done":
         used = (own.result or {}).get("upstream_uids", {})
         now = {
             u: (s.result or {}).get("uid") if s.state == "done" else None
-            for u, s in zip(stage.config.upstream.values(), upstream, strict=True)
+            for u, s in zip(node.upstream, upstream, strict=True)
         }
         if used == now:
             return own
@@ -168,10 +222,10 @@ def check_drift(tree: Tree, grid: Grid) -> list[str]:
 def measured_speeds(tree: Tree, device: str) -> Speeds:
     """FLOP/s by (kind, size) from the finished stages of this root, on this kind of device."""
     sums: dict[CalibrationKey, tuple[float, float]] = {}
-    folder = tree.root / "stages"
-    for path in sorted(folder.glob("*/*/result.json")) if folder.is_dir() else []:
-        result = read_json(path)
-        if result is None or result.get("device", device) != device:
+    stages = tree.root / "stages"
+    kinds = sorted(p.name for p in stages.iterdir() if p.is_dir()) if stages.is_dir() else []
+    for result in (r for k in kinds for r in results(tree, k, sorted(tree.begun(k))).values()):
+        if result.get("device", device) != device:
             continue
         busy = float(result["wall_s"].get("total", 0.0)) * result.get("processes", 1)
         if busy <= 0 or not result["flops"]:

@@ -7,38 +7,38 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.ledger import store
-from harness.ledger.states import ACTIVE, StageState, read_states
+from harness.ledger.files import read_json
+from harness.ledger.states import ACTIVE, Node, StageState, graph_of_rows, read_graph
 from harness.ledger.tree import Tree
 from harness.study.plan import cell_state
-from harness.study.stages import StageFile
 
-ReadStates = Callable[[Tree, Mapping[str, StageFile]], dict[str, StageState]]
+Read = Callable[[Tree, Mapping[str, Node]], dict[str, StageState]]
 
 
-def summarise(
-    tree: Tree, study: str | None = None, read: ReadStates = read_states
-) -> dict[str, Any]:
+def summarise(tree: Tree, study: str | None = None, read: Read = read_graph) -> dict[str, Any]:
     """All studies of a root, or one. Raises NotFoundError for a study that is not there.
 
     `read` may know more than the files, such as what a scheduler says of its jobs.
     """
     names = [study] if study else tree.studies()
-    found = [_study(tree, n, read) for n in names]
-    return {"schema": 1, "root": str(tree.root), "studies": found}
+    rows = {name: store.read_cells(tree, name) for name in names}
+    # One graph of all: a scheduler is asked once.
+    graph = graph_of_rows(row for found in rows.values() for row in found)
+    states = read(tree, graph)
+    studies = [_study(tree, name, found, graph, states) for name, found in rows.items()]
+    return {"schema": 1, "root": str(tree.root), "studies": studies}
 
 
-def _study(tree: Tree, name: str, read: ReadStates) -> dict[str, Any]:
-    cells = store.read_cells(tree, name)
-    kinds = {s: k for c in cells for s, k in c["kinds"].items()}
-    stages: dict[str, StageFile] = {}
-    for stage, kind in kinds.items():
-        folder = tree.stage(kind, stage)
-        if folder.stage.exists():
-            stages[stage] = store.read_stage(folder)
-    # Folders may be listed in any order; upstream stages have to be read before their dependants.
-    ordered = {k: stages[k] for k in sorted(stages, key=lambda s: _depth(s, stages))}
-    states = read(tree, ordered)
-    shown = {s: states[s].state if s in states else "planned" for s in kinds}
+def _study(
+    tree: Tree,
+    name: str,
+    cells: list[dict[str, Any]],
+    graph: Mapping[str, Node],
+    all_states: Mapping[str, StageState],
+) -> dict[str, Any]:
+    kinds = {s: graph[s].kind for c in cells for s in c["stages"].values()}
+    states = {s: all_states[s] for s in kinds}
+    shown = {s: v.state for s, v in states.items()}
     by_kind: dict[str, Counter[str]] = {}
     for stage, kind in kinds.items():
         by_kind.setdefault(kind, Counter())[shown[stage]] += 1
@@ -47,9 +47,11 @@ def _study(tree: Tree, name: str, read: ReadStates) -> dict[str, Any]:
         "cells": dict(Counter(cell_state([shown[s] for s in c["stages"].values()]) for c in cells)),
         "kinds": {k: dict(v) for k, v in by_kind.items()},
         "stages": [
-            {"id": s, "kind": kinds[s], "state": shown[s], **_details(states.get(s))} for s in kinds
+            {"id": s, "kind": kinds[s], "state": shown[s], **_details(states[s])} for s in kinds
         ],
-        "running": [_running(s, states[s]) for s in states if states[s].state in ACTIVE],
+        "running": [
+            _running(tree, s, kinds[s], states[s]) for s in states if states[s].state in ACTIVE
+        ],
         "failed": [
             {"id": s, "state": v.state, "reason": v.reason, "message": v.message}
             for s, v in states.items()
@@ -60,14 +62,7 @@ def _study(tree: Tree, name: str, read: ReadStates) -> dict[str, Any]:
     }
 
 
-def _depth(stage: str, stages: dict[str, StageFile]) -> int:
-    upstream = [u for u in stages[stage].config.upstream.values() if u in stages]
-    return 1 + max((_depth(u, stages) for u in upstream), default=-1)
-
-
-def _details(state: StageState | None) -> dict[str, Any]:
-    if state is None:
-        return {}
+def _details(state: StageState) -> dict[str, Any]:
     return {
         "reason": state.reason,
         "message": state.message,
@@ -76,7 +71,7 @@ def _details(state: StageState | None) -> dict[str, Any]:
     }
 
 
-def _running(stage: str, state: StageState) -> dict[str, Any]:
+def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, Any]:
     status = state.status
     rate, seen = status.get("samples_per_s"), status.get("samples")
     step, steps = status.get("step"), status.get("steps")
@@ -85,7 +80,14 @@ def _running(stage: str, state: StageState) -> dict[str, Any]:
         eta = seen * (steps / step - 1) / rate
     keys = ("step", "steps", "samples", "samples_per_s", "loss", "attempt", "host", "started")
     keys += ("job", "memory_gib")
-    return {"id": stage, **{k: status.get(k) for k in keys}, "eta_s": eta}
+    found = {k: status.get(k) for k in keys}
+    # What ended the attempt before this one.
+    last = None
+    attempt = int(status.get("attempt") or 1)
+    before = read_json(tree.stage(kind, stage).attempt(attempt - 1) / "attempt.json")
+    if before is not None and before.get("end"):
+        last = {"reason": before["end"], "message": before.get("message")}
+    return {"id": stage, "state": state.state, **found, "eta_s": eta, "last_failure": last}
 
 
 def _overhead(states: dict[str, StageState]) -> dict[str, float] | None:

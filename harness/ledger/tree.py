@@ -34,6 +34,11 @@ class StageFolder:
         return self.path / "lease"
 
     @property
+    def claim(self) -> Path:
+        """Lock of whoever changes the state of a stage that no worker owns."""
+        return self.path / "claim"
+
+    @property
     def metrics(self) -> Path:
         """Rows of named numbers by step."""
         return self.path / "metrics.jsonl"

@@ -7,6 +7,7 @@ plain containers and refuses the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.errors import NotFoundError, UserError
+from harness.errors import NotFoundError, StorageError, UserError, storage_error
 from harness.ledger import files
 from harness.models import interchange
 from harness.models.convert import hf_config, tensors_in
@@ -243,24 +244,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], said: Mapping[s
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary) and rename: readers see the old file or the whole new one."""
-    # The whole name stays at the end: some writers choose the format by it, or add to it.
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    temporary = path.with_name(files.temporary_name(path.name))
     try:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except Exception as error:
+        # Writers in other languages raise errors of their own for a full disk.
+        known = StorageError(path, error) if isinstance(error, OSError) else None
+        known = known or storage_error(error, path)
+        raise known or error from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+        raise StorageError(path, error) from None
 
 
 def _line(text: str) -> str:

@@ -17,10 +17,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from harness.errors import UserError
+from harness.errors import UserError, storage_error
 from harness.train.engine import Engine
 
 SCHEMA = 1
@@ -49,33 +50,47 @@ def save(folder: Path, engine: Engine, progress: Progress, guard: Callable[[], N
     final = folder / "checkpoints" / f"step_{progress.step}"
     # Never shared with another attempt: one that was stopped may go on after its successor began.
     partial = final.with_name(f"{final.name}.partial-{_common_number(engine):06x}")
-    if engine.rank == 0:
-        guard()
-        remove_partial(folder)
-        partial.mkdir(parents=True)
-    engine.barrier()
-    engine.save(partial)
-    engine.barrier()
-    if engine.rank == 0:
-        content = {"schema": SCHEMA, "ranks": engine.ranks, **asdict(progress)}
-        (partial / "progress.json").write_text(json.dumps(content))
-        for file in partial.rglob("*"):
-            _sync(file)
-        guard()
-        # Without its mark, if it was killed before; or complete, and about to be replaced.
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-        _sync(final.parent)
-        guard()
-        (final / "COMPLETE").write_text("")
-        _sync(final / "COMPLETE")
-        _sync(final)
-        for other in list(final.parent.iterdir()):
-            if other != final:
-                guard()  # stopped here, this process would remove what its successor has saved
-                shutil.rmtree(other, ignore_errors=True)
+    try:
+        if engine.rank == 0:
+            guard()
+            remove_partial(folder)
+            partial.mkdir(parents=True)
+        engine.barrier()
+        engine.save(partial)
+        engine.barrier()
+        if engine.rank == 0:
+            _complete(partial, final, {"ranks": engine.ranks, **asdict(progress)}, guard)
+    except (OSError, RuntimeError) as error:
+        known = storage_error(error, final)
+        if known is None:
+            raise
+        # What could not be finished must not hold the space; the checkpoint before it is whole.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise known from None
     engine.barrier()
     return final
+
+
+def _complete(
+    partial: Path, final: Path, content: dict[str, Any], guard: Callable[[], None]
+) -> None:
+    """Rank 0: gives a written checkpoint its name and its mark, and removes the older ones."""
+    (partial / "progress.json").write_text(json.dumps({"schema": SCHEMA, **content}))
+    for file in partial.rglob("*"):
+        _sync(file)
+    guard()
+    # Without its mark, if it was killed before; or complete, and about to be replaced.
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+    _sync(final.parent)
+    guard()
+    (final / "COMPLETE").write_text("")
+    _sync(final / "COMPLETE")
+    _sync(final)
+    for other in list(final.parent.iterdir()):
+        if other != final:
+            guard()  # stopped here, this process would remove what its successor has saved
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def remove_partial(folder: Path) -> None:

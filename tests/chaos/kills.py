@@ -71,7 +71,7 @@ def _moment(root: Path, moment: str) -> Callable[[], bool]:
     if moment == "partial":
         return lambda: any(root.glob("stages/*/*/checkpoints/*.partial*"))
     if moment == "temporary":
-        return lambda: any(root.glob("stages/*/*/.*.tmp"))
+        return lambda: any(root.glob("stages/*/*/.tmp.*"))
     if moment == "row":
         size = _rows(root)
         return lambda: _rows(root) > size

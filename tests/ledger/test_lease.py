@@ -12,7 +12,9 @@ import pytest
 
 from harness.errors import LeaseLostError
 from harness.ledger import lease as leases
+from harness.ledger.files import write_json
 from harness.ledger.lease import Lease, LeaseHeldError, owner_is_dead, read_lease
+from harness.ledger.tree import StageFolder
 
 
 def test_a_held_lease_is_refused_and_a_released_one_is_free(tmp_path: Path) -> None:
@@ -178,9 +180,23 @@ def test_a_guarded_write_looks_again_after_a_second(
     lease = Lease.acquire(tmp_path / "lease")
     lease.guard()
     lease.path.unlink()
-    now = time.monotonic()
-    monkeypatch.setattr(leases.time, "monotonic", lambda: now + 0.5)
+    now = leases._clock()
+    monkeypatch.setattr(leases, "_clock", lambda: now + 0.5)
     lease.guard()
-    monkeypatch.setattr(leases.time, "monotonic", lambda: now + 2)
+    monkeypatch.setattr(leases, "_clock", lambda: now + 2)
     with pytest.raises(LeaseLostError):
         lease.guard()
+
+
+def test_ranks_without_a_lease_see_a_later_attempt_as_another_owner(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+    write_json(folder.status, {"state": "running", "attempt": 2})
+    leases.AttemptGuard(folder, 2).guard()
+    guard = leases.AttemptGuard(folder, 2)
+    write_json(folder.status, {"state": "submitted", "attempt": 3})
+    with pytest.raises(LeaseLostError, match="attempt 3 owns the stage now, not attempt 2"):
+        guard.guard()
+
+
+def test_the_clock_of_a_guard_counts_time_asleep() -> None:
+    assert abs(leases._clock() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1

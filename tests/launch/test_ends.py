@@ -1,0 +1,67 @@
+"""Between the end of an attempt and the decision on the next nobody may be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.errors import EXIT_STORAGE
+from harness.launch import ends
+from harness.launch.driver import reset
+from harness.ledger import attempts, store
+from harness.ledger.files import read_json, read_jsonl
+from harness.ledger.states import read_states
+from harness.ledger.tree import StageFolder, Tree
+from harness.study.cells import Grid, build_grid
+from harness.study.schema import Retry, load_study
+
+
+@pytest.fixture
+def grid(study_file: Callable[..., Path]) -> Grid:
+    return build_grid(load_study(study_file()))
+
+
+def ended(tree: Tree, grid: Grid, code: int, gone: str | None = None) -> StageFolder:
+    """A stage whose attempt ended; the driver was killed before it decided what follows."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(tree, stage)
+    number = folder.new_attempt()
+    attempts.begin(folder, number, {})
+    ends.settle(folder, number, code, asked_to_stop=False, gone=gone)
+    assert (read_json(folder.status) or {})["state"] == "failed"
+    return folder
+
+
+def state_after_submit(tree: Tree, grid: Grid, retry: Retry) -> str:
+    reset(tree, grid.stages, read_states(tree, grid.stages), "cached", retry)
+    return read_states(tree, grid.stages)[
+        next(s for s, v in grid.stages.items() if v.kind == "mae")
+    ].state
+
+
+def test_a_driver_killed_before_it_decided_costs_no_try(tmp_path: Path, grid: Grid) -> None:
+    tree = Tree(tmp_path)
+    for _ in range(3):
+        folder = ended(tree, grid, -9, gone="host a is gone")
+        assert state_after_submit(tree, grid, Retry()) == "preempted"
+    ended(tree, grid, -9, gone="host a is gone")
+    assert state_after_submit(tree, grid, Retry()) == "failed"
+    assert len([e for e in read_jsonl(folder.events) if e["event"] == "retry"]) == 3
+
+
+def test_a_table_that_allows_more_than_it_did_is_obeyed(tmp_path: Path, grid: Grid) -> None:
+    tree = Tree(tmp_path)
+    ended(tree, grid, 1)
+    assert state_after_submit(tree, grid, Retry()) == "failed"
+    assert state_after_submit(tree, grid, Retry(code=1)) == "preempted"
+
+
+def test_what_failed_for_want_of_space_is_run_again_by_the_next_submission(
+    tmp_path: Path, grid: Grid
+) -> None:
+    tree = Tree(tmp_path)
+    folder = ended(tree, grid, EXIT_STORAGE)
+    assert not ends.conclude(folder, 1, read_json(folder.status) or {}, Retry()).again
+    assert state_after_submit(tree, grid, Retry()) == "planned"
