@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from harness import watchdog
+from harness.ledger import attempts, store
 from harness.ledger.files import read_json
-from tests.chaos.tiny_study import STUDY, kill_all, start
+from harness.ledger.tree import Tree
+from harness.study.cells import build_grid
+from harness.study.schema import load_study
+from tests.chaos.tiny_study import STUDY, environment, kill_all, start
 
 HANGING = STUDY.partition("  transfer:")[0].replace("[random, mae]", "[random]").replace(
     "300", "100000"
@@ -62,3 +70,33 @@ def test_a_stopped_rank_is_named_by_the_other_and_the_cause_is_hung(tmp_path: Pa
     assert "rank 1 (host " in status["message"] and "rank 0 waits for it" in status["message"]
     assert (read_json(attempt / "attempt.json") or {})["end"] == "hung"
     assert "most recent call first" in (attempt / "stderr.log").read_text()
+
+
+@pytest.mark.long
+def test_a_rank_that_waits_for_its_data_is_named_with_its_step(tmp_path: Path) -> None:
+    file, tree = tmp_path / "tiny.yaml", Tree(tmp_path / "runs")
+    file.write_text(HANGING)
+    (stage,) = build_grid(load_study(file)).stages.values()
+    folder = store.write_stage(tree, stage)
+    attempts.begin(folder, folder.new_attempt(), {})
+    command = [sys.executable, "-m", "tests.chaos.sleepy_worker", "--root", str(tree.root)]
+    command += ["--kind", stage.kind, "--stage", stage.id, "--attempt", "1"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    about = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            command, env=environment(tree.root, RANK=str(k), LOCAL_RANK=str(k), **about)
+        )
+        for k in range(2)
+    ]
+    try:
+        assert ranks[0].wait(240) == 1
+        assert ranks[1].wait(60) != 0
+    finally:
+        kill_all(tree.root)
+    status = read_json(folder.status) or {}
+    assert (status["state"], status["reason"]) == ("failed", "hung")
+    said = status["message"]
+    assert re.match(r"rank 1 \(host .*\) stands at step 5 in 'data' since \d+ s", said), said
+    assert said.endswith("rank 0 waits for it")
