@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +13,10 @@ import typer
 from harness.cli import shared, show
 from harness.errors import UserError
 from harness.launch.driver import Mode
-from harness.study.cells import TUNE, build_grid, only
-from harness.study.plan import check_budget
+from harness.launch.machine import Machine
+from harness.ledger.tree import Tree
+from harness.study.cells import TUNE, Grid, build_grid, only
+from harness.study.plan import Plan, check_budget
 from harness.study.schema import load_study
 from harness.study.select import select
 
@@ -47,25 +52,44 @@ def grid(
 ) -> int:
     """Plan a study file: cells, shared stages, cost. With --submit, run what is missing."""
     tree = shared.tree(root)
+    if device and submit:
+        raise UserError("--device is for estimates; where stages run is the machine's own matter")
+    with _no_collection():
+        full, grid, machine, plan = _planned(tree, file, selection, device, cluster)
+        if not submit:
+            if as_json:
+                shared.print_json(plan.to_json())
+            else:
+                show.plan(plan, tree, len(machine.slots))
+            return 0
+    check_budget(plan)
+    shared.check_images(grid)
+    shared.check_drift(tree, grid)
+    ablations = shared.known_ablations(tree, grid.loaded.study.name)
+    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
+
+
+def _planned(
+    tree: Tree, file: Path, selection: str | None, device: Device | None, cluster: str | None
+) -> tuple[Grid, Grid, Machine, Plan]:
+    """The whole grid, the part that was selected, and the plan of that part."""
     loaded = load_study(shared.study_file(file))
     ablations = shared.known_ablations(tree, loaded.study.name)
     full = build_grid(loaded, ablations)
     # Trials of a search are cells too, but theirs is `harness tune`: a pruned one stays pruned.
     own = [c for c in full.cells if c.tag != TUNE]
     grid = only(full, select(own, selection))
-    if device and submit:
-        raise UserError("--device is for estimates; where stages run is the machine's own matter")
-    machine, plan = shared.plan(tree, grid, device, cluster)
-    if not submit:
-        if as_json:
-            shared.print_json(plan.to_json())
-        else:
-            show.plan(plan, tree, len(machine.slots))
-        return 0
-    check_budget(plan)
-    shared.check_images(grid)
-    shared.check_drift(tree, grid)
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
+    return full, grid, *shared.plan(tree, grid, device, cluster)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: all of a plan's many objects stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 grid.__doc__ = f"{grid.__doc__}\n\n{_EXAMPLE}"

@@ -72,7 +72,8 @@ def _cell_table(plan: Plan) -> Table:
     for name in ("params", "images", "samples", "FLOPs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for cell in plan.grid.cells[:_MOST_ROWS]:
+    shown = _rows_of(len(plan.grid.cells))
+    for cell in plan.grid.cells[:shown]:
         stages = [plan.grid.stages[s] for s in cell.stages.values()]
         table.add_row(
             escape(cell.id),
@@ -83,7 +84,7 @@ def _cell_table(plan: Plan) -> Table:
             format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
             state_text(plan.cell_state(cell.stages)),
         )
-    more = len(plan.grid.cells) - _MOST_ROWS
+    more = len(plan.grid.cells) - shown
     if more > 0:
         table.add_row(f"... and {more} more: --only AXIS=VALUE, or --json for all of them")
     return table
@@ -111,8 +112,8 @@ def _stage_table(plan: Plan) -> Table:
             f"{done}/{len(ids)} done",
             style="bold",
         )
-        shared = [s for s in stages if plan.grid.feeds[s.id] > 1][:_MOST_ROWS]
-        for stage in shared:
+        shared = [s for s in stages if plan.grid.feeds[s.id] > 1]
+        for stage in shared[: _rows_of(len(shared))]:
             table.add_row(
                 f"  {escape(stage.id)}",
                 str(plan.grid.feeds[stage.id]),
@@ -144,6 +145,14 @@ def _print_totals(out: Console, plan: Plan, tree: Tree, slots: int) -> None:
 
 
 _MOST_ROWS = 400
+_OF_MANY = 50
+
+
+def _rows_of(count: int) -> int:
+    """Rows to show of so many: all, or a few as examples."""
+    return count if count <= _MOST_ROWS else _OF_MANY
+
+
 """A table longer than this nobody reads, and it takes seconds to lay out."""
 
 

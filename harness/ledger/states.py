@@ -168,6 +168,9 @@ def read_graph(
             if _in_graph(own, node, upstream).state == "done":
                 states[stage_id] = own
                 continue
+        if not upstream and stage_id not in begun[node.kind]:
+            states[stage_id] = unbegun
+            continue
         own = unbegun
         if stage_id in begun[node.kind]:
             folder = tree.stage(node.kind, stage_id)
@@ -197,7 +200,7 @@ def _in_graph(own: StageState, node: Node, upstream: list[StageState]) -> StageS
         if own.state in ("planned", "waiting", "blocked"):
             ready = all(s.state == "done" for s in upstream)
             state = "planned" if ready else "waiting"
-            return replace(own, state=state)
+            return own if own.state == state else replace(own, state=state)
     return own
 
 

@@ -27,7 +27,7 @@ from harness.study.schema import (
 )
 from harness.study.sizes import SIZES
 from harness.study.source import Location
-from harness.study.stages import Images, StageFile
+from harness.study.stages import Execution, Images, StageFile
 from harness.study.starting import label_of
 from harness.units import format_count, safe_name
 
@@ -124,6 +124,8 @@ class _Builder:
         self._models: dict[tuple[str, int, int], Model] = {}
         self._texts: dict[str, str] = {}
         self.schedules: dict[tuple[int, int, int], Any] = {}
+        self.executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]] = {}
+        self.features: dict[tuple[Any, ...], Any] = {}
 
     def grid(self) -> Grid:
         if self.problems:

@@ -32,6 +32,10 @@ class Surroundings(Protocol):
     stages: dict[str, StageFile]
     schedules: dict[tuple[int, int, int], Any]
     """Recipes with their lengths in samples: (id of the recipe, epoch, steps) -> (recipe, it)."""
+    executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]]
+    """Ways to run: key -> (the objects whose id() is in the key, it)."""
+    features: dict[tuple[Any, ...], Any]
+    """Recipes of the encoder's passes: one object for equal ones."""
 
     def put(self, stage: StageFile, text: str) -> str:
         """Keeps a stage, once however many cells need it; returns its id. `text` is what was
@@ -231,7 +235,17 @@ class Chain:
 
     def _execution(self, role: str, config: StageConfig) -> Execution:
         wanted = self.builder.resources(role, self.axes)
-        spec = getattr(config.recipe, "dataset", None) or str(self.axes["dataset"])
+        spec = vars(config.recipe).get("dataset") or str(self.axes["dataset"])
+        key = (id(wanted), id(config.recipe), role, spec, config.weights)
+        known = self.builder.executions.get(key)
+        if known is None:
+            made = self._new_execution(role, config, wanted, spec)
+            known = self.builder.executions[key] = (wanted, config.recipe, made)
+        return known[2]
+
+    def _new_execution(
+        self, role: str, config: StageConfig, wanted: Resources, spec: str
+    ) -> Execution:
         if builtin(spec) is None:
             spec = locate(spec, self.builder.loaded.bases)
         if isinstance(config.recipe, Optimization):

@@ -167,7 +167,8 @@ def epoch_samples(images: int, recipe: Frozen) -> int:
     """
     factor = recipe.resample if isinstance(recipe, WspRecipe) else None
     shown = images if factor is None else round(images * factor)
-    return shown * getattr(recipe, "repeats", 1)
+    # Of pydantic's objects, getattr of what is not there is slow, and plans are of many stages.
+    return shown * vars(recipe).get("repeats", 1)
 
 
 class Model(Frozen):

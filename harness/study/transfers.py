@@ -80,7 +80,7 @@ class Transfers:
     def _model(self, task: str, recipe: Task) -> Model:
         """The encoder at the resolution of the task."""
         model, side = self.chain.model, recipe.image_size
-        if patch := getattr(recipe, "patch", None):  # the cell's is resampled
+        if patch := vars(recipe).get("patch"):  # the cell's is resampled
             model, side = model.model_copy(update={"patch": patch}), side or model.image_size
         if side is None:
             return model
@@ -111,7 +111,11 @@ class Transfers:
         self, recipe: OnFeatures, meta: DatasetMeta, model: Model, train: int, test: int
     ) -> str:
         """The stage that passes the images of a task through the encoder, shared where equal."""
-        features = Features(dataset=recipe.dataset, pool=recipe.pool, resize=recipe.resize)
+        key = (recipe.dataset, recipe.pool, recipe.resize)
+        features = self.chain.builder.features.get(key)
+        if features is None:
+            features = Features(dataset=recipe.dataset, pool=recipe.pool, resize=recipe.resize)
+            self.chain.builder.features[key] = features
         config = self.chain.config(
             "features", features, "train", train, 0, 0, dict(self.from_encoder), meta, model
         )

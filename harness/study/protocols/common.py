@@ -22,7 +22,7 @@ class Task(Frozen):
 
     def num_train(self, meta: DatasetMeta) -> int:
         """Samples of the training split that are used; 0 for a task that trains nothing."""
-        available, wanted = meta.count("train"), getattr(self, "train_images", None)
+        available, wanted = meta.count("train"), vars(self).get("train_images")
         return min(available, wanted) if wanted else available
 
     def num_test(self, meta: DatasetMeta) -> int:
