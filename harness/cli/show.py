@@ -166,7 +166,7 @@ class Live:
         self.console = console(error=True)
         self.live = RichLive(console=self.console, refresh_per_second=4, transient=True)
         self._last_line = 0.0
-        self._known: dict[str, str] = {}
+        self._known: dict[str, str] | None = None
 
     def __enter__(self) -> Live:
         if self.console.is_terminal:
@@ -184,23 +184,21 @@ class Live:
 
     def update(self, progress: Progress) -> None:
         """Shows where the submission is."""
-        for stage, state in progress.states.items():
-            if state in ("failed", "diverged") and self._known.get(stage) != state and self._known:
-                self.console.print(f"{state_text(state)} {escape(stage)}")
-        self._known = dict(progress.states)
+        if self._known is not None:
+            for stage in sorted(progress.bad.keys() - self._known.keys()):
+                self.console.print(f"{state_text(progress.bad[stage])} {escape(stage)}")
+        self._known = progress.bad
         if self.console.is_terminal:
             self.live.update(self._panel(progress))
             return
-        done = sum(s == "done" for s in progress.states.values())
+        done = progress.counts.get("done", 0)
         now = time.monotonic()
         if now - self._last_line >= self._EVERY_S or done == progress.total:
             self._last_line = now
             self.console.print(self._headline(progress))
 
     def _headline(self, progress: Progress) -> str:
-        counts: dict[str, int] = {}
-        for state in progress.states.values():
-            counts[state] = counts.get(state, 0) + 1
+        counts = progress.counts
         bad = [f"{n} {s}" for s, n in counts.items() if s in ("failed", "diverged", "blocked")]
         elapsed = time.monotonic() - progress.started
         parts = [
@@ -215,7 +213,7 @@ class Live:
         return ", ".join(parts) + (f": {escape(names)}" if names else "") + stopping
 
     def _panel(self, progress: Progress) -> Group:
-        done = sum(s == "done" for s in progress.states.values())
+        done = progress.counts.get("done", 0)
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_row(
             "all stages",

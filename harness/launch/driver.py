@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -40,7 +41,10 @@ class Progress:
     """What a watcher of the driver is told; a new one with every call."""
 
     total: int
-    states: dict[str, str]
+    counts: dict[str, int]
+    """Stages by state."""
+    bad: dict[str, str]
+    """Stage id -> state, of those that failed or diverged."""
     running: list[Running]
     live: dict[str, dict[str, object]]
     """status.json of the running stages."""
@@ -78,6 +82,26 @@ class Orders:
 Feed = Callable[[Mapping[str, StageState], Mapping[str, Running]], Orders]
 """Asked every half second, with the states of all stages (a new mapping when they were read
 again) and the stages running here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summed:
+    """What watchers are told of all stages, as of one reading of their files."""
+
+    states: dict[str, StageState]
+    counts: dict[str, int]
+    bad: dict[str, str]
+    left: float
+    """Estimated seconds of slots of what is not over."""
+
+    @classmethod
+    def of(cls, states: dict[str, StageState], cost: Callable[[str], float]) -> _Summed:
+        return cls(
+            states=states,
+            counts=Counter(state.state for state in states.values()),
+            bad={s: v.state for s, v in states.items() if v.state in ("failed", "diverged")},
+            left=sum(cost(s) for s, v in states.items() if not v.is_over),
+        )
 
 
 @dataclass
@@ -136,6 +160,8 @@ class Driver:
         self._silence = Silence()
         self._cancelled: dict[str, str] = {}
         self.live: dict[str, dict[str, object]] = {}
+        self._summed: _Summed | None = None
+        self._ordered: tuple[dict[str, StageState], list[_Job]] | None = None
 
     def _placed(self, stage: StageFile) -> StageFile:
         execution = stage.execution.model_copy(update={"device": self.machine.device})
@@ -249,12 +275,10 @@ class Driver:
         self, states: dict[str, StageState], todo: dict[str, _Job], pool: Pool
     ) -> list[_Job]:
         """Jobs that may still run, best first: neither done, failed, blocked nor running."""
-        jobs = [
-            job
-            for stage_id, job in todo.items()
-            if not states[stage_id].is_over and stage_id not in pool.running
-        ]
-        return sorted(jobs, key=lambda j: -j.priority)
+        if self._ordered is None or self._ordered[0] is not states:
+            open_ = [job for s, job in todo.items() if not states[s].is_over]
+            self._ordered = (states, sorted(open_, key=lambda j: -j.priority))
+        return [job for job in self._ordered[1] if job.stage.id not in pool.running]
 
     def _external_alive(self, states: dict[str, StageState]) -> bool:
         self._external = {s for s in self._external if states[s].state in ACTIVE}
@@ -326,30 +350,34 @@ class Driver:
                 pool.stop(running, kill=kill)
 
     def _tell(self, states: dict[str, StageState], pool: Pool, started: float) -> None:
-        names = {s: "running" if s in pool.running else v.state for s, v in states.items()}
-        left = 0.0
-        for stage_id, state in states.items():
-            if state.is_over:
-                continue
-            seconds = self.speeds.seconds(self.stages[stage_id])
-            if stage_id in pool.running:
-                stage = self.stages[stage_id]
-                status = read_json(self.tree.stage(stage.kind, stage_id).status) or {}
-                self.live[stage_id] = status
-                if status.get("step") and status.get("steps"):
-                    seconds *= 1 - status["step"] / status["steps"]
-            left += seconds * pool.needs(self.stages[stage_id])
+        # Thousands of stages are summed up when their files were read, not twice a second.
+        if self._summed is None or self._summed.states is not states:
+            self._summed = _Summed.of(states, lambda s: self._cost(s, pool))
+        counts, left = Counter(self._summed.counts), self._summed.left
+        for stage_id, running in pool.running.items():
+            stage = running.stage
+            counts[states[stage_id].state] -= 1
+            counts["running"] += 1
+            status = read_json(self.tree.stage(stage.kind, stage_id).status) or {}
+            self.live[stage_id] = status
+            if status.get("step") and status.get("steps") and not states[stage_id].is_over:
+                left -= self._cost(stage_id, pool) * status["step"] / status["steps"]
         self.watch(
             Progress(
                 total=len(states),
-                states=names,
+                counts={k: n for k, n in counts.items() if n > 0},
+                bad=self._summed.bad,
                 running=list(pool.running.values()),
                 live={k: v for k, v in self.live.items() if k in pool.running},
-                seconds_left=left / len(self.machine.slots),
+                seconds_left=max(0.0, left) / len(self.machine.slots),
                 started=started,
                 interrupted=self.interrupted,
             )
         )
+
+    def _cost(self, stage_id: str, pool: Pool) -> float:
+        """Estimated seconds of slots."""
+        return self.speeds.seconds(self.stages[stage_id]) * pool.needs(self.stages[stage_id])
 
     def _summary(self, states: dict[str, StageState], started: float) -> Summary:
         own = {s: v for s, v in states.items() if v.state in ("failed", "diverged")}
