@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
 from harness.ledger.context import StageResult
 from harness.ledger.files import JsonlWriter
 from harness.study.stages import StageFile
@@ -99,10 +100,19 @@ def _free_id(folder: Path, record_id: str) -> str:
 class Rows:
     """metrics.jsonl, mirrored into the sacred run as scalars."""
 
-    def __init__(self, path: Path, log_scalar: LogScalar, guard: Callable[[], None]) -> None:
-        """`guard` is called before every write, and raises where there must be none."""
+    def __init__(
+        self,
+        path: Path,
+        log_scalar: LogScalar,
+        guard: Callable[[], None],
+        events: Path | None = None,
+    ) -> None:
+        """`guard` is called before every write, and raises where there must be none. `events` is
+        a folder for TensorBoard's files. Raises UserError if its package is missing.
+        """
         self.writer = JsonlWriter(path)
         self.log_scalar, self.guard = log_scalar, guard
+        self.events = _Events(events) if events is not None else None
         self.first_step: int | None = None
         """Where the attempt went on from; None where nobody said."""
 
@@ -113,12 +123,56 @@ class Rows:
         for name, value in row.items():
             if value is not None and name not in ("step", "samples", "wall_s"):
                 self.log_scalar(name, float(value), int(row["step"] or 0))
+                if self.events is not None:
+                    self.events.add(name, float(value), int(row["step"] or 0))
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`."""
         self.guard()
         self.first_step = step
         self.writer.rewind(step)
+        if self.events is not None:
+            self.events.first_step = step
+
+    def close(self) -> None:
+        """Ends what is written beside the rows."""
+        if self.events is not None:
+            self.events.close()
+
+
+class _Events:
+    """Scalars for TensorBoard: one run a stage, whose curves go on where an attempt goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow, and of few users
+        except ImportError:
+            raise UserError(
+                "HARNESS_TENSORBOARD is set, but TensorBoard is not installed; unset it, or"
+                " pip install 'vision-scaling-harness[tensorboard]'"
+            ) from None
+        self.folder, self.first_step = folder, 0
+        self._new, self._writer, self._is_lost = SummaryWriter, None, False
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """One point. What goes wrong is said once: the rows are the truth."""
+        if self._is_lost:
+            return
+        try:
+            if self._writer is None:
+                # The last attempt may have come further than the checkpoint of this one.
+                self._writer = self._new(str(self.folder), purge_step=self.first_step + 1)
+            self._writer.add_scalar(name, value, step)
+        except Exception as error:  # of a disk, or of the thread that writes to it
+            self._is_lost = True
+            with contextlib.suppress(OSError):
+                print(f"no more TensorBoard events: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            with contextlib.suppress(Exception):
+                self._writer.close()
 
 
 class NoRows:

@@ -53,6 +53,7 @@ EXIT_LOST_RANK = 77
 """Another rank is gone; what ended that one says why."""
 
 _PATIENCE_S = 10.0
+_TENSORBOARD = "HARNESS_TENSORBOARD"
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
 
 
@@ -255,7 +256,8 @@ class _RankZero:
         write_json(lineage, {"schema": 1, "upstream_uids": uids})
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
-        self.rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard)
+        events = self.tree.events / self.stage.id if os.environ.get(_TENSORBOARD) else None
+        self.rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard, events)
         context = StageContext(
             rank=0,
             ranks=self.ranks,
@@ -268,7 +270,10 @@ class _RankZero:
             should_stop=lambda: self.stop.asked,
             check_lease=self.lease.guard,
         )
-        return _call(self.stage, context, self.attempt, self._hung)
+        try:
+            return _call(self.stage, context, self.attempt, self._hung)
+        finally:
+            self.rows.close()
 
     def _hung(self, message: str) -> None:
         self.finish("failed", "hung", message)

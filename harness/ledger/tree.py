@@ -138,6 +138,11 @@ class Tree:
         return self.root / "sacred"
 
     @property
+    def events(self) -> Path:
+        """TensorBoard's files, a folder per stage, if they were asked for."""
+        return self.root / "tensorboard"
+
+    @property
     def code(self) -> Path:
         """Git state of what was run: one folder per commit and diff."""
         return self.root / "code"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.lease import owner_is_dead, read_lease
@@ -76,7 +77,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     file = folder / "tiny.yaml"
     file.write_text(TINY)
-    submit(folder / "runs", file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_TENSORBOARD", "1")
+        submit(folder / "runs", file)
     return folder / "runs", file
 
 
@@ -147,6 +150,19 @@ def test_each_attempt_is_a_sacred_run_with_config_and_scalars(finished: tuple[Pa
     wsp = next(root.glob("sacred/*random-s0-*"))
     scalars = json.loads((wsp / "metrics.json").read_text())
     assert scalars["loss"]["values"][-1] > 0
+
+
+def test_tensorboard_shows_the_rows(finished: tuple[Path, Path]) -> None:
+    root, _ = finished
+    for name, folder in stages(root).items():
+        rows = read_jsonl(folder / "metrics.jsonl")
+        events = EventAccumulator(str(root / "tensorboard" / name)).Reload() if rows else None
+        for key in {k for row in rows for k in row} - {"step", "samples", "wall_s"}:
+            assert events is not None
+            found = [(e.step, e.value) for e in events.Scalars(key)]
+            wanted = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            assert [step for step, _ in found] == [step for step, _ in wanted]
+            assert [v for _, v in found] == pytest.approx([v for _, v in wanted], rel=1e-6)
 
 
 def test_submitting_again_runs_nothing_and_says_so(finished: tuple[Path, Path]) -> None:
