@@ -1,368 +1,335 @@
-"""Power law with an irreducible term, y = E + A x^-alpha, by Huber loss on log residuals.
+"""Fits a law to rows, with the evidence that the fit is a true optimum, or refuses with a reason.
 
-Parametrised as ln y = logsumexp(e, a - alpha u) with u = ln x - mean(ln x), so that every term
-stays positive (Hoffmann et al. 2022, arXiv 2203.15556, sec. 3.3). The objective is a sum, not a
-mean: a mean stops optimisers early. Solved by a batched Levenberg-Marquardt on all starts and all
-bootstrap draws at once.
+The objective is the *sum* of Huber losses of log residuals (Hoffmann et al. 2022, arXiv
+2203.15556, sec. 3.3); a mean makes optimisers stop early (Besiroglu et al. 2024, arXiv
+2404.10102). Starts come from variable projection on a grid of exponents; every start is brought
+to an optimum by Newton's method (`analysis.solve`), so that it can be said how many of them agree.
 
-Shapes: B problems (starts or draws), P points; parameters are the three columns e, a, alpha.
+Shapes: B problems, P rows, K parameters, I inputs.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from analysis import resample
+from analysis.forms import EXPONENTS, Array, Form
+from analysis.shapes import FORMS, m4_with_chance
+from analysis.solve import Problem, condition_number, minimise, objective
+
 Status = Literal["converged", "not_converged", "at_bound", "refused"]
 
-NUM_PARAMS = 3
-# Above the 1 % or so by which seeds differ: with two seeds a point and a delta far below their
-# noise, every curve that passes between the two is an optimum. Hoffmann et al. had one run a
-# point and 1e-3.
-DELTA = 0.02
-_ALPHA_RANGE = (1e-3, 5.0)
-_START_ALPHAS = (0.05, 0.15, 0.3, 0.5, 0.8, 1.2, 2.0)
-_START_FLOORS = (0.02, 0.3, 0.6, 0.9, 0.99)
-_NEGLIGIBLE = 1e-4
+DELTA = 1e-3
+"""Of the Huber loss, in units of ln y; Hoffmann et al. 2022, sec. 3.3."""
+MAX_CONDITION = 1e8
+"""Beyond it, some change of the parameters moves no prediction by a thousandth of a percent."""
+MIN_SPREAD = 0.2
+"""Decades by which D must vary at equal N (and N at equal D) for both axes to be told apart."""
+MIN_SPAN = 1.0
+"""Decades that every input must span."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerFit:
+class Fit:
     """One fitted law with what a reader needs to judge it. `params` is empty when refused."""
 
+    law: str
+    formula: str
     status: Status
     reason: str = ""
     params: dict[str, float] = field(default_factory=dict)
     ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
     objective: float | None = None
+    """The sum, never a mean."""
     delta: float = DELTA
     rows_used: int = 0
-    distinct_x: int = 0
-    span_decades: float = 0.0
+    distinct: dict[str, int] = field(default_factory=dict)
+    """Distinct values by input."""
+    span_decades: dict[str, float] = field(default_factory=dict)
     starts: int = 0
     starts_at_best: int = 0
     gradient_norm: float | None = None
+    condition_number: float | None = None
+    bounds_hit: tuple[str, ...] = ()
     log_rmse: float | None = None
+    covariance: tuple[tuple[float, ...], ...] = ()
+    """Of the parameters in the order of `params`, over bootstrap draws."""
     bootstrap: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     draws: Array | None = None
-    """Bootstrap parameters (E, A, alpha), a row per draw."""
+    """Bootstrap parameters in the order of `params`, (draws, K)."""
+    form: Form | None = None
+    inner: Array | None = None
+    """Inner coordinates of the optimum, for `centre`."""
+    inner_draws: Array | None = None
+    centre: Array | None = None
 
     @property
-    def is_identified(self) -> bool:
-        """Whether alpha means anything: converged, its interval clear of the search limits."""
-        low, high = self.ci95.get("alpha", (0.0, math.inf))
-        inside = low > _ALPHA_RANGE[0] * 1.01 and high < _ALPHA_RANGE[1] * 0.99
-        return self.status == "converged" and inside
+    def is_number(self) -> bool:
+        """Whether the parameters mean anything."""
+        return self.status == "converged"
 
-    def predict(self, x: Array) -> Array:
-        """The law at x."""
-        p = self.params
-        return p["E"] + p["A"] * x ** -p["alpha"]
+    def predict(self, inputs: Mapping[str, Any]) -> Array:
+        """The law at the inputs; any shape."""
+        assert self.form is not None and self.inner is not None, f"refused: {self.reason}"
+        return self._values(self.inner[None], inputs)[0]
 
-    def band(self, x: Array) -> tuple[Array, Array] | None:
-        """95 % bootstrap band at x; None without draws."""
-        if self.draws is None or not len(self.draws):
+    def band(self, inputs: Mapping[str, Any]) -> tuple[Array, Array] | None:
+        """95 % bootstrap band at the inputs; None without draws."""
+        if self.inner_draws is None or len(self.inner_draws) < 20:
             return None
-        floor, scale, alpha = self.draws.T[:, :, None]
-        values = floor + scale * x[None] ** -alpha
+        values = self._values(self.inner_draws, inputs)
         low, high = np.percentile(values, [2.5, 97.5], axis=0)
         return low, high
 
+    def draws_at(self, inputs: Mapping[str, Any]) -> Array:
+        """The law of every bootstrap draw at the inputs, (draws, ...)."""
+        assert self.inner_draws is not None, "no bootstrap draws"
+        return self._values(self.inner_draws, inputs)
+
+    def _values(self, theta_BK: Array, inputs: Mapping[str, Any]) -> Array:
+        assert self.form is not None and self.centre is not None
+        columns = np.broadcast_arrays(*(np.asarray(inputs[n], float) for n in self.form.inputs))
+        u = np.stack([np.log(c).ravel() for c in columns]) - self.centre[:, None]
+        return np.exp(self.form.value(theta_BK, u)).reshape(len(theta_BK), *columns[0].shape)
+
     def to_json(self) -> dict[str, Any]:
-        """Everything but the draws."""
-        return {k: v for k, v in self.__dict__.items() if k != "draws"}
+        """Everything but the draws and the form."""
+        hidden = {"draws", "form", "inner", "inner_draws", "centre"}
+        out = {k: v for k, v in self.__dict__.items() if k not in hidden}
+        log = {n: float(np.log(v)) for n, v in self.params.items() if v > 0}
+        return {**out, "params_log": log, "reduction": "sum", "solver": SOLVER}
 
 
-def why_not(x: Array, y: Array) -> str | None:
-    """Why (x, y) cannot identify the law; None if it may."""
-    distinct = np.unique(x)
-    if len(x) < NUM_PARAMS + 2:
-        need = NUM_PARAMS + 2
-        return f"too few points ({len(x)}); at least {need} needed for {NUM_PARAMS} parameters"
-    if len(distinct) < 3:
-        return f"{len(distinct)} distinct x; at least 3 needed"
-    span = np.log10(distinct[-1] / distinct[0])
-    if span < 1 - 1e-9:
-        return f"x spans {span:.2f} decades; at least 1 needed"
+SOLVER = "variable projection starts, reweighted and Newton steps (Levenberg-Marquardt)"
+
+
+def form_of(law: str, chance: float | None = None) -> Form:
+    """The form by name; `chance` fixes e0 of m4."""
+    if chance is not None and law == "m4":
+        return m4_with_chance(chance)
+    return FORMS[law]
+
+
+def why_not(form: Form, inputs: Mapping[str, Any], y: Array) -> str | None:
+    """Why the rows cannot identify the law, whatever their values of y; None if they may."""
     if not (np.isfinite(y).all() and (y > 0).all()):
         return "y has values that are not finite and positive"
+    num, least = len(y), form.size + 2
+    if num < least:
+        return f"too few points ({num}); at least {least} needed for {form.size} parameters"
+    for name in form.inputs:
+        distinct = np.unique(np.asarray(inputs[name], float))
+        if len(distinct) < form.needs_distinct:
+            return f"{len(distinct)} distinct {name}; at least {form.needs_distinct} needed"
+        span = float(np.log10(distinct[-1] / distinct[0]))
+        if span < MIN_SPAN - 1e-9:
+            return f"{name} spans {span:.2f} decades; at least {MIN_SPAN:g} needed"
+    if len(form.inputs) == 2:
+        return _why_not_apart(form, inputs)
     return None
 
 
-def fit_power(
-    x: Sequence[float] | Array,
+def _why_not_apart(form: Form, inputs: Mapping[str, Any]) -> str | None:
+    """Two axes that move together cannot be told apart."""
+    lines = [np.log10(np.asarray(inputs[name], float)) for name in form.inputs]
+    for (one, of), (other, by) in zip(
+        zip(lines, form.inputs, strict=True),
+        list(zip(lines, form.inputs, strict=True))[::-1],
+        strict=True,
+    ):
+        slope, offset = np.polyfit(other, one, 1)
+        rest = one - offset - slope * other
+        spread = float(rest.max() - rest.min())
+        if spread < MIN_SPREAD:
+            return (
+                f"{of} and {by} move together: at equal {by}, {of} varies by {spread:.2f} decades;"
+                f" at least {MIN_SPREAD:g} needed to tell their exponents apart"
+            )
+    return None
+
+
+def fit(
+    law: str | Form,
+    inputs: Mapping[str, Any],
     y: Sequence[float] | Array,
-    groups: Sequence[Any] | None = None,
     *,
+    groups: Sequence[Any] | None = None,
+    weights: Sequence[float] | Array | None = None,
     delta: float = DELTA,
     bootstrap: int = 400,
     seed: int = 0,
-) -> PowerFit:
-    """Fits the law; refuses when the points cannot identify it.
+    chance: float | None = None,
+) -> Fit:
+    """Fits the law to y over the named inputs; refuses when the rows cannot identify it.
 
-    `groups` names the resampling unit of each point (default: each its own): points of one run
-    are drawn together. Runs, not all seeds of a grid point at once: with four distinct x and
-    two seeds the latter kept the truth inside its 95 % interval in three of four simulated
-    studies, runs in 92 to 97 %.
-    Draws with fewer than 3 distinct x are counted, not used.
+    `groups` names the resampling unit of each row (default: each its own): rows of one run are
+    drawn together, since they share the run's luck. `weights` multiply rows' losses.
     """
-    x_P, y_P = np.asarray(x, float), np.asarray(y, float)
-    distinct = np.unique(x_P)
-    span = float(np.log10(distinct[-1] / distinct[0])) if len(distinct) > 1 else 0.0
+    form = form_of(law, chance) if isinstance(law, str) else law
+    y_P = np.asarray(y, float)
+    columns = {name: np.asarray(inputs[name], float) for name in form.inputs}
     facts: dict[str, Any] = {
+        "law": form.name,
+        "formula": form.formula,
         "delta": delta,
-        "rows_used": len(x_P),
-        "distinct_x": len(distinct),
-        "span_decades": span,
+        "rows_used": len(y_P),
+        "distinct": {n: len(np.unique(c)) for n, c in columns.items()},
+        "span_decades": {n: _span(c) for n, c in columns.items()},
     }
-    refusal = why_not(x_P, y_P)
+    refusal = why_not(form, columns, y_P)
     if refusal:
-        return PowerFit(status="refused", reason=refusal, **facts)
-    centre = float(np.log(x_P).mean())
-    u_P, ln_y_P = np.log(x_P) - centre, np.log(y_P)
-    starts = _starts(u_P, y_P)
-    found, objective_B = _solve(starts, u_P, ln_y_P, np.ones((1, len(x_P))), delta, 500)
-    best = int(np.argmin(objective_B))
-    theta, objective = found[best], float(objective_B[best])
-    close = objective_B <= objective + 1e-6 * max(objective, delta**2)
-    gradient = _free_gradient(theta, u_P, ln_y_P, delta)
-    params = _natural(theta[None], centre)[0]
-    at_bound = _bounds(theta, u_P, ln_y_P)
-    converged = gradient < 1e-6
-    status: Status = "at_bound" if at_bound else "converged" if converged else "not_converged"
-    residual_P = _log_law(theta[None], u_P)[0] - ln_y_P
-    draws, counts = _bootstrap(theta, u_P, ln_y_P, groups, delta, bootstrap, seed, centre)
-    ci95 = {}
-    if len(draws) >= 20:
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-        ci95 = {n: (float(low[i]), float(high[i])) for i, n in enumerate(("E", "A", "alpha"))}
-    return PowerFit(
-        status=status,
-        reason="; ".join(at_bound),
-        params=dict(zip(("E", "A", "alpha"), map(float, params), strict=True)),
-        ci95=ci95,
-        objective=objective,
-        starts=len(starts),
-        starts_at_best=int(close.sum()),
-        gradient_norm=gradient,
-        log_rmse=float(np.sqrt(np.mean(residual_P**2))),
-        bootstrap=counts,
-        warnings=_warnings(len(x_P), len(distinct), counts),
-        draws=draws,
-        **facts,
-    )
-
-
-def held_out(
-    x: Array, y: Array, groups: Sequence[Any] | None = None, *, delta: float = DELTA, seed: int = 0
-) -> dict[str, Any]:
-    """Fits without the largest x and predicts it.
-
-    `observed` is the geometric mean at the largest x; errors are prediction / observed - 1.
-    Baselines: the value at the largest x that was fitted, and a line in log-log.
-    """
-    largest = x.max() if len(x) else np.nan
-    train = x < largest
-    names = None if groups is None else [g for g, t in zip(groups, train, strict=True) if t]
-    law = fit_power(x[train], y[train], names, delta=delta, seed=seed)
-    out: dict[str, Any] = {"x": float(largest), "rows_held_out": int((~train).sum())}
-    if law.status == "refused":
-        return {**out, "status": "refused", "reason": f"without the largest x: {law.reason}"}
-    observed = float(np.exp(np.log(y[~train]).mean()))
-    predicted = float(law.predict(np.array([largest]))[0])
-    band = law.band(np.array([largest]))
-    last = float(np.exp(np.log(y[train][x[train] == x[train].max()]).mean()))
-    slope, offset = np.polyfit(np.log(x[train]), np.log(y[train]), 1)
-    line = float(np.exp(offset + slope * np.log(largest)))
-    return {
-        **out,
-        "status": law.status,
-        "observed": observed,
-        "predicted": predicted,
-        "relative_error": predicted / observed - 1,
-        "interval": None if band is None else [float(band[0][0]), float(band[1][0])],
-        "baselines": {"last_value": last / observed - 1, "log_log_line": line / observed - 1},
-        "params": law.params,
+        return Fit(status="refused", reason=refusal, **facts)
+    log_IP = np.log(np.stack(list(columns.values())))
+    centre = log_IP.mean(axis=1)
+    problem = Problem(form=form, u_IP=log_IP - centre[:, None], ln_y_P=np.log(y_P), delta=delta)
+    weight_P = np.ones(len(y_P)) if weights is None else np.asarray(weights, float)
+    best = _optimum(problem, y_P, weight_P)
+    facts |= {
+        "form": form,
+        "centre": centre,
+        "starts": best.starts,
+        "starts_at_best": best.at_best,
+        "gradient_norm": best.gradient,
+        "condition_number": condition_number(problem, best.theta, weight_P),
+        "bootstrap": {"draws": 0},
     }
+    edges = form.edges(best.theta, problem.u_IP, problem.ln_y_P)
+    if facts["condition_number"] > MAX_CONDITION and not edges:
+        return Fit(
+            status="refused",
+            reason="parameters not identified: some change of them moves no prediction (condition"
+            f" number {facts['condition_number']:.1e})",
+            **facts,
+        )
+    drawn = None
+    if bootstrap:
+        drawn = resample.refit(problem, best.theta, best.others, weight_P, groups, bootstrap, seed)
+        facts["bootstrap"] = drawn.counts
+    found = _with_numbers(problem, best, edges, drawn, weight_P, facts)
+    return replace(found, warnings=_warnings(found, form)) if found.params else found
 
 
-# -- the solver -----------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class _Optimum:
+    theta: Array
+    objective: float
+    gradient: float
+    is_converged: bool
+    starts: int
+    at_best: int
+    others: Array
+    """Further local optima, best first, (B, K): bootstrap draws try them too."""
 
 
-def _log_law(theta_B3: Array, u_P: Array) -> Array:
-    return np.logaddexp(theta_B3[:, :1], theta_B3[:, 1:2] - theta_B3[:, 2:] * u_P)
-
-
-def _huber(residual: Array, delta: float) -> Array:
-    size = np.abs(residual)
-    return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
-
-
-def _starts(u_P: Array, y_P: Array) -> Array:
-    """A grid over alpha and the share of the floor in the smallest y; A from the median."""
-    rows = []
-    for alpha in _START_ALPHAS:
-        for share in _START_FLOORS:
-            floor = share * y_P.min()
-            scale = np.median((y_P - floor) * np.exp(alpha * u_P))
-            rows.append((np.log(floor), np.log(max(scale, 1e-12)), alpha))
-    return np.array(rows)
-
-
-def _limits(u_P: Array, ln_y_P: Array) -> tuple[Array, Array]:
-    low, high = ln_y_P.min(), ln_y_P.max()
-    reach = _ALPHA_RANGE[1] * np.abs(u_P).max()
-    return (
-        np.array([low - 14.0, low - 14.0 - reach, _ALPHA_RANGE[0]]),
-        np.array([high + 2.0, high + 2.0 + reach, _ALPHA_RANGE[1]]),
+def _optimum(problem: Problem, y_P: Array, weight_P: Array) -> _Optimum:
+    starts = problem.form.starts(problem.u_IP, y_P)
+    solved = minimise(problem, starts, weight_P[None], reweighted=40, newton=80)
+    order = np.argsort(solved.objective_B, kind="stable")
+    best = int(order[0])
+    polished = minimise(problem, solved.theta_BK[best : best + 1], weight_P[None], reweighted=0, newton=200)
+    value = float(polished.objective_B[0])
+    floor = 1e-9 * problem.delta**2  # what rounding leaves of an exact fit
+    close = solved.objective_B <= value * (1 + 1e-6) + floor
+    others: list[Array] = []
+    last = value
+    for i in order:
+        if solved.objective_B[i] > last * (1 + 1e-4) + floor and len(others) < 3:
+            others.append(solved.theta_BK[i])
+            last = float(solved.objective_B[i])
+    return _Optimum(
+        theta=polished.theta_BK[0],
+        objective=value,
+        gradient=float(polished.gradient_B[0]),
+        is_converged=bool(polished.is_converged(problem.delta)[0]),
+        starts=len(starts),
+        at_best=int(close.sum()),
+        others=np.array(others).reshape(-1, problem.form.size),
     )
 
 
-def _jacobian(theta_B3: Array, u_P: Array, law_BP: Array) -> Array:
-    tail_BP = np.exp(theta_B3[:, 1:2] - theta_B3[:, 2:] * u_P - law_BP)
-    return np.stack([1 - tail_BP, tail_BP, -u_P * tail_BP], axis=-1)
-
-
-def _solve(
-    theta_B3: Array, u_P: Array, ln_y_P: Array, weight_BP: Array, delta: float, iterations: int
-) -> tuple[Array, Array]:
-    """Levenberg-Marquardt with Huber weights, all problems at once, inside the limits."""
-    theta = theta_B3.copy()
-    lower, upper = _limits(u_P, ln_y_P)
-    theta = np.clip(theta, lower, upper)
-    weight = np.broadcast_to(weight_BP, (len(theta), len(u_P)))
-    damping = np.full(len(theta), 1e-2)
-    law = _log_law(theta, u_P)
-    value = (weight * _huber(law - ln_y_P, delta)).sum(axis=1)
-    active = np.arange(len(theta))
-    quiet = np.zeros(len(theta), int)
-    for _ in range(iterations):
-        t, w = theta[active], weight[active]
-        residual = law[active] - ln_y_P
-        jacobian = _jacobian(t, u_P, law[active])
-        scaled = w * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
-        gradient = np.einsum("bp,bpk->bk", scaled * residual, jacobian)
-        # A parameter at its limit that wants to go further is held there.
-        held = ((t <= lower) & (gradient > 0)) | ((t >= upper) & (gradient < 0))
-        hessian = np.einsum("bp,bpk,bpl->bkl", scaled, jacobian, jacobian)
-        hessian[held[:, :, None] | held[:, None, :]] = 0.0
-        diagonal = np.einsum("bkk->bk", hessian)
-        scale = diagonal + 1e-6 * diagonal.max(axis=1, keepdims=True) + 1e-300
-        system = hessian + np.eye(3) * ((damping[active][:, None] * scale) + held)[:, None, :]
-        step = np.linalg.solve(system, np.where(held, 0.0, gradient)[..., None])[..., 0]
-        trial = np.clip(t - step, lower, upper)
-        trial_law = _log_law(trial, u_P)
-        trial_value = (w * _huber(trial_law - ln_y_P, delta)).sum(axis=1)
-        better = trial_value < value[active]
-        fall = np.where(better, value[active] - trial_value, 0.0)
-        took = active[better]
-        theta[took], law[took] = trial[better], trial_law[better]
-        value[took] = trial_value[better]
-        damping[active] = np.clip(damping[active] * np.where(better, 0.3, 4.0), 1e-12, 1e12)
-        small = fall <= 1e-11 * (value[active] + 1e-3 * delta**2)
-        quiet[active] = np.where(small, quiet[active] + 1, 0)
-        active = active[(quiet[active] < 12) & (value[active] > 1e-30)]
-        if not len(active):
-            break
-    return theta, value
-
-
-def _natural(theta_B3: Array, centre: float) -> Array:
-    """Columns E, A, alpha, for x itself."""
-    alpha = theta_B3[:, 2]
-    return np.stack([np.exp(theta_B3[:, 0]), np.exp(theta_B3[:, 1] + alpha * centre), alpha], 1)
-
-
-def _free_gradient(theta: Array, u_P: Array, ln_y_P: Array, delta: float) -> float:
-    law = _log_law(theta[None], u_P)
-    residual = law[0] - ln_y_P
-    return float(
-        np.linalg.norm(np.clip(residual, -delta, delta) @ _jacobian(theta[None], u_P, law)[0])
+def _with_numbers(
+    problem: Problem,
+    best: _Optimum,
+    edges: list[str],
+    drawn: resample.Drawn | None,
+    weight_P: Array,
+    facts: dict[str, Any],
+) -> Fit:
+    form, centre = problem.form, facts["centre"]
+    values = form.natural(best.theta[None], centre)[0]
+    residual = form.value(best.theta[None], problem.u_IP)[0] - problem.ln_y_P
+    numbers: dict[str, Any] = {
+        "params": dict(zip(form.names, map(float, values), strict=True)),
+        "objective": float(objective(problem, best.theta[None], weight_P[None])[0]),
+        "log_rmse": float(np.sqrt(np.mean(residual**2))),
+        "inner": best.theta,
+    }
+    if drawn is not None and len(drawn.theta_BK) >= 20:
+        draws = form.natural(drawn.theta_BK, centre)
+        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        numbers |= {
+            "ci95": {n: (float(low[i]), float(high[i])) for i, n in enumerate(form.names)},
+            "draws": draws,
+            "inner_draws": drawn.theta_BK,
+        }
+        with np.errstate(all="ignore"):
+            covariance = np.atleast_2d(np.cov(draws, rowvar=False))
+        if np.isfinite(covariance).all():
+            numbers["covariance"] = tuple(tuple(map(float, row)) for row in covariance)
+        loose = [] if edges else _loose(form, numbers["ci95"])
+        if loose:
+            return Fit(status="refused", reason="; ".join(loose), **facts)
+    status: Status = "converged" if best.is_converged else "not_converged"
+    if edges:
+        status = "at_bound"
+    return Fit(
+        status=status, reason="; ".join(edges), bounds_hit=tuple(edges), **(facts | numbers)
     )
 
 
-def _bounds(theta: Array, u_P: Array, ln_y_P: Array) -> list[str]:
-    """Which parameters the data push to their limits: no number of theirs means anything."""
+def _loose(form: Form, ci95: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Exponents whose interval reaches a limit of the search: they could be anything there."""
     found = []
-    smallest = float(np.exp(ln_y_P.min()))
-    if np.exp(theta[0]) < _NEGLIGIBLE * smallest:
-        found.append("E at 0: no sign of an irreducible term in this range")
-    if np.exp(theta[1] - theta[2] * u_P).max() < _NEGLIGIBLE * smallest:
-        found.append("A at 0: y does not fall with x")
-    if theta[2] <= _ALPHA_RANGE[0] * 1.01:
-        found.append("alpha at its lower limit: y does not fall like a power of x")
-    if theta[2] >= _ALPHA_RANGE[1] * 0.99:
-        found.append("alpha at its upper limit: y has levelled off after the smallest x")
+    for name in form.exponents:
+        low, high = ci95[name]
+        if low <= EXPONENTS[0] * 1.01 or high >= EXPONENTS[1] * 0.99:
+            found.append(
+                f"{name} not identified: its 95 % interval, {low:.2g} to {high:.2g}, reaches a"
+                " limit of the search"
+            )
     return found
 
 
-# -- bootstrap ------------------------------------------------------------------------------
+def _span(values: Array) -> float:
+    good = values[np.isfinite(values) & (values > 0)]
+    return float(np.log10(good.max() / good.min())) if len(good) else 0.0
 
 
-def _bootstrap(
-    theta: Array,
-    u_P: Array,
-    ln_y_P: Array,
-    groups: Sequence[Any] | None,
-    delta: float,
-    num: int,
-    seed: int,
-    centre: float,
-) -> tuple[Array, dict[str, Any]]:
-    names = list(range(len(u_P))) if groups is None else list(groups)
-    ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    group_P = np.array([ids[n] for n in names])
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(ids), size=(num, len(ids)))
-    times = (picks[:, :, None] == np.arange(len(ids))).sum(axis=1).astype(float)
-    weight_BP = times[:, group_P]
-    distinct = np.array([len(np.unique(u_P[w > 0])) for w in weight_BP], dtype=int)
-    usable = weight_BP[distinct >= 3]
-    counts = {
-        "unit": "rows" if groups is None else "cells (runs)",
-        "draws": num,
-        "used": len(usable),
-        "not_identified": num - len(usable),
-    }
-    if not len(usable):
-        return np.zeros((0, 3)), counts
-    floor_y = float(np.exp(ln_y_P.min()))
-    others = [
-        (np.log(share * floor_y), theta[1], alpha) for share, alpha in ((0.1, 0.2), (0.8, 1.0))
-    ]
-    starts = np.array([theta, *others])
-    solved, value = _solve(
-        np.repeat(starts, len(usable), axis=0),
-        u_P,
-        ln_y_P,
-        np.tile(usable, (len(starts), 1)),
-        delta,
-        150,
-    )
-    best = value.reshape(len(starts), -1).argmin(axis=0)
-    chosen = solved.reshape(len(starts), -1, 3)[best, np.arange(len(usable))]
-    return _natural(chosen, centre), counts
-
-
-def _warnings(points: int, distinct: int, counts: dict[str, Any]) -> tuple[str, ...]:
-    found = []
-    if distinct == NUM_PARAMS:
-        found.append(
-            f"as many parameters as distinct x ({distinct}): the curve meets their means whatever"
-            " the law, so its shape is not tested"
+def _warnings(found: Fit, form: Form) -> tuple[str, ...]:
+    out = []
+    if found.rows_used < 3 * form.size:
+        out.append(f"only {found.rows_used} rows for {form.size} parameters; read with care")
+    for name, num in found.distinct.items():
+        if num == form.needs_distinct:
+            # As many parameters as distinct x: the curve meets their means whatever the law.
+            out.append(f"only {num} distinct {name}: the shape of the law is not tested")
+    if found.starts_at_best == 1 and found.starts > 1:
+        out.append(f"1 of {found.starts} starts reached the optimum: it may not be the best one")
+    counts = found.bootstrap
+    if counts.get("draws") and counts["used"] < 0.8 * counts["draws"]:
+        out.append(
+            f"{counts['not_identified']} of {counts['draws']} bootstrap draws had too few distinct"
+            " inputs and are left out; the interval is too narrow for that reason"
         )
-    elif distinct < 6:
-        found.append(f"only {distinct} distinct x for {NUM_PARAMS} parameters; read with care")
-    if counts["draws"] and counts["used"] < 0.8 * counts["draws"]:
-        found.append(
-            f"{counts['not_identified']} of {counts['draws']} bootstrap draws had fewer than 3"
-            " distinct x and are left out; the interval is too narrow for that reason"
+    if counts.get("not_converged", 0) > 0.05 * max(1, counts.get("draws", 0)):
+        out.append(f"{counts['not_converged']} of {counts['draws']} refits did not converge")
+    if counts.get("units") and counts["units"] < 10:
+        out.append(
+            f"only {counts['units']} {counts['unit']} to resample: intervals may be too narrow"
         )
-    return tuple(found)
+    return tuple(out)
