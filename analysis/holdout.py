@@ -16,11 +16,13 @@ from analysis.fit import DELTA, Fit, fit, form_of
 from analysis.forms import Array, Form
 
 
-def largest_out(form: Form, inputs: Mapping[str, Any], num: int = 1) -> Array:
-    """Rows to fit: all but those with the `num` largest values of the first input; bool (P,)."""
+def largest_out(form: Form, inputs: Mapping[str, Any]) -> Array:
+    """Rows to fit: those whose first input (x, N) is at most half of the largest; bool (P,).
+
+    One size of a grid is the largest; of sizes that vary freely, all that are about as large.
+    """
     first = np.asarray(inputs[form.inputs[0]], float)
-    distinct = np.unique(first)
-    return first < distinct[-num] if len(distinct) > num else np.zeros(len(first), bool)
+    return first <= 0.5 * first.max()
 
 
 def held_out(
@@ -36,7 +38,7 @@ def held_out(
     chance: float | None = None,
     fitted: Fit | None = None,
 ) -> dict[str, Any]:
-    """Fits the rows in `train` (default: all but the largest first input) and predicts the rest.
+    """Fits the rows in `train` (default: `largest_out`) and predicts the rest.
 
     `log_rmse` is over the held-out rows, with the 95 % interval over bootstrap draws of the fit;
     `relative_error` is geometric mean predicted over geometric mean observed, minus 1. The same

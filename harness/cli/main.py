@@ -14,6 +14,7 @@ from harness.cli import (
     data,
     data_checks,
     data_sample,
+    fit,
     grid,
     logs,
     report,
@@ -76,6 +77,7 @@ app.command("resume")(_exiting(steer.resume))
 app.command("retry")(_exiting(steer.retry))
 app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
+app.command("fit")(_exiting(fit.fit))
 
 data_app = typer.Typer(
     help="Pack, label, check and look at datasets.", no_args_is_help=True, rich_markup_mode=None

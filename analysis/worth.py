@@ -1,0 +1,427 @@
+"""What an initialization is worth: which parameter of the law it changes, and how much data and
+compute it stands for, with intervals, the MAE stage charged.
+
+Two arms (random, MAE) over model parameters N and images D. Effective data after Hernandez et al.
+2021 (arXiv 2102.01293): the images that the random arm would need at the same N for the loss that
+the other arm has; what that is beyond the images used is the data transferred. Nothing is read off
+beyond the random arm's own range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from analysis import resample
+from analysis.fit import Fit, fit
+from analysis.forms import CHINCHILLA, Array
+from analysis.joint import joint
+from analysis.solve import Problem, minimise, objective
+
+CHANGES = {
+    "E": "offset: the irreducible loss",
+    "A": "scale of the model-size term",
+    "alpha": "exponent of model size",
+    "B": "data shift: as if each image counted several times",
+    "beta": "exponent of data",
+}
+"""What an initialization may change, in words. A changed B is a constant multiple of data:
+B / D^beta = B0 / (k D)^beta with k = (B0 / B)^(1 / beta)."""
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Finished rows of one initialization, (P,) each."""
+
+    n: Array
+    d: Array
+    y: Array
+    units: tuple[str, ...]
+    """Cell (run) of each row."""
+    pairs: tuple[str, ...]
+    """What both arms share: size, data, seed and all other axes."""
+
+
+# -- which parameter ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """The joint law with some parameters different in the MAE arm."""
+
+    changes: tuple[str, ...]
+    objective: float
+    parameters: int
+    p_against_none: float
+    """F test: chance of so much better a fit if the initialization changed nothing."""
+    p_against_all: float
+    """F test: chance of so much worse a fit than with all parameters changed, if these suffice."""
+    cv_log_rmse: float
+    """Root mean square of log residuals of pairs left out one at a time."""
+    values: dict[str, float]
+    """Changes: ln of the ratio MAE over random for E, A, B; difference for exponents."""
+    ci95: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichParameter:
+    """Every single change, none and all, and what may be concluded."""
+
+    status: Literal["answered", "refused"]
+    reason: str = ""
+    verdict: str = ""
+    changed: tuple[str, ...] = ()
+    """The single changes that explain the difference; several where they cannot be told apart."""
+    rows: tuple[Change, ...] = ()
+    rows_used: int = 0
+    delta: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {**self.__dict__, "rows": [dict(r.__dict__) for r in self.rows]}
+
+
+def which_parameter(
+    random: Arm, mae: Arm, *, delta: float, bootstrap: int = 400, seed: int = 0
+) -> WhichParameter:
+    """Fits both arms jointly with E, A, alpha, B, beta shared but for the changes, and compares.
+
+    The tests need near-Gaussian losses, so delta is raised to three robust standard deviations of
+    the residuals of the law with all parameters changed. Refused where the random arm alone does
+    not identify the law.
+    """
+    alone = fit(
+        CHINCHILLA, {"N": random.n, "D": random.d}, random.y, delta=delta, bootstrap=0, seed=seed
+    )
+    if alone.status == "refused":
+        return WhichParameter(status="refused", reason=f"the random arm: {alone.reason}")
+    if len(mae.y) < 3 or len(np.unique(mae.pairs)) < 3:
+        return WhichParameter(
+            status="refused", reason=f"{len(mae.y)} MAE rows; at least 3 pairs needed"
+        )
+    data = _Data.of(random, mae)
+    wide = delta
+    everything = tuple(CHANGES)
+    theta, _ = data.solve(everything, delta)
+    residual = data.residual(everything, theta)
+    spread = 1.4826 * float(np.median(np.abs(residual)))
+    wide = max(delta, 3.0 * spread)
+    size = CHINCHILLA.size
+    solved = {c: data.solve(c, wide) for c in [(), *((name,) for name in CHANGES), everything]}
+    least = max(solved[everything][1], 1e-300)
+    none, num = solved[()][1], len(data.y)
+    free = num - size - len(everything)
+    if free < 3:
+        return WhichParameter(status="refused", reason=f"{num} rows; at least {num - free + 3} needed")
+    rows = []
+    for changes, (theta, value) in solved.items():
+        used = size + len(changes)
+        rows.append(
+            Change(
+                changes=changes,
+                objective=value,
+                parameters=used,
+                p_against_none=_f_test(none, value, len(changes), num - used),
+                p_against_all=_f_test(value, least, len(everything) - len(changes), free),
+                cv_log_rmse=data.left_out(changes, theta, wide),
+                **data.intervals(changes, theta, wide, bootstrap, seed),
+            )
+        )
+    verdict, changed = _verdict(rows)
+    return WhichParameter(
+        status="answered",
+        verdict=verdict,
+        changed=changed,
+        rows=tuple(rows),
+        rows_used=num,
+        delta=wide,
+    )
+
+
+def _f_test(more: float, less: float, changes: int, free: int) -> float:
+    """p value of the F test on sums of Huber losses, which are half sums of squares within delta."""
+    if not changes:
+        return 1.0
+    value = max(0.0, more - less) / changes / max(less / free, 1e-300)
+    return float(stats.f.sf(value, changes, free))
+
+
+def _verdict(rows: list[Change]) -> tuple[str, tuple[str, ...]]:
+    by = {r.changes: r for r in rows}
+    whole = by[tuple(CHANGES)]
+    singles = [r for r in rows if len(r.changes) == 1]
+    if whole.p_against_none >= _LEVEL and min(r.p_against_none for r in singles) >= _LEVEL:
+        return "no change of the law by the initialization is resolved", ()
+    suffices = [
+        r for r in singles if r.p_against_none < _LEVEL and r.p_against_all >= _LEVEL
+    ]
+    names = tuple(r.changes[0] for r in sorted(suffices, key=lambda r: r.objective))
+    if not names:
+        return "the initialization changes more than one parameter of the law", ()
+    if len(names) == 1:
+        return f"the initialization changes {names[0]} ({CHANGES[names[0]]}), and no more", names
+    listed = ", ".join(names[:-1]) + f" or {names[-1]}"
+    return (
+        f"one changed parameter explains the difference; which one the rows cannot tell: {listed}",
+        names,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """Rows of both arms, MAE rows marked."""
+
+    u_IP: Array
+    centre: Array
+    y: Array
+    marked: Array
+    pairs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, random: Arm, mae: Arm) -> _Data:
+        n, d = np.concatenate([random.n, mae.n]), np.concatenate([random.d, mae.d])
+        logs = np.log(np.stack([n, d]))
+        centre = logs.mean(axis=1)
+        return cls(
+            u_IP=logs - centre[:, None],
+            centre=centre,
+            y=np.concatenate([random.y, mae.y]),
+            marked=np.repeat([0.0, 1.0], [len(random.y), len(mae.y)]),
+            pairs=(*random.pairs, *mae.pairs),
+        )
+
+    def problem(self, changes: tuple[str, ...], delta: float) -> Problem:
+        form = joint(CHINCHILLA, changes, self.marked, self.centre)
+        return Problem(form=form, u_IP=self.u_IP, ln_y_P=np.log(self.y), delta=delta)
+
+    def solve(self, changes: tuple[str, ...], delta: float) -> tuple[Array, float]:
+        problem = self.problem(changes, delta)
+        starts = problem.form.starts(problem.u_IP, self.y)
+        ones = np.ones((1, len(self.y)))
+        found = minimise(problem, starts, ones, reweighted=40, newton=100)
+        best = int(np.argmin(found.objective_B))
+        return found.theta_BK[best], float(found.objective_B[best])
+
+    def residual(self, changes: tuple[str, ...], theta: Array) -> Array:
+        problem = self.problem(changes, 1.0)
+        return problem.form.value(theta[None], self.u_IP)[0] - problem.ln_y_P
+
+    def left_out(self, changes: tuple[str, ...], theta: Array, delta: float) -> float:
+        """Root mean square log error of pairs that the fit did not see, one pair at a time."""
+        problem = self.problem(changes, delta)
+        unit_P, _ = resample.units(len(self.y), self.pairs)
+        weight = (unit_P[None] != np.arange(unit_P.max() + 1)[:, None]).astype(float)
+        begin = np.repeat(theta[None], len(weight), axis=0)
+        found = minimise(problem, begin, weight, reweighted=10, newton=60)
+        off = problem.form.value(found.theta_BK, self.u_IP) - problem.ln_y_P
+        return float(np.sqrt((off[weight == 0] ** 2).mean()))
+
+    def intervals(
+        self, changes: tuple[str, ...], theta: Array, delta: float, num: int, seed: int
+    ) -> dict[str, Any]:
+        """The changes with their bootstrap intervals over pairs, both arms drawn together."""
+        values = dict(zip(changes, map(float, theta[CHINCHILLA.size :]), strict=True))
+        if not changes or not num:
+            return {"values": values, "ci95": {}}
+        problem = self.problem(changes, delta)
+        none = np.zeros((0, len(theta)))
+        ones = np.ones(len(self.y))
+        drawn = resample.refit(problem, theta, none, ones, self.pairs, num, seed)
+        if len(drawn.theta_BK) < 20:
+            return {"values": values, "ci95": {}}
+        low, high = np.percentile(drawn.theta_BK[:, CHINCHILLA.size :], [2.5, 97.5], axis=0)
+        ends = zip(changes, map(float, low), map(float, high), strict=True)
+        return {"values": values, "ci95": {name: (lo, hi) for name, lo, hi in ends}}
+
+
+# -- effective data and compute ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worth:
+    """What the MAE arm's value at one (N, D) is worth to the random arm. NaN with a reason."""
+
+    n: float
+    d: float
+    effective_d: float = math.nan
+    """Images the random arm needs at this N for the MAE arm's value."""
+    transferred: float = math.nan
+    """effective_d - d; negative is ossification."""
+    multiplier: float = math.nan
+    """effective_d / d, at equal samples per image."""
+    multiplier_ci95: tuple[float, float] = (math.nan, math.nan)
+    flops_multiplier: float = math.nan
+    """FLOPs the random arm needs for the value, over those of the MAE arm, MAE stage charged."""
+    flops_multiplier_ci95: tuple[float, float] = (math.nan, math.nan)
+    ossified: bool = False
+    """Whether the interval says that random needs fewer images: MAE holds the model back."""
+    why: str = ""
+    draws_beyond: float = 0.0
+    """Share of bootstrap draws beyond the random arm's range; they count as its ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorthTable:
+    """A row per (N, D), or why there is none."""
+
+    status: Literal["answered", "refused"]
+    reason: str = ""
+    rows: tuple[Worth, ...] = ()
+    random: Fit | None = field(default=None, repr=False)
+    mae: Fit | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Rows and the two laws."""
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "rows": [dict(r.__dict__) for r in self.rows],
+            "laws": {k: f.to_json() for k, f in (("random", self.random), ("mae", self.mae)) if f},
+        }
+
+
+def worth(
+    random: Arm,
+    mae: Arm,
+    flops: Mapping[tuple[float, float], tuple[float, float]],
+    *,
+    delta: float,
+    bootstrap: int = 400,
+    seed: int = 0,
+) -> WorthTable:
+    """Effective data and compute of the MAE arm at every (N, D) that it has.
+
+    Both arms get a law of their own; `flops` gives (WSP, MAE stage) FLOPs of a cell by (N, D).
+    An effective D outside the D that the random arm has at this N is refused: that would be
+    extrapolation. Intervals are over bootstrap draws of both laws.
+    """
+    found = {
+        name: fit(
+            CHINCHILLA,
+            {"N": arm.n, "D": arm.d},
+            arm.y,
+            groups=arm.units,
+            delta=delta,
+            bootstrap=bootstrap,
+            seed=seed + i,
+        )
+        for i, (name, arm) in enumerate((("random", random), ("mae", mae)))
+    }
+    bad = [f"{name}: {f.status}, {f.reason}" for name, f in found.items() if not f.params]
+    if bad:
+        return WorthTable(status="refused", reason="; ".join(bad), **found)
+    rows = []
+    for n, d in sorted({(float(a), float(b)) for a, b in zip(mae.n, mae.d, strict=True)}):
+        there = random.d[random.n == n]
+        rows.append(_worth_at(n, d, np.unique(there), found["random"], found["mae"], flops))
+    return WorthTable(status="answered", rows=tuple(rows), **found)
+
+
+def _worth_at(
+    n: float,
+    d: float,
+    range_D: Array,
+    random: Fit,
+    mae: Fit,
+    flops: Mapping[tuple[float, float], tuple[float, float]],
+) -> Worth:
+    if len(range_D) < 2:
+        return Worth(n=n, d=d, why=f"the random arm has {len(range_D)} data sizes at this N")
+    low, high = float(range_D[0]), float(range_D[-1])
+    value = float(mae.predict({"N": n, "D": d}))
+    effective = float(_needed(_params(random), n, np.array([value]))[0])
+    if effective > high * (1 + 1e-9):
+        return Worth(n=n, d=d, why=f"beyond the random arm's range: more than {high / d:.3g}x")
+    if effective < low * (1 - 1e-9):
+        return Worth(n=n, d=d, why=f"below the random arm's range: less than {low / d:.3g}x")
+    spread, beyond = _effective_draws(n, d, low, high, random, mae)
+    interval = _ends(spread / d)
+    charged = _charged(n, d, effective, range_D, flops)
+    scale = charged / (effective / d) if math.isfinite(charged) else math.nan
+    return Worth(
+        n=n,
+        d=d,
+        effective_d=effective,
+        transferred=effective - d,
+        multiplier=effective / d,
+        multiplier_ci95=interval,
+        flops_multiplier=charged,
+        flops_multiplier_ci95=(interval[0] * scale, interval[1] * scale),
+        ossified=interval[1] < 1.0,
+        draws_beyond=beyond,
+    )
+
+
+def _params(found: Fit) -> Array:
+    return np.array([[found.params[k] for k in CHINCHILLA.names]])
+
+
+def _needed(params_B5: Array, n: float, value_B: Array) -> Array:
+    """D at which the law has the value at n; infinite where it never gets so low."""
+    e, a, b, alpha, beta = params_B5.T
+    rest = value_B - e - a * n**-alpha
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(rest > 0, (b / np.maximum(rest, 1e-300)) ** (1 / beta), np.inf)
+
+
+def _effective_draws(
+    n: float, d: float, low: float, high: float, random: Fit, mae: Fit
+) -> tuple[Array, float]:
+    """Effective D over draws of both laws, held to the random arm's range; share held there."""
+    if random.draws is None or mae.draws is None:
+        return np.zeros(0), 0.0
+    num = min(len(random.draws), len(mae.draws))
+    if num < 20:
+        return np.zeros(0), 0.0
+    value = mae.draws_at({"N": n, "D": d})[:num]
+    found = _needed(random.draws[:num], n, value)
+    outside = (found < low) | (found > high)
+    return np.clip(found, low, high), float(outside.mean())
+
+
+def _ends(values: Array) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _charged(
+    n: float,
+    d: float,
+    effective: float,
+    range_D: Array,
+    flops: Mapping[tuple[float, float], tuple[float, float]],
+) -> float:
+    """FLOPs of the random run with `effective` images over those of MAE and WSP together."""
+    known = [(x, flops[n, float(x)][0]) for x in range_D if (n, float(x)) in flops]
+    if len(known) < 2 or (n, d) not in flops:
+        return math.nan
+    # FLOPs of WSP between data sizes of the study: a line in logarithms.
+    xs, costs = np.log(np.array(known)).T
+    needed = math.exp(float(np.interp(math.log(effective), xs, costs)))
+    wsp, stage = flops[n, d]
+    return needed / (wsp + stage)
+
+
+def arms(rows: Sequence[Mapping[str, Any]], with_init: str, without: str) -> tuple[Arm, Arm]:
+    """(random, MAE) arms from rows with params, data, y, init, cell and pair; finite y only."""
+    out = []
+    for init in (without, with_init):
+        own = [r for r in rows if r["init"] == init and math.isfinite(r["y"]) and r["y"] > 0]
+        out.append(
+            Arm(
+                n=np.array([float(r["params"]) for r in own]),
+                d=np.array([float(r["data"]) for r in own]),
+                y=np.array([float(r["y"]) for r in own]),
+                units=tuple(str(r["cell"]) for r in own),
+                pairs=tuple(str(r["pair"]) for r in own),
+            )
+        )
+    return out[0], out[1]
