@@ -71,7 +71,7 @@ _SERIES = ("task", "metric", "init", "pretrain_data", "regime", "version")
 
 PANELS = (
     ("in1k_probe", "acc1", "224", "ImageNet-1k, linear probe"),
-    ("in1k_fine_tune", "acc1", "high", "ImageNet-1k, fine-tuned at 384 to 518 pixels"),
+    ("in1k_fine_tune", "acc1", "high", "ImageNet-1k, fine-tuned, high resolution"),
     ("in1k_fine_tune", "acc1", "224", "ImageNet-1k, fine-tuned at 224 pixels"),
     ("in1k_zero_shot", "acc1", "224", "ImageNet-1k, zero-shot"),
     ("in1k_prompts", "acc1_1shot", "", "ImageNet-1k, 1 shot"),

@@ -110,6 +110,22 @@ def test_the_hoffmann_law_agrees_with_the_published_refit() -> None:
         assert abs(limit.params[name] - value) < 0.02 * ERRORS[name]
 
 
+@pytest.mark.slow
+def test_the_bootstrap_is_as_wide_as_the_published_standard_errors() -> None:
+    """Theirs: 4000 draws of their objective, so that agreement is to a few tens of percent."""
+    rows = hoffmann(5)
+    inputs = {"N": rows["Model Size"].to_numpy(), "D": rows["Training Tokens"].to_numpy()}
+    result = _fit("chinchilla", inputs, rows["loss"].to_numpy(), delta=1e-3, bootstrap=400, seed=0)
+    spread = dict(zip(result.params, result.draws.std(axis=0), strict=True))
+    for name in ("E", "A", "B", "alpha", "beta"):
+        assert spread[name] == pytest.approx(ERRORS[name], rel=0.35)
+    for name, (low, high) in result.ci95.items():
+        assert low < PUBLISHED[name] < high
+    # The interval that the replication was about: Hoffmann's own law is outside.
+    assert not result.ci95["B"][0] < HOFFMANN["B"] < result.ci95["B"][1]
+    assert not result.ci95["beta"][0] < HOFFMANN["beta"] < result.ci95["beta"][1]
+
+
 @pytest.mark.parametrize("model", POWER_ERRORS)
 def test_a_straight_line_extrapolates_as_badly_as_published(model: str) -> None:
     rows = pd.read_csv(DATA / "alabdulmohsin_nmt.csv")

@@ -114,6 +114,41 @@ def test_the_gain_of_more_mae_images_is_the_documented_one() -> None:
     assert gain.dropna().round(1).to_dict() == {"b": -0.1, "l": 0.2, "h": 0.5, "2b": 0.4}
 
 
+@pytest.mark.parametrize(
+    ("choice", "numbers"),
+    [
+        ({"task": "in1k_probe", "init": "mae"}, (10.0, 11.4, 11.9)),
+        ({"task": "in1k_fine_tune", "init": "mae", "regime": "high"}, (9.0, 9.9, 10.2)),
+        ({"task": "in1k_fine_tune", "init": "mae_only", "data": "IG-3B"}, (10.4, 11.7, 12.2)),
+    ],
+)
+def test_a_power_law_overshoots_the_largest_model_as_documented(
+    choice: dict[str, str], numbers: tuple[float, float, float]
+) -> None:
+    """(predicted from the four smaller, observed, value of 2B), in percent."""
+    rows = published.series(**choice)  # type: ignore[arg-type]
+    x, y = np.log(rows["params"].to_numpy(float)), np.log(rows["error"].to_numpy())
+    slope, offset = np.polyfit(x[:4], y[:4], 1)
+    found = 100 * np.exp([offset + slope * x[4], y[4], y[3]])
+    assert tuple(np.round(found, 1)) == numbers
+
+
+def test_the_exponent_of_the_probe_breaks_at_the_huge_model() -> None:
+    rows = published.series(task="in1k_probe", init="mae")
+    slopes = -np.diff(np.log(rows["error"])) / np.diff(np.log(rows["params"]))
+    np.testing.assert_allclose(slopes[:2], 0.145, atol=5e-4)
+    np.testing.assert_allclose(slopes[2:], 0.04, atol=6e-3)
+
+
+def test_the_gain_in_fine_tuning_is_the_documented_one() -> None:
+    with_mae = published.series(task="in1k_fine_tune", init="mae").set_index("size")
+    without = published.series(task="in1k_fine_tune", init="random").set_index("size")
+    gain = (with_mae["value"] - without["value"]).dropna().round(1).to_dict()
+    assert gain == {"b": 1.5, "l": 0.7, "h": 1.0}
+    same = with_mae["resolution"].eq(without["resolution"].reindex(with_mae.index))
+    assert same[["b", "l", "h"]].tolist() == [False, True, True]
+
+
 def test_a_series_is_of_one_text_and_leaves_out_what_is_doubtful() -> None:
     rows = published.series(task="in1k_probe", init="mae")
     assert rows["version"].unique().tolist() == ["maws_readme_2024"]
