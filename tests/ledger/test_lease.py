@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -89,15 +90,15 @@ def test_an_owner_that_lost_its_lease_notices(tmp_path: Path) -> None:
     second.check()
 
 
-def _race(path: Path, start: float, wins: "multiprocessing.Queue[int]") -> None:
-    while time.time() < start:
-        pass
+def _race(path: Path, together: Barrier, wins: "multiprocessing.Queue[int]") -> None:
+    together.wait()
     try:
         Lease.acquire(path)
         wins.put(os.getpid())
-        time.sleep(1.0)
     except LeaseHeldError:
         pass
+    # A winner that ends leaves a dead owner's lease, which a slow racer may rightly take.
+    together.wait()
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -109,8 +110,8 @@ def test_of_many_at_once_exactly_one_gets_it(tmp_path: Path, stale: bool) -> Non
         path.write_text(json.dumps(dead))
     context = multiprocessing.get_context("fork")
     wins: multiprocessing.Queue[int] = context.Queue()
-    start = time.time() + 0.3
-    racers = [context.Process(target=_race, args=(path, start, wins)) for _ in range(8)]
+    together = context.Barrier(8)
+    racers = [context.Process(target=_race, args=(path, together, wins)) for _ in range(8)]
     for racer in racers:
         racer.start()
     for racer in racers:
