@@ -1,0 +1,281 @@
+"""Approach 2: the compute-optimal model and data size from the valleys of equal compute.
+
+Hoffmann et al. 2022 (arXiv 2203.15556, sec. 3.2): rows of equal C, a parabola in ln N through
+their losses, its minimum N*; then lines in log-log through the minima.
+
+The parabola is of the loss and not of its logarithm: on L = E + A N^-alpha + B D^-beta the valleys
+of all C then have one shape, so a grid that lies alike around every minimum gives the exponent
+exactly, whatever alpha and beta; in ln L the irreducible loss changes the shape with C. Only the
+minima are moved, for a valley with alpha != beta is no parabola: with N sampled evenly in ln N over
+a half-range W whose middle is delta from the minimum, to leading order
+
+    ln N*(found) - ln N* = (beta - alpha) (delta^2 / 2 - W^2 / 10).
+
+One grid of N for all C moves delta with C, and the exponent with it. Hence two warnings: past a
+half-range of a factor 8 the minima are off by more than 10 % where |alpha - beta| = 0.2, and past
+delta = 0.63 W they are off by more than in the middle.
+
+D* is read at N* off the rows' own D, never from a rule such as C / 6 N: the same least squares
+through ln D and ln C interpolate both, so C = k N D of the rows holds at the optimum too.
+
+Shapes: P rows, R units (runs or rows), K classes of equal C, B bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.optimum import (
+    MIN_DECADES,
+    MIN_SIZES,
+    Array,
+    Ints,
+    OptimumFit,
+    Rows,
+    bootstrap_laws,
+    intervals,
+    named,
+    power_laws,
+    read_rows,
+    span_decades,
+)
+from harness.errors import UserError
+
+TOLERANCE = 0.05
+MIN_CLASSES = 3
+WIDE = 8.0
+"""Largest N of a class over its N*, or N* over its smallest N, that is taken without a warning."""
+OFF_CENTRE = 0.63
+"""Distance of a minimum from the middle of its class, in half-ranges of ln N, likewise."""
+
+
+def fit_isoflop(
+    n: Sequence[float] | Array,
+    d: Sequence[float] | Array,
+    loss: Sequence[float] | Array,
+    c: Sequence[float] | Array | None = None,
+    runs: Sequence[Any] | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    bootstrap: int = 4000,
+    seed: int = 0,
+) -> OptimumFit:
+    """N* = G C^a, D* = H C^b, L* = K C^-gamma through the minima of parabolas of equal compute.
+
+    n parameters, d samples, c in FLOPs (or any unit of cost; 6 n d when None). Sorted by C, rows
+    are of one class while the next is at most `tolerance` above; a class wider than that to both
+    sides of its middle is none. A class counts if it has three distinct N and its parabola a
+    minimum between the smallest and the largest of them; `points` says of the others why not, and
+    their rows are among those dropped. Bootstrap: rows within their class, every parabola fitted
+    again; runs, over all classes at once, where `runs` names one for several rows.
+    Refused, with the reason: fewer than three classes that count, less than a decade of C.
+    Raises UserError for columns that do not fit together or a tolerance that is not above 0.
+    """
+    if not 0 < tolerance < 1:
+        raise UserError(f"tolerance {tolerance:g}: expected a share between 0 and 1, such as 0.05")
+    rows = read_rows(n, d, loss, c, runs)
+    settings = {"tolerance": tolerance, "parabola_of": "loss", "parabola_in": "ln N"}
+    classes = [_Class(rows, members) for members in _group(rows.c, tolerance)]
+    valleys = [_check(one, tolerance) for one in classes]
+    good = [one for one, valley in zip(classes, valleys, strict=True) if valley["used"]]
+    out = [
+        {"row": int(rows.row[p]), "reason": valley["reason"]}
+        for one, valley in zip(classes, valleys, strict=True)
+        if not valley["used"]
+        for p in one.members
+    ]
+    facts: dict[str, Any] = {
+        "law": "isoflop",
+        "rows_used": sum(len(one.members) for one in good),
+        "rows_dropped": tuple(sorted([*rows.dropped, *out], key=lambda r: r["row"])),
+        "settings": settings,
+        "points": tuple(valleys),
+    }
+    refusal = _too_few(rows, valleys)
+    if refusal:
+        return OptimumFit(status="refused", reason=refusal, warnings=rows.warnings, **facts)
+
+    def laws_of(times_BR: Array) -> Array:
+        values_K = [one.minimum(times_BR[:, one.unit]) for one in good]
+        c_BK, *others = (np.stack(values, axis=1) for values in zip(*values_K, strict=True))
+        draw, column = np.nonzero(np.isfinite(c_BK))
+        y_Q3 = np.stack([values[draw, column] for values in others], axis=1)
+        theta = power_laws(draw, c_BK[draw, column], y_Q3, len(c_BK))
+        enough = np.bincount(draw, minlength=len(c_BK)) >= MIN_CLASSES
+        return np.where(enough[:, None], theta, np.nan)
+
+    theta = laws_of(np.ones((1, rows.num_units)))[0]
+    strata = [one.unit for one in good]
+    if rows.unit_kind == "runs":
+        strata = [np.unique(np.concatenate(strata))]
+    draws, ci95, counts, more = intervals(
+        bootstrap_laws(laws_of, strata, rows.num_units, bootstrap, seed, len(rows.n)),
+        rows.unit_kind,
+        f"had a minimum in fewer than {MIN_CLASSES} classes",
+    )
+    used = [valley for valley in valleys if valley["used"]]
+    log_c, log_n = (np.log([valley[key] for valley in used]) for key in "cn")
+    return OptimumFit(
+        status="converged",
+        params=named(theta),
+        ci95=ci95,
+        objective=float(((log_n - theta[0] - theta[1] * log_c) ** 2).sum()),
+        warnings=(*rows.warnings, *_about_sampling(used), *more),
+        bootstrap=counts,
+        c_range=(min(v["c"] for v in used), max(v["c"] for v in used)),
+        draws=draws,
+        **facts,
+    )
+
+
+# -- classes of equal compute ---------------------------------------------------------------
+
+
+def _group(c: Array, tolerance: float) -> list[Ints]:
+    """Rows by class: a gap of more than the tolerance between neighbours parts two classes."""
+    order = np.argsort(c, kind="stable")
+    gaps = np.flatnonzero(np.diff(np.log(c[order])) > np.log1p(tolerance))
+    return [members for members in np.split(order, gaps + 1) if len(members)]
+
+
+class _Class:
+    """Rows of equal C."""
+
+    def __init__(self, rows: Rows, members: Ints) -> None:
+        self.members = members
+        self.unit = rows.unit[members]
+        self.n, self.d = rows.n[members], rows.d[members]
+        self.c, self.loss = rows.c[members], rows.loss[members]
+        self.sizes, self.size = np.unique(self.n, return_inverse=True)
+        ends = np.log(self.sizes[[0, -1]])
+        self.centre = float(ends.mean())
+        self.half = float(np.diff(ends)[0] / 2) or 1.0
+        # ln N from -1 to 1: the normal equations are as well conditioned as they can be.
+        self.u = (np.log(self.n) - self.centre) / self.half
+        self.u_sizes = (np.log(self.sizes) - self.centre) / self.half
+
+    def fit(self, times_BP: Array) -> tuple[Array, Array]:
+        """Coefficients [B, 3, 4] of parabolas in u: loss, ln C, ln D; and u of the minimum.
+
+        NaN with fewer than three distinct N; the place is NaN where it is no minimum inside.
+        """
+        powers_P3 = self.u[:, None] ** np.arange(3)
+        values_P3 = np.stack([self.loss, np.log(self.c), np.log(self.d)], axis=1)
+        products = np.einsum("pi,pj->pij", powers_P3, powers_P3).reshape(len(self.u), 9)
+        left = (times_BP @ products).reshape(-1, 3, 3)
+        right = times_BP @ np.einsum("pi,pj->pij", powers_P3, values_P3).reshape(len(self.u), 9)
+        present_BS = times_BP @ (self.size[:, None] == np.arange(len(self.sizes))) > 0
+        enough = present_BS.sum(axis=1) >= MIN_SIZES
+        coefficients = np.full((len(times_BP), 3, 3), np.nan)
+        coefficients[enough] = np.linalg.solve(left[enough], right[enough].reshape(-1, 3, 3))
+        _, slope, bend = coefficients[:, :, 0].T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            u = -slope / (2 * bend)
+            low = self.u_sizes[present_BS.argmax(axis=1)]
+            high = self.u_sizes[-1 - present_BS[:, ::-1].argmax(axis=1)]
+            return coefficients, np.where((bend > 0) & (u > low) & (u < high), u, np.nan)
+
+    def minimum(self, times_BP: Array) -> tuple[Array, Array, Array, Array]:
+        """ln C, ln N*, ln D*, ln L* of each draw; NaN where its parabola has no minimum inside."""
+        coefficients, u = self.fit(times_BP)
+        loss, log_c, log_d = np.einsum("bij,bi->jb", coefficients, u[:, None] ** np.arange(3))
+        with np.errstate(invalid="ignore"):
+            log_loss = np.log(np.where(loss > 0, loss, np.nan))
+        found = np.isfinite(log_loss)
+        log_n = self.centre + self.half * u
+        return tuple(np.where(found, v, np.nan) for v in (log_c, log_n, log_d, log_loss))  # type: ignore[return-value]
+
+
+def _check(one: _Class, tolerance: float) -> dict[str, Any]:
+    """The valley of a class: its minimum, or why there is none."""
+    about: dict[str, Any] = {
+        "c": float(np.exp(np.log(one.c).mean())),
+        "rows": [int(p) for p in one.members],
+        "sizes": len(one.sizes),
+        "n_range": [float(one.sizes[0]), float(one.sizes[-1])],
+        "used": False,
+    }
+    spread = float(one.c.max() / one.c.min())
+    if spread > (1 + tolerance) ** 2:
+        reason = (
+            f"C = {one.c.min():.4g} to {one.c.max():.4g} without a gap of {tolerance:.0%}: no class"
+            " of equal compute"
+        )
+        return {**about, "reason": reason}
+    if len(one.sizes) < MIN_SIZES:
+        reason = f"C = {about['c']:.4g}: {len(one.sizes)} distinct N; at least {MIN_SIZES} needed"
+        return {**about, "reason": reason}
+    whole = np.ones((1, len(one.members)))
+    coefficients, u = one.fit(whole)
+    # In ln N - centre, so that a figure can draw it.
+    scale = one.half ** -np.arange(3)
+    about["parabola"] = {"centre": one.centre, "coefficients": list(coefficients[0, :, 0] * scale)}
+    if not coefficients[0, 2, 0] > 0:
+        return {**about, "reason": f"C = {about['c']:.4g}: the losses do not bend up, no minimum"}
+    if np.isnan(u[0]):
+        lowest = -coefficients[0, 1, 0] / (2 * coefficients[0, 2, 0])
+        side = "below the smallest" if lowest < 0 else "above the largest"
+        return {**about, "reason": f"C = {about['c']:.4g}: the minimum is {side} N of its class"}
+    log_c, log_n, log_d, log_loss = (float(v[0]) for v in one.minimum(whole))
+    return {
+        **about,
+        "used": True,
+        "reason": "",
+        "c": float(np.exp(log_c)),
+        "n": float(np.exp(log_n)),
+        "d": float(np.exp(log_d)),
+        "loss": float(np.exp(log_loss)),
+        "off_centre": abs(float(u[0])),
+    }
+
+
+def _too_few(rows: Rows, valleys: list[dict[str, Any]]) -> str | None:
+    if not len(rows.n):
+        return "no row has a finite, positive N, D, C and loss"
+    sizes = len(np.unique(rows.n))
+    if sizes < MIN_SIZES:
+        return f"{sizes} distinct N; at least {MIN_SIZES} needed"
+    used = [valley for valley in valleys if valley["used"]]
+    if len(used) < MIN_CLASSES:
+        lost = [valley["reason"] for valley in valleys if not valley["used"]]
+        more = f" ({'; '.join(lost[:3])}{'; ...' if len(lost) > 3 else ''})" if lost else ""
+        return (
+            f"{len(used)} of {len(valleys)} classes of equal compute have a minimum; at least"
+            f" {MIN_CLASSES} needed{more}"
+        )
+    span = span_decades(np.array([valley["c"] for valley in used]))
+    if span < MIN_DECADES - 1e-9:
+        return f"the minima span {span:.2f} decades of C; at least {MIN_DECADES:g} needed"
+    return None
+
+
+def _about_sampling(used: list[dict[str, Any]]) -> list[str]:
+    found = []
+
+    def some(chosen: list[dict[str, Any]]) -> str:
+        return f"{len(chosen)} of {len(used)} classes (C = {chosen[0]['c']:.4g}...)"
+
+    wide = [v for v in used if max(v["n_range"][1] / v["n"], v["n"] / v["n_range"][0]) > WIDE]
+    if wide:
+        found.append(
+            f"{some(wide)} have N farther than a factor {WIDE:g} from the minimum: where alpha and"
+            " beta differ, a parabola is too wide a shape there and moves N*"
+        )
+    edge = [v for v in used if v["off_centre"] > OFF_CENTRE]
+    if edge:
+        found.append(
+            f"{some(edge)} have their minimum near the edge of the N sampled: it moves with the"
+            " sampling, and the exponents with it; add N on the other side"
+        )
+    exact = [v for v in used if v["sizes"] == MIN_SIZES]
+    if exact:
+        found.append(
+            f"{some(exact)} have {MIN_SIZES} distinct N: the parabola meets them whatever the"
+            " valley's shape"
+        )
+    if len(used) == MIN_CLASSES:
+        found.append(f"only {MIN_CLASSES} classes carry the lines; read with care")
+    return found
