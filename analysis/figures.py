@@ -310,7 +310,7 @@ def power_laws(laws: list[Law], variant: str, shown: list[Metric]) -> Figure | N
     if not panels:
         return None
     caption = (
-        "y = E + A x^-alpha, log axes. Solid: fit to all points, with its 95 % bootstrap band over"
+        "y = a x^-b + c, log axes. Solid: fit to all points, with its 95 % bootstrap band over"
         " runs. Dashed: fit without the largest x, ending in its prediction (cross) of the held-out"
         " points (ringed). No line: the fit was refused, with the reason in the table of fits."
     )
@@ -353,16 +353,16 @@ def _draw_law(ax: Axes, law: Law) -> None:
     tone = style.colour(law.init)
     line = np.geomspace(law.x.min(), law.x.max(), 80)
     if law.fit.params:
-        band = law.fit.band(line)
+        band = law.fit.band({"x": line})
         if band is not None:
             ax.fill_between(line, *band, color=tone, alpha=0.16, lw=0)
-        ax.plot(line, law.fit.predict(line), color=tone)
+        ax.plot(line, law.fit.predict({"x": line}), color=tone)
     held = law.held_out
     if "predicted" in held:
         p = held["params"]
-        ax.plot(line, p["E"] + p["A"] * line ** -p["alpha"], color=tone, ls=(0, (4, 3)), lw=1.2)
+        ax.plot(line, p["c"] + p["a"] * line ** -p["b"], color=tone, ls=(0, (4, 3)), lw=1.2)
         ax.plot(held["x"], held["predicted"], "x", color=tone, ms=8, mew=2)
-        out = law.x == held["x"]
+        out = law.x > 0.5 * held["x"]
         ax.plot(law.x[out], law.y[out], "o", mfc="none", mec=tone, ms=10, mew=1.0, ls="none")
     mark = style.mark(law.init)
     ax.plot(law.x, law.y, mark, color=tone, ms=5, mec=style.PAPER, mew=0.5, ls="none")
@@ -372,4 +372,4 @@ def _law_words(law: Law) -> str:
     if not law.fit.params:
         return f"fit refused, {law.fit.reason}"
     p = law.fit.params
-    return f"E {p['E']:.3g}, A {p['A']:.3g}, alpha {p['alpha']:.3g}, {law.fit.status}"
+    return f"a {p['a']:.3g}, b {p['b']:.3g}, c {p['c']:.3g}, {law.fit.status}"

@@ -286,7 +286,7 @@ def _exponents(metric: Metric, laws: list[Law]) -> list[str]:
     out = []
     for axis in ("params", "data"):
         own = [w for w in laws if w.metric.key == metric.key and w.axis == axis and not w.variant]
-        fitted = [w for w in own if w.fit.is_identified]
+        fitted = [w for w in own if w.fit.is_number]
         if not own:
             continue
         if len(fitted) < len(own):
@@ -295,13 +295,13 @@ def _exponents(metric: Metric, laws: list[Law]) -> list[str]:
         if not fitted:
             continue
         parts = [
-            f"{_name(w)} {w.fit.params['alpha']:.2f} ({w.fit.ci95['alpha'][0]:.2f} to"
-            f" {w.fit.ci95['alpha'][1]:.2f})"
+            f"{_name(w)} {w.fit.params['b']:.2f} ({w.fit.ci95['b'][0]:.2f} to"
+            f" {w.fit.ci95['b'][1]:.2f})"
             for w in fitted
         ]
         text = f"Exponents of {metric.error_label} over {AXIS_LABELS[axis]}: {', '.join(parts)}"
         if len(fitted) == 2:
-            a, b = (w.fit.ci95["alpha"] for w in fitted)
+            a, b = (w.fit.ci95["b"] for w in fitted)
             apart = a[1] < b[0] or b[1] < a[0]
             text += "; the intervals do not overlap" if apart else "; the intervals overlap"
         out.append(text + ".")

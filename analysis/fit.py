@@ -231,7 +231,9 @@ def _optimum(problem: Problem, y_P: Array, weight_P: Array) -> _Optimum:
     solved = minimise(problem, starts, weight_P[None], reweighted=40, newton=80)
     order = np.argsort(solved.objective_B, kind="stable")
     best = int(order[0])
-    polished = minimise(problem, solved.theta_BK[best : best + 1], weight_P[None], reweighted=0, newton=200)
+    polished = minimise(
+        problem, solved.theta_BK[best : best + 1], weight_P[None], reweighted=0, newton=200
+    )
     value = float(polished.objective_B[0])
     floor = 1e-9 * problem.delta**2  # what rounding leaves of an exact fit
     close = solved.objective_B <= value * (1 + 1e-6) + floor
@@ -287,9 +289,7 @@ def _with_numbers(
     status: Status = "converged" if best.is_converged else "not_converged"
     if edges:
         status = "at_bound"
-    return Fit(
-        status=status, reason="; ".join(edges), bounds_hit=tuple(edges), **(facts | numbers)
-    )
+    return Fit(status=status, reason="; ".join(edges), bounds_hit=tuple(edges), **(facts | numbers))
 
 
 def _loose(form: Form, ci95: Mapping[str, tuple[float, float]]) -> list[str]:

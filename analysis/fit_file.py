@@ -227,7 +227,7 @@ def _mixed(
     found: Fit,
     q: Question,
 ) -> str | None:
-    """Whether rows before the end of their runs lie off the others; only laws over data can tell."""
+    """Whether rows before the end of their runs lie off the others: laws over data can tell."""
     if runs is None or "D" not in inputs or not isinstance(form, SumOfPowers) or not found.params:
         return None
     marked = unfinished(runs, inputs["D"])
@@ -244,7 +244,9 @@ def _far_rows(found: Fit, inputs: Mapping[str, Array], y: Array, lines: Array) -
     far = np.abs(residual) > _FAR * max(spread, 1e-6)
     if not far.any():
         return []
-    shown = ", ".join(f"line {n} ({r:+.1%})" for n, r in zip(lines[far], residual[far], strict=True))
+    shown = ", ".join(
+        f"line {n} ({r:+.1%})" for n, r in zip(lines[far], residual[far], strict=True)
+    )
     return [f"{int(far.sum())} rows are far off the law and were used all the same: {shown}"]
 
 

@@ -66,9 +66,7 @@ class Form:
         """ln y (B, P) and its derivatives (B, P, K)."""
         raise NotImplementedError
 
-    def curvature(
-        self, theta_BK: Array, u_IP: Array, jacobian_BPK: Array, psi_BP: Array
-    ) -> Array:
+    def curvature(self, theta_BK: Array, u_IP: Array, jacobian_BPK: Array, psi_BP: Array) -> Array:
         """Sum over rows of psi times the second derivatives of ln y, (B, K, K)."""
         out = np.empty((len(theta_BK), self.size, self.size))
         for k in range(self.size):
@@ -139,9 +137,7 @@ class SumOfPowers(Form):
                 out[:, :, exponent] -= u_IP[place] * share
         return top + np.log(total), out
 
-    def curvature(
-        self, theta_BK: Array, u_IP: Array, jacobian_BPK: Array, psi_BP: Array
-    ) -> Array:
+    def curvature(self, theta_BK: Array, u_IP: Array, jacobian_BPK: Array, psi_BP: Array) -> Array:
         """Closed form: ln y is a log-sum-exp of lines in theta."""
         weighted = psi_BP[:, :, None] * jacobian_BPK
         out = -np.matmul(weighted.transpose(0, 2, 1), jacobian_BPK)
@@ -219,6 +215,7 @@ class SumOfPowers(Form):
 
 
 def exponent_edges(name: str, value: float) -> list[str]:
+    """Whether an exponent is at a limit of the search, in words."""
     if value <= EXPONENTS[0] * 1.01:
         return [f"{name} at its lower limit: y does not fall like a power"]
     if value >= EXPONENTS[1] * 0.99:

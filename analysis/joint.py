@@ -66,15 +66,15 @@ class Joint(SumOfPowers):
             out[:, marked, size + self.changes.index(FACTOR)] = 1.0
         return value, out
 
-    def curvature(
-        self, theta_BK: Array, u_IP: Array, jacobian_BPK: Array, psi_BP: Array
-    ) -> Array:
+    def curvature(self, theta_BK: Array, u_IP: Array, jacobian_BPK: Array, psi_BP: Array) -> Array:
         """That of the base on both kinds of rows, along the directions of the changes."""
         plain, moved, _ = self._split(theta_BK)
         marked, size = self.marked_P > 0, self.base.size
         here = jacobian_BPK[:, ~marked, :size]
         out = np.zeros((len(theta_BK), self.size, self.size))
-        out[:, :size, :size] = self.base.curvature(plain, u_IP[:, ~marked], here, psi_BP[:, ~marked])
+        out[:, :size, :size] = self.base.curvature(
+            plain, u_IP[:, ~marked], here, psi_BP[:, ~marked]
+        )
         there = self.base.curvature(
             moved, u_IP[:, marked], jacobian_BPK[:, marked, :size], psi_BP[:, marked]
         )

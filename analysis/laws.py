@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.fit import PowerFit, fit_power, held_out
+from analysis.fit import Fit, fit
+from analysis.holdout import held_out
 from analysis.load import StudyData, axis_label
 from analysis.metrics import Metric
 
+LAW = "power_irreducible"
+DELTA = 0.02
+"""Above the 1 % or so by which seeds differ: with two seeds a point and a delta far below their
+noise, every curve that passes between the two is an optimum. Hoffmann et al. had one run a
+point and 1e-3."""
 AXES = {"params": "data", "data": "params"}
 """Fitted axis -> the axis held at its largest value."""
 AXIS_LABELS = {"params": "model parameters", "data": "pretraining images"}
@@ -32,14 +38,12 @@ class Law:
     cells: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...]
     """(cell, reason) of rows that have no number."""
-    fit: PowerFit
+    fit: Fit
     held_out: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in fits.json."""
         return {
-            "law": "power_irreducible",
-            "formula": "y = E + A * x**-alpha",
             "y": self.metric.error_label,
             "task": self.metric.task,
             "metric": self.metric.name,
@@ -97,6 +101,8 @@ def _fit(
         y=y,
         cells=cells,
         dropped=dropped,
-        fit=fit_power(x, y, cells, bootstrap=num),
-        held_out=held_out(x, y, cells),
+        # Runs, not all seeds of a grid point at once: with four distinct x and two seeds the
+        # latter kept the truth inside its 95 % interval in three of four simulated studies.
+        fit=fit(LAW, {"x": x}, y, groups=cells, delta=DELTA, bootstrap=num),
+        held_out=held_out(LAW, {"x": x}, y, groups=cells, delta=DELTA, bootstrap=num),
     )

@@ -77,7 +77,7 @@ def refit(
     if not len(usable):
         return Drawn(theta_BK=np.zeros((0, problem.form.size)), counts=counts)
     weight_BP = usable * weight_P
-    theta, converged = _refit(problem, theta_K, others_BK, weight_BP)
+    theta, converged = refit_draws(problem, theta_K, others_BK, weight_BP)
     counts["not_converged"] = int((~converged).sum())
     lower, upper = problem.form.limits(problem.u_IP, problem.ln_y_P)
     spread = theta_K + (theta - theta_K) * _widening(many, problem.form.size)
@@ -89,7 +89,7 @@ def _widening(many: int, size: int) -> float:
     return math.sqrt(many / free) * float(stats.t.ppf(0.975, free) / stats.norm.ppf(0.975))
 
 
-def _refit(
+def refit_draws(
     problem: Problem, theta_K: Array, others_BK: Array, weight_BP: Array
 ) -> tuple[Array, Array]:
     """The best of several starts for every draw, and whether it is an optimum."""

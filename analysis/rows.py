@@ -76,7 +76,9 @@ def read(
         )
     except (ValueError, UnicodeDecodeError) as error:
         why = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read as CSV: {why}; expected a header and rows") from None
+        raise UserError(
+            f"{path}: cannot be read as CSV: {why}; expected a header and rows"
+        ) from None
     table.columns = [str(c).strip() for c in table.columns]
     wanted = list(columns.values()) + [c for c in (run, schedule) if c]
     _check_columns(path, table, wanted)

@@ -23,8 +23,6 @@ from analysis.forms import (
 _SOME_EXPONENTS = (0.08, 0.25, 0.5, 1.0, 1.8)
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class Floored(Form):
     """y = c + exp(g(u)): a falling term g above a floor. Inner coordinate `floor` is ln c."""
@@ -220,9 +218,7 @@ class M4(Form):
         out[:, :, 0] = per_s
         out[:, :, 1] = -u * per_s
         is_free = np.exp(theta_BK[:, 2, None]) < 0.999 * top
-        out[:, :, 2] = np.where(
-            is_free, floor * (sigmoid(-s) / y + per_s * (1.0 - g) / room), 0.0
-        )
+        out[:, :, 2] = np.where(is_free, floor * (sigmoid(-s) / y + per_s * (1.0 - g) / room), 0.0)
         out[:, :, 3] = g * per_s * (np.log(room) - softplus(s))
         if self.chance is None:
             out[:, :, 4] = top * (share / y - per_s * (1.0 - g) / room)

@@ -85,9 +85,7 @@ def minimise(
 
     found = _on_cores(run, pieces)
     theta, value, gradient, decrement = (np.concatenate(part) for part in zip(*found, strict=True))
-    return Solved(
-        theta_BK=theta, objective_B=value, gradient_B=gradient, decrement_B=decrement
-    )
+    return Solved(theta_BK=theta, objective_B=value, gradient_B=gradient, decrement_B=decrement)
 
 
 def _on_cores(

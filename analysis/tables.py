@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import gain, style
-from analysis.fit import DELTA
-from analysis.laws import AXIS_LABELS, Law
+from analysis.laws import AXIS_LABELS, DELTA, Law
 from analysis.load import StudyData, axis_label
 from analysis.metrics import Metric
 from harness.errors import UserError
@@ -185,17 +184,14 @@ def fits(laws: Sequence[Law]) -> Table:
             )
         elif "reason" in held:
             error = f"refused: {held['reason']}"
-        vague = ""
-        if fit.status == "converged" and fit.ci95 and not fit.is_identified:
-            vague = "alpha's interval reaches the limit of the search"
-        remarks = "; ".join(filter(None, [fit.reason, vague, *fit.warnings]))
+        remarks = "; ".join(filter(None, [fit.reason, *fit.warnings]))
         rows.append(
             (
                 law.metric.error_label + (f" [{law.variant}]" if law.variant else ""),
                 f"{AXIS_LABELS[law.axis]} ({law.fixed})",
                 law.init,
-                "not identified" if vague else fit.status.replace("_", " "),
-                *(_with_interval(law, name) for name in ("E", "A", "alpha")),
+                fit.status.replace("_", " "),
+                *(_with_interval(law, name) for name in ("a", "b", "c")),
                 NONE if fit.log_rmse is None else f"{fit.log_rmse:.4f}",
                 used,
                 error,
@@ -205,11 +201,11 @@ def fits(laws: Sequence[Law]) -> Table:
     return Table(
         name="fits",
         title="Power laws",
-        note=f"y = E + A x^-alpha; Huber loss on log residuals, summed, delta {DELTA:g}; 95 %"
+        note=f"y = a x^-b + c; Huber loss on log residuals, summed, delta {DELTA:g}; 95 %"
         " percentile intervals from 400 bootstrap draws over runs. Held out: the law fitted"
         " without the largest x, its relative error there and that of two baselines.",
         header=(
-            *("y", "over (held)", "init", "status", "E", "A", "alpha"),
+            *("y", "over (held)", "init", "status", "a", "b", "c"),
             *("log RMSE", "rows", "held-out error", "remarks"),
         ),
         rows=tuple(rows),

@@ -21,7 +21,7 @@ from analysis import resample
 from analysis.fit import Fit, fit
 from analysis.forms import CHINCHILLA, Array
 from analysis.joint import joint
-from analysis.solve import Problem, minimise, objective
+from analysis.solve import Problem, minimise
 
 CHANGES = {
     "E": "offset: the irreducible loss",
@@ -118,7 +118,9 @@ def which_parameter(
     none, num = solved[()][1], len(data.y)
     free = num - size - len(everything)
     if free < 3:
-        return WhichParameter(status="refused", reason=f"{num} rows; at least {num - free + 3} needed")
+        return WhichParameter(
+            status="refused", reason=f"{num} rows; at least {num - free + 3} needed"
+        )
     rows = []
     for changes, (theta, value) in solved.items():
         used = size + len(changes)
@@ -145,7 +147,7 @@ def which_parameter(
 
 
 def _f_test(more: float, less: float, changes: int, free: int) -> float:
-    """p value of the F test on sums of Huber losses, which are half sums of squares within delta."""
+    """p value of the F test; sums of Huber losses are half sums of squares within delta."""
     if not changes:
         return 1.0
     value = max(0.0, more - less) / changes / max(less / free, 1e-300)
@@ -158,9 +160,7 @@ def _verdict(rows: list[Change]) -> tuple[str, tuple[str, ...]]:
     singles = [r for r in rows if len(r.changes) == 1]
     if whole.p_against_none >= _LEVEL and min(r.p_against_none for r in singles) >= _LEVEL:
         return "no change of the law by the initialization is resolved", ()
-    suffices = [
-        r for r in singles if r.p_against_none < _LEVEL and r.p_against_all >= _LEVEL
-    ]
+    suffices = [r for r in singles if r.p_against_none < _LEVEL and r.p_against_all >= _LEVEL]
     names = tuple(r.changes[0] for r in sorted(suffices, key=lambda r: r.objective))
     if not names:
         return "the initialization changes more than one parameter of the law", ()

@@ -146,12 +146,14 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     rows = f"  rows: {found['rows_used']} used, {len(found['rows_dropped'])} dropped"
     counts = found.get("bootstrap") or {}
     if counts.get("draws"):
-        rows += f"; intervals: {counts['used']} draws over {counts.get('units', '')} {counts['unit']}"
+        rows += (
+            f"; intervals: {counts['used']} draws over {counts.get('units', '')} {counts['unit']}"
+        )
     out.append(rows)
-    if found.get("objective") is not None:
+    if found.get("objective") is not None and "starts" in found:
         out.append(
             f"  objective {found['objective']:.6g} (sum of Huber losses, delta {found['delta']:g});"
-            f" {found.get('starts_at_best', 0)} of {found.get('starts', 0)} starts agree;"
+            f" {found['starts_at_best']} of {found['starts']} starts agree;"
             f" condition number {found.get('condition_number') or math.nan:.3g}"
         )
     out += _held_out_lines(found.get("heldout"))
