@@ -146,15 +146,24 @@ def test_the_chance_level_of_an_error_can_be_given(tmp_path: Path) -> None:
     assert found["params"] == pytest.approx({"a": 30.0, "b": 0.5, "c": 0.1, "g": 1.0}, rel=1e-5)
 
 
+def optimum(c: np.ndarray) -> np.ndarray:
+    """N* at compute c = 6 N D, in closed form."""
+    p = TRUTH
+    scale = p["A"] * p["alpha"] / (p["B"] * p["beta"])
+    return (scale * (c / 6) ** p["beta"]) ** (1 / (p["alpha"] + p["beta"]))
+
+
 @pytest.mark.parametrize("law", ["envelope", "isoflop"])
 def test_compute_optimal_models_come_from_curves(tmp_path: Path, law: str) -> None:
-    rows = []
-    for c in np.geomspace(1e18, 1e21, 7):
-        best = (482.01 * 0.3478 / (2085.43 * 0.3658) * (c / 6) ** 0.3658) ** (1 / 0.7136)
-        for n in best * np.geomspace(0.25, 4, 9):
-            rows.append({"n": n, "d": c / (6 * n), "c": c, "run": f"{n:.6g}"})
-    frame = pd.DataFrame(rows)
-    frame["loss"] = surface(frame["n"].to_numpy(), frame["d"].to_numpy())
+    if law == "isoflop":  # nine sizes around the best at each of seven budgets
+        c = np.repeat(np.geomspace(1e18, 1e21, 7), 9)
+        n = optimum(c) * np.tile(np.geomspace(0.25, 4, 9), 7)
+        d = c / (6 * n)
+    else:  # curves of ten sizes
+        n = np.repeat(optimum(np.geomspace(1e18, 1e21, 10)), 60)
+        d = np.tile(np.geomspace(1e9, 1e12, 60), 10)
+        c = 6 * n * d
+    frame = pd.DataFrame({"n": n, "d": d, "c": c, "loss": surface(n, d), "run": n})
     options = ("--law", law, "--n", "n", "--d", "d", "--c", "c", "--loss", "loss")
     found, _ = run(tmp_path, frame, *options, "--bootstrap", "0")
     assert found["status"] == "converged", found["reason"]
