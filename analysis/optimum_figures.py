@@ -176,11 +176,15 @@ def _frontier_panel(fits: Fits, what: Literal["n", "d"], cost_label: str) -> Pan
 
     def draw(ax: Axes) -> None:
         _log_axis(ax, "x", np.concatenate([c for c, _, _ in lines.values()]))
-        _log_axis(ax, "y", np.concatenate([y for _, y, _ in lines.values()]))
+        _log_axis(
+            ax,
+            "y",
+            np.concatenate([v for _, y, band in lines.values() for v in (y, *(band or ()))]),
+        )
         labels = []
         for name, (c, y, band) in lines.items():
             tone = COLOURS.get(name, style.MUTED)
-            if band is not None:
+            if band:
                 ax.fill_between(c, *band, color=tone, alpha=0.16, lw=0)
             ax.plot(c, y, color=tone)
             fit = fits[name]
@@ -208,7 +212,10 @@ def _frontier_panel(fits: Fits, what: Literal["n", "d"], cost_label: str) -> Pan
     return Panel(title=title, alt=alt, draw=draw, width=5.3, height=3.8)
 
 
-def _line(fit: OptimumFit | Frontier, what: Literal["n", "d"]) -> tuple[Array, Array, Any]:
+def _line(
+    fit: OptimumFit | Frontier, what: Literal["n", "d"]
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """C ascending, N* or D*, and the two ends of its band where there is an interval."""
     if isinstance(fit, Frontier):
         order = np.argsort(fit.c)
         band = fit.bands.get(what)
