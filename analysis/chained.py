@@ -1,5 +1,5 @@
-"""Sizes -> pretraining loss -> downstream error: what the chain of both laws predicts of the largest
-sizes, which neither was fitted on, beside what each stage alone is off by.
+"""Sizes -> pretraining loss -> downstream error: what the chain of both laws predicts of the
+largest sizes, which neither was fitted on, beside what each stage alone is off by.
 
 Stage 1 is L(N, D) of Hoffmann et al. 2022 (arXiv 2203.15556, eq. 2), stage 2 the curve of
 `analysis.loss_to_error`. Errors of both stages can cancel or add up in the chain, which is why all
