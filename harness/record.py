@@ -115,6 +115,8 @@ class Rows:
         self.events = _Events(events) if events is not None else None
         self.first_step: int | None = None
         """Where the attempt went on from; None where nobody said."""
+        self.on_start: Callable[[], None] = lambda: None
+        """Called once that is known."""
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Writes a row; each number in it becomes a scalar of the sacred run."""
@@ -133,6 +135,7 @@ class Rows:
         self.writer.rewind(step)
         if self.events is not None:
             self.events.first_step = step
+        self.on_start()
 
     def close(self) -> None:
         """Ends what is written beside the rows."""

@@ -42,6 +42,7 @@ from harness.ledger.context import StageContext, StageResult
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import AttemptGuard, Lease, LeaseHeldError, this_host
 from harness.ledger.tree import StageFolder, Tree
+from harness.models.weight_files import guarded
 from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
 from harness.train import loop
@@ -95,8 +96,8 @@ def _run_stage(tree: Tree, folder: StageFolder, attempt: int) -> int:
         print(error, file=sys.stderr)
         return EXIT_BUSY
     try:
-        if _is_done(tree, folder, stage):
-            return EXIT_OK
+        if (code := _too_late(tree, folder, stage, attempt)) is not None:
+            return code
         lease.start_beating(each=stop.look)
         job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
         return _guarded(job.run, folder, attempt, stop, job)
@@ -135,9 +136,21 @@ def _upstream_uids(tree: Tree, stage: StageFile) -> dict[str, str]:
     return uids
 
 
-def _is_done(tree: Tree, folder: StageFolder, stage: StageFile) -> bool:
+def _too_late(tree: Tree, folder: StageFolder, stage: StageFile, attempt: int) -> int | None:
+    """The exit code of an attempt with nothing to do; None if there is something.
+
+    A stage that another attempt finished, or has been given to, is not this one's to report on.
+    """
+    try:
+        AttemptGuard(folder, attempt).guard()
+    except LeaseLostError as error:
+        _say(error)
+        return EXIT_BUSY
     result = read_json(folder.result)
-    return result is not None and result["upstream_uids"] == _upstream_uids(tree, stage)
+    if result is None or result["upstream_uids"] != _upstream_uids(tree, stage):
+        return None
+    _say(f"{stage.id} is done, by attempt {result['attempts']}")
+    return EXIT_OK if result["attempts"] == attempt else EXIT_BUSY
 
 
 def _upstream_weights(tree: Tree, stage: StageFile) -> Path | None:
@@ -174,7 +187,8 @@ def _call(
     )
     watchdog.start()
     try:
-        return run(stage, context)
+        with guarded(context.check_lease):
+            return run(stage, context)
     finally:
         watchdog.stop()
 
@@ -190,6 +204,7 @@ def _run_rank(
 ) -> int:
     stop.check_at_start()
     guard = AttemptGuard(folder, attempt).guard
+    guard()  # before it waits for the others, of whom rank 0 has nothing to do if this raises
     context = StageContext(
         rank=rank,
         ranks=ranks,
@@ -257,7 +272,10 @@ class _RankZero:
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
         events = self.tree.events / self.stage.id if os.environ.get(_TENSORBOARD) else None
-        self.rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard, events)
+        rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard, events)
+        # Now, as a killed attempt gets to write nothing later.
+        rows.on_start = lambda: self._write_attempt(None)
+        self.rows = rows
         context = StageContext(
             rank=0,
             ranks=self.ranks,

@@ -25,7 +25,8 @@ def settle(
 
     To be called, as `conclude` is, inside `exclusive(folder.claim)`: between the two a stage that
     will be tried again looks failed for good. `code` is the first exit code that was not 0,
-    negative for a signal; `gone` says which host was lost, if one was.
+    negative for a signal; `gone` says which host was lost, if one was. The status of a later
+    attempt stays: this one came too late.
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):

@@ -34,6 +34,14 @@ def test_an_attempt_that_goes_on_from_before_leaves_no_step_twice(tmp_path: Path
     assert [(e.step, e.value) for e in found] == wanted
 
 
+def test_where_an_attempt_goes_on_is_told_before_its_first_row(tmp_path: Path) -> None:
+    told: list[int | None] = []
+    own = rows(tmp_path)
+    own.on_start = lambda: told.append(own.first_step)
+    own.rewind(3)
+    assert told == [3]
+
+
 def test_events_that_cannot_be_written_are_said_once_and_the_rows_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
