@@ -14,6 +14,7 @@ from harness.cli import (
     data,
     data_checks,
     data_sample,
+    gc,
     grid,
     logs,
     report,
@@ -74,6 +75,7 @@ app.command("run")(_exiting(run.run))
 app.command("cancel")(_exiting(steer.cancel))
 app.command("resume")(_exiting(steer.resume))
 app.command("retry")(_exiting(steer.retry))
+app.command("gc")(_exiting(gc.gc))
 app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
 

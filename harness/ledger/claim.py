@@ -35,7 +35,7 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
     folder = tree.stage(stage.kind, stage.id)
     folder.path.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.claim):
-        if not _is_as_seen(folder, seen):
+        if not is_as_seen(folder, seen):
             return None
         store.write_stage(tree, stage)
         remove_leftovers(folder.path)
@@ -47,7 +47,7 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
     return attempt
 
 
-def _is_as_seen(folder: StageFolder, seen: StageState) -> bool:
+def is_as_seen(folder: StageFolder, seen: StageState) -> bool:
     """True if nobody has written a new state since; to be asked inside `exclusive`."""
     status, result = read_json(folder.status) or {}, read_json(folder.result) or {}
     if seen.state == "done":
@@ -66,7 +66,7 @@ def start_over(
     """
     with exclusive(folder.claim):
         lease = read_lease(folder.lease)
-        if (lease and owner_is_dead(lease) is False) or not _is_as_seen(folder, seen):
+        if (lease and owner_is_dead(lease) is False) or not is_as_seen(folder, seen):
             return False
         if from_scratch:
             store.set_aside(folder)

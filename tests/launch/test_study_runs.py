@@ -137,6 +137,20 @@ def test_rows_have_the_promised_names_and_flops_add_up(finished: tuple[Path, Pat
             assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_a_finished_study_has_nothing_to_do_after_gc(copied: tuple[Path, Path]) -> None:
+    root, file = copied
+    before = numbers(root)
+    for folder in root.glob("stages/wsp/*"):
+        (folder / "checkpoints/step_30").mkdir(parents=True)
+        (folder / "checkpoints/step_30/COMPLETE").touch()
+    command = [sys.executable, "-m", "harness.cli.main", "gc", "tiny", "--yes"]
+    subprocess.run(command, env=environment(root), check=True)
+    assert not list(root.glob("stages/*/*/checkpoints"))
+    submit(root, file)
+    assert {p.name for p in root.glob("stages/*/*/attempts/*")} == {"1"}
+    assert numbers(root) == before
+
+
 def test_each_attempt_is_a_sacred_run_with_config_and_scalars(finished: tuple[Path, Path]) -> None:
     root, _ = finished
     for name, folder in stages(root).items():
