@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from harness import __version__, record, transfer
-from harness.attempt import Status, Stop, is_finite
+from harness.attempt import Status, Stop, is_finite, versions
 from harness.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -38,7 +38,8 @@ from harness.errors import (
     storage_error,
 )
 from harness.ledger import attempts, store
-from harness.ledger.context import StageContext, StageResult
+from harness.ledger.context import StageContext, StageResult, Whereabouts
+from harness.ledger.environment import environment
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import AttemptGuard, Lease, LeaseHeldError, this_host
 from harness.ledger.tree import StageFolder, Tree
@@ -185,6 +186,7 @@ def _call(
         on_hung,
         context.check_lease,
     )
+    context.whereabouts.at = (0, "setup")
     watchdog.start()
     try:
         with guarded(context.check_lease):
@@ -204,6 +206,7 @@ def _run_rank(
 ) -> int:
     stop.check_at_start()
     guard = AttemptGuard(folder, attempt).guard
+    whereabouts = Whereabouts()
     guard()  # before it waits for the others, of whom rank 0 has nothing to do if this raises
     context = StageContext(
         rank=rank,
@@ -213,9 +216,10 @@ def _run_rank(
         upstream_weights=_upstream_weights(tree, stage),
         upstream=_upstream_folders(tree, stage),
         metrics=record.NoRows(),
-        report=lambda **_: None,
+        report=lambda **_: whereabouts.move(),
         should_stop=lambda: stop.asked,
         check_lease=guard,
+        whereabouts=whereabouts,
     )
     path = folder.attempt(attempt) / f"error.rank{rank}.json"
     _call(stage, context, attempt, lambda message: _tell(path, "failed", "hung", message))
@@ -251,6 +255,8 @@ class _RankZero:
         self._start_clean_if_stale(uids)
         self.status.write("running")
         self._write_attempt(None)
+        found = {**environment("worker"), "versions": versions()}
+        write_json(self.folder.attempt(self.attempt) / "env.json", found)
         store.add_event(self.folder, "started", attempt=self.attempt, pid=os.getpid())
         record_id = f"{self.stage.id}-a{self.attempt}"
         git = read_json(self.folder.attempt(self.attempt) / "git.json")
@@ -276,6 +282,12 @@ class _RankZero:
         # Now, as a killed attempt gets to write nothing later.
         rows.on_start = lambda: self._write_attempt(None)
         self.rows = rows
+        whereabouts = Whereabouts()
+
+        def report(**about: Any) -> None:
+            whereabouts.move()
+            self.status.report(**about)
+
         context = StageContext(
             rank=0,
             ranks=self.ranks,
@@ -284,9 +296,10 @@ class _RankZero:
             upstream_weights=_upstream_weights(self.tree, self.stage),
             upstream=_upstream_folders(self.tree, self.stage),
             metrics=self.rows,
-            report=self.status.report,
+            report=report,
             should_stop=lambda: self.stop.asked,
             check_lease=self.lease.guard,
+            whereabouts=whereabouts,
         )
         try:
             return _call(self.stage, context, self.attempt, self._hung)

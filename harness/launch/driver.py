@@ -182,7 +182,8 @@ class Driver:
         self.git = provenance.git_state()
         stops = (signal.SIGINT, signal.SIGTERM)
         old_handlers = {n: signal.signal(n, self._interrupt) for n in stops}
-        pool = Pool(self.machine, self.tree, ssh=self.ssh)
+        code = provenance.snapshot(self.tree, self.git)
+        pool = Pool(self.machine, self.tree, ssh=self.ssh, code=code)
         try:
             self._loop(pool, todo, started)
         finally:

@@ -41,6 +41,8 @@ def conclude(
 
     `why` is set if somebody wanted this end; a stop note says so too.
     """
+    if int(status.get("attempt") or 0) > attempt:
+        return Decision(again=False, why="a later attempt has the stage")
     why = why or stop_asked(folder)
     interrupted = ("preempted", "timeout", "cancelled", "lost")
     if why is not None and status.get("state") in interrupted:

@@ -41,7 +41,7 @@ def graph_of_all(tree: Tree) -> dict[str, Node]:
 
 
 def stages_of(tree: Tree, study: str | None) -> set[str]:
-    """Ids of the stages of a study, or of all. Raises NotFoundError for a study that is not here."""
+    """Ids of the stages of a study, or of all. Raises NotFoundError for an unknown study."""
     names = [study] if study else tree.studies()
     rows = (row for name in names for row in store.read_cells(tree, name))
     return {stage for row in rows for stage in row["stages"].values()}

@@ -119,6 +119,11 @@ def test_every_cell_is_done_and_leaves_its_files(finished: tuple[Path, Path]) ->
             attempt = folder / "attempts/1"
             for name in ("attempt.json", "stdout.log", "stderr.log", "env.json", "git.json"):
                 assert (attempt / name).exists(), attempt / name
+            # Of the worker, not of the command that started it; it ran the copy of the code.
+            seen = read_json(attempt / "env.json") or {}
+            assert (seen["by"], seen["env"]["HARNESS_STAGE"]) == ("worker", stage)
+            assert seen["env"]["PYTHONPATH"].startswith(f"{root}/code/")
+            assert {"torch", "deepspeed", "timm", "numpy", "python"} <= set(seen["versions"])
     # Three of four cells would share: one MAE run feeds both data sizes.
     assert len(list(root.glob("stages/mae/*"))) == 1
 

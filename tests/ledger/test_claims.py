@@ -88,6 +88,7 @@ def test_an_end_that_comes_late_leaves_the_status_of_a_later_attempt(
     write_json(folder.attempt(1) / "attempt.json", {"schema": 1, "attempt": 1, "end": None})
     for code in (0, 1, -9):
         assert ends.settle(folder, 1, code, asked_to_stop=False) == later
+        assert not ends.conclude(folder, 1, later, Retry(code=9), "by ann").again
     assert read_json(folder.status) == later
     assert (read_json(folder.attempt(1) / "attempt.json") or {})["end"] == "code"
 
