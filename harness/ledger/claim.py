@@ -85,10 +85,15 @@ def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
             write_json(folder.status, {**status, "job": job})
 
 
-def unclaim(folder: StageFolder, why: str) -> None:
-    """Takes a claim back whose worker never started: the stage is as it was before."""
+def unclaim(folder: StageFolder, attempt: int, why: str) -> None:
+    """Takes a claim back whose worker never started: the stage is as it was before.
+
+    Nothing happens if it has been claimed again since.
+    """
     with exclusive(folder.claim):
         status = read_json(folder.status) or {}
+        if int(status.get("attempt") or 0) > attempt:
+            return
         _close_last(folder, "dropped", why)
         write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
 

@@ -129,7 +129,10 @@ def test_the_record_of_an_attempt_that_was_lost_has_its_steps(tmp_path: Path, gr
     record = read_json(folder.attempt(2) / "attempt.json") or {}
     names = ("end", "first_step", "last_step", "last_samples", "last_checkpoint", "ended")
     assert [record.get(k) for k in names] == ["lost", 3, 7, 70, 6, 107.5]
-    unclaim(folder, "no job")  # it never began: there is nothing to say of it
+    before = folder.status.read_bytes()
+    unclaim(folder, 2, "no job")  # of an attempt before: it is another's by now
+    assert folder.status.read_bytes() == before
+    unclaim(folder, 3, "no job")  # it never began: there is nothing to say of it
     assert (read_json(folder.attempt(3) / "attempt.json") or {}).get("last_step") is None
 
 
