@@ -75,10 +75,14 @@ def snapshot(tree: Tree, git: GitState) -> Path:
     if final.is_dir():
         return final
     partial = final.with_name(f"src.{uuid.uuid4().hex[:8]}.partial")
-    for path in files:
-        target = partial / path.relative_to(top)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    try:
+        for path in files:
+            target = partial / path.relative_to(top)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    except OSError:  # no space: what is half there must not hold it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     try:
         partial.rename(final)
     except OSError:  # another submission was quicker
