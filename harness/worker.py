@@ -208,6 +208,8 @@ def _run_rank(
     guard = AttemptGuard(folder, attempt).guard
     whereabouts = Whereabouts()
     guard()  # before it waits for the others, of whom rank 0 has nothing to do if this raises
+    if os.environ.get("LOCAL_RANK") == "0":  # of the host's ranks the first
+        _write_environment(folder.attempt(attempt) / f"env.rank{rank}.json")
     context = StageContext(
         rank=rank,
         ranks=ranks,
@@ -224,6 +226,10 @@ def _run_rank(
     path = folder.attempt(attempt) / f"error.rank{rank}.json"
     _call(stage, context, attempt, lambda message: _tell(path, "failed", "hung", message))
     return EXIT_OK
+
+
+def _write_environment(path: Path) -> None:
+    write_json(path, {**environment("worker"), "versions": versions()})
 
 
 def _tell(path: Path, state: str, reason: str, message: str) -> None:
@@ -255,8 +261,7 @@ class _RankZero:
         self._start_clean_if_stale(uids)
         self.status.write("running")
         self._write_attempt(None)
-        found = {**environment("worker"), "versions": versions()}
-        write_json(self.folder.attempt(self.attempt) / "env.json", found)
+        _write_environment(self.folder.attempt(self.attempt) / "env.json")
         store.add_event(self.folder, "started", attempt=self.attempt, pid=os.getpid())
         record_id = f"{self.stage.id}-a{self.attempt}"
         git = read_json(self.folder.attempt(self.attempt) / "git.json")

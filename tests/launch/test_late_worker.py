@@ -68,9 +68,22 @@ def test_a_stage_that_was_given_to_a_later_attempt_is_left_to_it(folder: StageFo
     assert read_json(folder.status) == claimed
 
 
+def test_the_first_rank_of_another_host_tells_its_environment(
+    folder: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(worker, "_call", lambda *_: None)
+    assert run(folder, 2) == EXIT_OK
+    found = read_json(folder.attempt(2) / "env.rank8.json") or {}
+    assert (found["by"], found["env"]["CUDA_VISIBLE_DEVICES"]) == ("worker", "3,5")
+
+
 def test_the_other_ranks_of_a_late_attempt_wait_for_nobody(
     folder: StageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert run(folder, 1) == worker.EXIT_BUSY
