@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import signal
 import time
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -107,6 +110,28 @@ class Status:
         row = {**self.base, **self.last, "updated": time.time(), **final, **about}
         self.guard()
         write_json(self.folder.status, row)
+
+
+_PACKAGES = ("torch", "deepspeed", "timm", "torchvision", "numpy", "safetensors", "transformers")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what computes: packages, CUDA as torch was built with it, the GPU's driver."""
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    try:
+        driver = Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        driver = None
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+    return found | {
+        **{"python": platform.python_version(), "os": platform.platform()},
+        **{"cuda": torch.version.cuda, "cudnn": cudnn and str(cudnn), "driver": driver},
+    }
 
 
 def _memory_gib() -> float:

@@ -29,6 +29,13 @@ with warnings.catch_warnings():
 # Workers log to their own files; sacred's capture keeps all of stdout in memory and rewrites it.
 sacred.SETTINGS.CAPTURE_MODE = "no"  # type: ignore[attr-defined]  # an untyped munch
 
+_MONGO_WAIT_MS = 10_000
+_LATER = (
+    *("heartbeat_event", "log_metrics", "artifact_event", "resource_event"),
+    *("completed_event", "interrupted_event", "failed_event"),
+)
+"""What sacred calls of an observer after its start."""
+
 LogScalar = Callable[[str, float, int], None]
 
 
@@ -50,10 +57,8 @@ def run_recorded(
     files = FileStorageObserver(folder, copy_artifacts=False, copy_sources=False)
     experiment.observers.append(_tolerant(files))
     mongo = os.environ.get("HARNESS_MONGO_URL")
-    if mongo:
-        from sacred.observers import MongoObserver  # needs pymongo, which only its users install
-
-        experiment.observers.append(_tolerant(MongoObserver(url=mongo, db_name="harness")))
+    if mongo and (observer := _mongo_observer(mongo)) is not None:
+        experiment.observers.append(_tolerant(observer))
     config = stage.model_dump(mode="json", by_alias=True)
     experiment.add_config({"stage": config, "attempt": dict(about)})
     results: list[StageResult] = []
@@ -67,6 +72,22 @@ def run_recorded(
     return results[0]
 
 
+def _mongo_observer(url: str) -> RunObserver | None:
+    """None, and a line that says why, where it cannot be made: a record ends no training."""
+    try:
+        from sacred.observers import MongoObserver  # needs pymongo, which only its users install
+
+        return MongoObserver(url=url, db_name="harness", serverSelectionTimeoutMS=_MONGO_WAIT_MS)
+    except Exception as error:  # a missing package, a URL that is none
+        _say_lost("MongoObserver", error)
+        return None
+
+
+def _say_lost(name: str, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        print(f"no record by {name}: {error}", file=sys.stderr)
+
+
 def _tolerant(observer: RunObserver) -> RunObserver:
     """The observer, ending no training by its own failure to start.
 
@@ -78,8 +99,9 @@ def _tolerant(observer: RunObserver) -> RunObserver:
         try:
             return start(**about)
         except Exception as error:  # of a disk, a network, a database's driver
-            with contextlib.suppress(OSError):
-                print(f"no record by {type(observer).__name__}: {error}", file=sys.stderr)
+            _say_lost(type(observer).__name__, error)
+            for name in _LATER:  # of a run that it has never heard of
+                setattr(observer, name, lambda *_, **__: None)
             return about["_id"]
 
     observer.started_event = started_event  # pyright: ignore[reportAttributeAccessIssue]
@@ -115,6 +137,8 @@ class Rows:
         self.events = _Events(events) if events is not None else None
         self.first_step: int | None = None
         """Where the attempt went on from; None where nobody said."""
+        self.on_start: Callable[[], None] = lambda: None
+        """Called once that is known."""
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Writes a row; each number in it becomes a scalar of the sacred run."""
@@ -133,6 +157,7 @@ class Rows:
         self.writer.rewind(step)
         if self.events is not None:
             self.events.first_step = step
+        self.on_start()
 
     def close(self) -> None:
         """Ends what is written beside the rows."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from harness import __version__, record, transfer
-from harness.attempt import Status, Stop, is_finite
+from harness.attempt import Status, Stop, is_finite, versions
 from harness.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -38,10 +38,12 @@ from harness.errors import (
     storage_error,
 )
 from harness.ledger import attempts, store
-from harness.ledger.context import StageContext, StageResult
+from harness.ledger.context import StageContext, StageResult, Whereabouts
+from harness.ledger.environment import environment
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import AttemptGuard, Lease, LeaseHeldError, this_host
 from harness.ledger.tree import StageFolder, Tree
+from harness.models.weight_files import guarded
 from harness.study.stages import Execution, StageFile
 from harness.study.starting import content_hash
 from harness.train import loop
@@ -95,8 +97,8 @@ def _run_stage(tree: Tree, folder: StageFolder, attempt: int) -> int:
         print(error, file=sys.stderr)
         return EXIT_BUSY
     try:
-        if _is_done(tree, folder, stage):
-            return EXIT_OK
+        if (code := _too_late(tree, folder, stage, attempt)) is not None:
+            return code
         lease.start_beating(each=stop.look)
         job = _RankZero(tree, folder, stage, attempt, ranks, lease, stop)
         return _guarded(job.run, folder, attempt, stop, job)
@@ -135,9 +137,21 @@ def _upstream_uids(tree: Tree, stage: StageFile) -> dict[str, str]:
     return uids
 
 
-def _is_done(tree: Tree, folder: StageFolder, stage: StageFile) -> bool:
+def _too_late(tree: Tree, folder: StageFolder, stage: StageFile, attempt: int) -> int | None:
+    """The exit code of an attempt with nothing to do; None if there is something.
+
+    A stage that another attempt finished, or has been given to, is not this one's to report on.
+    """
+    try:
+        AttemptGuard(folder, attempt).guard()
+    except LeaseLostError as error:
+        _say(error)
+        return EXIT_BUSY
     result = read_json(folder.result)
-    return result is not None and result["upstream_uids"] == _upstream_uids(tree, stage)
+    if result is None or result["upstream_uids"] != _upstream_uids(tree, stage):
+        return None
+    _say(f"{stage.id} is done, by attempt {result['attempts']}")
+    return EXIT_OK if result["attempts"] == attempt else EXIT_BUSY
 
 
 def _upstream_weights(tree: Tree, stage: StageFile) -> Path | None:
@@ -172,9 +186,11 @@ def _call(
         on_hung,
         context.check_lease,
     )
+    context.whereabouts.at = (0, "setup")
     watchdog.start()
     try:
-        return run(stage, context)
+        with guarded(context.check_lease):
+            return run(stage, context)
     finally:
         watchdog.stop()
 
@@ -190,6 +206,10 @@ def _run_rank(
 ) -> int:
     stop.check_at_start()
     guard = AttemptGuard(folder, attempt).guard
+    whereabouts = Whereabouts()
+    guard()  # before it waits for the others, of whom rank 0 has nothing to do if this raises
+    if os.environ.get("LOCAL_RANK") == "0":  # of the host's ranks the first
+        _write_environment(folder.attempt(attempt) / f"env.rank{rank}.json")
     context = StageContext(
         rank=rank,
         ranks=ranks,
@@ -198,13 +218,18 @@ def _run_rank(
         upstream_weights=_upstream_weights(tree, stage),
         upstream=_upstream_folders(tree, stage),
         metrics=record.NoRows(),
-        report=lambda **_: None,
+        report=lambda **_: whereabouts.move(),
         should_stop=lambda: stop.asked,
         check_lease=guard,
+        whereabouts=whereabouts,
     )
     path = folder.attempt(attempt) / f"error.rank{rank}.json"
     _call(stage, context, attempt, lambda message: _tell(path, "failed", "hung", message))
     return EXIT_OK
+
+
+def _write_environment(path: Path) -> None:
+    write_json(path, {**environment("worker"), "versions": versions()})
 
 
 def _tell(path: Path, state: str, reason: str, message: str) -> None:
@@ -236,6 +261,7 @@ class _RankZero:
         self._start_clean_if_stale(uids)
         self.status.write("running")
         self._write_attempt(None)
+        _write_environment(self.folder.attempt(self.attempt) / "env.json")
         store.add_event(self.folder, "started", attempt=self.attempt, pid=os.getpid())
         record_id = f"{self.stage.id}-a{self.attempt}"
         git = read_json(self.folder.attempt(self.attempt) / "git.json")
@@ -257,7 +283,16 @@ class _RankZero:
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
         events = self.tree.events / self.stage.id if os.environ.get(_TENSORBOARD) else None
-        self.rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard, events)
+        rows = record.Rows(self.folder.metrics, log_scalar, self.lease.guard, events)
+        # Now, as a killed attempt gets to write nothing later.
+        rows.on_start = lambda: self._write_attempt(None)
+        self.rows = rows
+        whereabouts = Whereabouts()
+
+        def report(**about: Any) -> None:
+            whereabouts.move()
+            self.status.report(**about)
+
         context = StageContext(
             rank=0,
             ranks=self.ranks,
@@ -266,9 +301,10 @@ class _RankZero:
             upstream_weights=_upstream_weights(self.tree, self.stage),
             upstream=_upstream_folders(self.tree, self.stage),
             metrics=self.rows,
-            report=self.status.report,
+            report=report,
             should_stop=lambda: self.stop.asked,
             check_lease=self.lease.guard,
+            whereabouts=whereabouts,
         )
         try:
             return _call(self.stage, context, self.attempt, self._hung)

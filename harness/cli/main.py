@@ -15,6 +15,7 @@ from harness.cli import (
     data_checks,
     data_sample,
     fit,
+    gc,
     grid,
     logs,
     report,
@@ -75,6 +76,7 @@ app.command("run")(_exiting(run.run))
 app.command("cancel")(_exiting(steer.cancel))
 app.command("resume")(_exiting(steer.resume))
 app.command("retry")(_exiting(steer.retry))
+app.command("gc")(_exiting(gc.gc))
 app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
 app.command("fit")(_exiting(fit.fit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -119,6 +120,18 @@ def check_drift(tree: Tree, grid: Grid) -> None:
         )
 
 
+def check_records() -> None:
+    """Raises UserError if a record is asked for whose package is missing."""
+    wanted = {"HARNESS_MONGO_URL": ("pymongo", "mongo")}
+    wanted["HARNESS_TENSORBOARD"] = ("tensorboard", "tensorboard")
+    for variable, (package, extra) in wanted.items():
+        if os.environ.get(variable) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{variable} is set, but {package} is not installed; unset it, or"
+                f" pip install 'vision-scaling-harness[{extra}]'"
+            )
+
+
 def submit(
     tree: Tree,
     full: Grid,
@@ -135,6 +148,7 @@ def submit(
     """
     name, profile = settings.find_profile(cluster)
     if mode != "read-only":
+        check_records()
         store.register(tree, full, ablations)
     if isinstance(profile, settings.Slurm) and mode != "read-only":
         return _to_slurm(tree, grid, name, profile, mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,9 +15,8 @@ from rich.markup import escape
 from harness.cli import shared, show
 from harness.errors import EXIT_OK, EXIT_USAGE, NotFoundError
 from harness.launch import queue
-from harness.ledger import attempts, store
-from harness.ledger.claim import ask_to_stop, clear_stop
-from harness.ledger.files import write_json
+from harness.ledger import store
+from harness.ledger.claim import ask_to_stop, clear_stop, start_over
 from harness.ledger.lease import this_host
 from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import StageFolder, Tree
@@ -238,10 +238,10 @@ def retry(
 
     def act(choice: _Choice, stage: str) -> None:
         folder = choice.folder(tree, stage)
-        if from_scratch:
-            store.set_aside(folder)
-        attempts.forgive(folder, "from-scratch" if from_scratch else "retry")
-        write_json(folder.status, {"schema": 1, "state": "planned", "reason": "retry"})
+        why = "from-scratch" if from_scratch else "retry"
+        if not start_over(folder, choice.states[stage], why, from_scratch=from_scratch):
+            late = f"{stage}: another command has taken it meanwhile; see `harness status`"
+            print(late, file=sys.stderr)
 
     none = "nothing to retry: none of these has failed or diverged"
     code = _apply("retry", wanted, act, yes=yes, dry=dry, as_json=as_json, none=none)

@@ -40,7 +40,7 @@ def tend(folder: Path) -> slurm.Submitted:
         attempt = int(state.status.get("attempt") or 0)
         upstream = stages[stage_id].config.upstream.values()
         if any(states[u].state != "done" for u in upstream if u in states):
-            unclaim(own, "its job was dropped: it waited for one that failed")
+            unclaim(own, attempt, "its job was dropped: it waited for one that failed")
             continue
         with exclusive(own.claim):
             status = attempts.close(own, attempt, "failed", "node_fail", "its job is gone")

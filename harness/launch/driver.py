@@ -14,9 +14,9 @@ from harness.errors import UserError
 from harness.launch import ends, provenance
 from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.pool import Ended, Pool, Running
-from harness.ledger import attempts, store
-from harness.ledger.claim import claim, complete, is_untold
-from harness.ledger.files import read_json, write_json
+from harness.ledger import attempts
+from harness.ledger.claim import claim, complete, is_untold, start_over
+from harness.ledger.files import read_json
 from harness.ledger.lease import Silence, exclusive
 from harness.ledger.states import ACTIVE, StageState, read_states
 from harness.ledger.tree import Tree
@@ -127,11 +127,8 @@ def reset(
         has_failed = state.state in ("failed", "diverged")
         if state.state in ACTIVE or not (has_failed or (mode == "force" and folder.path.exists())):
             continue
-        if mode == "force":
-            store.set_aside(folder)
         if mode == "force" or (has_failed and (mode == "retry" or state.reason == "storage")):
-            attempts.forgive(folder, mode)
-            write_json(folder.status, {"schema": 1, "state": "planned", "reason": mode})
+            start_over(folder, state, mode, from_scratch=mode == "force")
         else:
             ends.reconsider(folder, retry)
 
@@ -185,7 +182,8 @@ class Driver:
         self.git = provenance.git_state()
         stops = (signal.SIGINT, signal.SIGTERM)
         old_handlers = {n: signal.signal(n, self._interrupt) for n in stops}
-        pool = Pool(self.machine, self.tree, ssh=self.ssh)
+        code = provenance.snapshot(self.tree, self.git)
+        pool = Pool(self.machine, self.tree, ssh=self.ssh, code=code)
         try:
             self._loop(pool, todo, started)
         finally:
@@ -320,7 +318,8 @@ class Driver:
         folder = self.tree.stage(stage.kind, stage.id)
         if ended.code == EXIT_BUSY:
             # A living lease says who runs it; our claim must not hide that.
-            attempts.end_busy(folder, attempt)
+            with exclusive(folder.claim):
+                attempts.end_busy(folder, attempt)
             self._external.add(stage.id)
             return
         self._ran.append(stage.id)

@@ -25,7 +25,8 @@ def settle(
 
     To be called, as `conclude` is, inside `exclusive(folder.claim)`: between the two a stage that
     will be tried again looks failed for good. `code` is the first exit code that was not 0,
-    negative for a signal; `gone` says which host was lost, if one was.
+    negative for a signal; `gone` says which host was lost, if one was. The status of a later
+    attempt stays: this one came too late.
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
@@ -40,6 +41,8 @@ def conclude(
 
     `why` is set if somebody wanted this end; a stop note says so too.
     """
+    if int(status.get("attempt") or 0) > attempt:
+        return Decision(again=False, why="a later attempt has the stage")
     why = why or stop_asked(folder)
     interrupted = ("preempted", "timeout", "cancelled", "lost")
     if why is not None and status.get("state") in interrupted:

@@ -49,6 +49,8 @@ class Start:
     """The ssh command up to the host's name."""
     worker: str
     """The module that runs a stage."""
+    code: Path | None = None
+    """Copy of the code that all of them run, those that are started again too; None: as it is."""
 
 
 def zygote_environ(device: Device) -> dict[str, str]:
@@ -70,10 +72,19 @@ def remote_environ(device: Device) -> dict[str, str]:
     return kept | zygote_environ(device)
 
 
-def remote_command(worker: str) -> str:
+def code_environ(code: Path | None) -> dict[str, str]:
+    """Variables with which Python imports the copy, and not what lies in the current folder."""
+    if code is None:
+        return {}
+    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def remote_command(worker: str, code: Path | None = None) -> str:
     """A line for the remote shell, whichever it is: the same folder and Python as here."""
     # What must be set before Python starts.
     env = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "LD_LIBRARY_PATH"))}
+    env |= code_environ(code)
     env["PYTHONUNBUFFERED"] = "1"
     settings = [shlex.quote(f"{k}={v}") for k, v in sorted(env.items())]
     path = shlex.quote(f"PATH={Path(sys.executable).parent}")
@@ -120,13 +131,13 @@ class Link:
         """Starts the zygote; "ready" comes through the inbox."""
         self.ready, self.why = False, None
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        device, worker = self.start.device, self.start.worker
+        device, worker, code = self.start.device, self.start.worker, self.start.code
         if self.host.remote:
             ssh = [*self.start.ssh, *_SSH_OPTIONS, self.host.name]
-            command, env = [*ssh, remote_command(worker)], None
+            command, env = [*ssh, remote_command(worker, code)], None
         else:
             command = [sys.executable, "-m", "harness.launch.zygote", "--worker", worker]
-            env = os.environ | zygote_environ(device)
+            env = os.environ | zygote_environ(device) | code_environ(code)
         with open(self.log, "ab") as log:
             self._log_from = log.tell()
             self._process = subprocess.Popen(

@@ -31,6 +31,7 @@ from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
 NOTHING_TO_DO = 3
+EXIT_BUSY = 76  # harness.worker's, which must not be imported here
 _WORKER = "harness.worker"
 _PORTS = range(20000, 32000)  # below those that systems hand out to anybody
 
@@ -116,15 +117,17 @@ def _take(task: _Task) -> tuple[int, int | None]:
     status = read_json(folder.status) or {}
     attempt = int(status.get("attempt") or 0)
     if (why := stop_asked(folder)) is not None:
-        attempts.close(folder, attempt, "cancelled", why, why)
-        return 1, None
-    missing = [u for u in stage.upstream_kinds if found[u].state != "done"]
-    if missing:
-        write_json(folder.status, {**status, "state": "planned", "job": None, "token": None})
-        print(f"{stage.id}: upstream {missing[0]} is not done", file=sys.stderr)
+        attempts.close(folder, attempt, "cancelled", why, why, end="cancelled")
         return 1, None
     if status.get("token") != task.submission["token"]:
         print(f"{stage.id}: was submitted again since, as {status.get('job')}", file=sys.stderr)
+        return 1, None
+    missing = [u for u in stage.upstream_kinds if found[u].state != "done"]
+    if missing:
+        # Not a try of the stage: with its end left open it would count as a lost node.
+        attempts.note_end(folder, attempt, "dropped", f"upstream {missing[0]} is not done")
+        write_json(folder.status, {**status, "state": "planned", "job": None, "token": None})
+        print(f"{stage.id}: upstream {missing[0]} is not done", file=sys.stderr)
         return 1, None
     record = read_json(folder.attempt(attempt) / "attempt.json") or {}
     if record.get("job_started") or status.get("state") != "submitted":
@@ -259,6 +262,9 @@ def end(tasks_file: str, code: int) -> int:
     is_running = about.get("JobState") == "RUNNING"
     why = "cancelled in Slurm" if _is_cancelled(about) else None
     with exclusive(folder.claim):
+        if code == EXIT_BUSY:
+            attempts.end_busy(folder, attempt)
+            return 1
         status = ends.settle(folder, attempt, number, asked_to_stop=not is_running)
         if status.get("attempt") != attempt or status.get("state") == "done":
             return 0 if status.get("state") == "done" else 1

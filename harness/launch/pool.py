@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError
@@ -75,9 +76,13 @@ class Pool:
         *,
         ssh: Sequence[str] = ("ssh",),
         worker: str = "harness.worker",
+        code: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Starts a zygote on every host at once; `ssh` reaches those that are not this one."""
+        """Starts a zygote on every host at once; `ssh` reaches those that are not this one.
+
+        `code` is a copy of this package that they import.
+        """
         self.machine, self.tree, self._clock = machine, tree, clock
         self.running: dict[str, Running] = {}
         self.ready_s: float | None = None
@@ -90,7 +95,13 @@ class Pool:
         self._refused: set[tuple[Need, bool]] = set()
         self._leaving: list[tuple[float, Running, Iterable[int]]] = []
         """Ranks on lost hosts, and when they are surely over."""
-        start = Start(device=machine.device, logs=tree.root / "logs", ssh=tuple(ssh), worker=worker)
+        start = Start(
+            device=machine.device,
+            logs=tree.root / "logs",
+            ssh=tuple(ssh),
+            worker=worker,
+            code=code,
+        )
         self._links = {h.name: Link(h, start, self._inbox) for h in machine.hosts}
         self._closed = threading.Event()
         if any(h.remote for h in machine.hosts):

@@ -6,14 +6,17 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+from harness.ledger.environment import environment
 from harness.ledger.files import write_bytes, write_json
 from harness.ledger.tree import Tree
+
+_IMPORTED = ("harness/*.py", "analysis/*.py", "ds_configs/*.json")
+"""What runs without git having been told of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +45,15 @@ def git_state() -> GitState:
     try:
         sha = _git(top, "rev-parse", "HEAD")
         diff = _git(top, "diff", "HEAD", "--", "*.py", "*.json", "*.yaml", "*.toml")
+        new = _git(top, "ls-files", "-oz", "--exclude-standard", "--", *_IMPORTED).split(b"\0")
+        diff += b"".join(_added(top, os.fsdecode(path)) for path in new if path)
     except (OSError, subprocess.SubprocessError):
         return GitState(sha=None, diff=b"")
     return GitState(sha=sha.decode().strip(), diff=diff)
 
 
 def snapshot(tree: Tree, git: GitState) -> Path:
-    """A copy of the code as it is now, for jobs that start later: the folder for PYTHONPATH.
+    """A copy of the code as it is now, for processes that start later: the folder for PYTHONPATH.
 
     One copy a state of the code; its name is a hash of the files themselves, so that files git
     does not know are in it too.
@@ -70,10 +75,14 @@ def snapshot(tree: Tree, git: GitState) -> Path:
     if final.is_dir():
         return final
     partial = final.with_name(f"src.{uuid.uuid4().hex[:8]}.partial")
-    for path in files:
-        target = partial / path.relative_to(top)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    try:
+        for path in files:
+            target = partial / path.relative_to(top)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    except OSError:  # no space: what is half there must not hold it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     try:
         partial.rename(final)
     except OSError:  # another submission was quicker
@@ -84,6 +93,13 @@ def snapshot(tree: Tree, git: GitState) -> Path:
 def _git(top: Path, *arguments: str) -> bytes:
     command = ["git", "-C", str(top), *arguments]
     return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+
+
+def _added(top: Path, path: str) -> bytes:
+    """The diff that makes a file git does not know."""
+    command = ["git", "-C", str(top), "diff", "--no-index", "--", os.devnull, path]
+    # 1: they differ.
+    return subprocess.run(command, capture_output=True, check=False, timeout=60).stdout
 
 
 def keep_diff(tree: Tree, git: GitState) -> Path:
@@ -103,14 +119,5 @@ def write_attempt(folder: Path, git: GitState, tree: Tree) -> None:
         os.link(kept / "git.diff", folder / "git.diff")
     except OSError:  # a file system without hard links
         write_bytes(folder / "git.diff", git.diff)
-    shown = ("HARNESS_", "CUDA_", "DS_", "SLURM_", "OMP_", "MKL_", "NCCL_")
-    hidden = ("KEY", "TOKEN", "SECRET", "PASSWORD", "URL")
-    env = {
-        k: v
-        for k, v in sorted(os.environ.items())
-        if k.startswith(shown) and not any(h in k for h in hidden)
-    }
-    write_json(
-        folder / "env.json",
-        {"schema": 1, "python": sys.version.split()[0], "argv": sys.argv, "env": env},
-    )
+    # Until the worker says what it found where it runs.
+    write_json(folder / "env.json", environment("driver"))

@@ -335,6 +335,8 @@ def _lines(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[st
         "trap : TERM USR2",
         f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        # Or the folder of the submission, if that is a checkout, would come before the copy.
+        "export PYTHONSAFEPATH=1",
         # Since 22.05 srun no longer takes this from sbatch.
         'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
         f"export DS_ACCELERATOR={profile.device}",
@@ -395,6 +397,7 @@ def _caretaker(
     setup = [
         f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",
         *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
         *profile.setup,
         f"{python} -m harness.launch.caretaker {shlex.quote(str(folder))}",

@@ -80,17 +80,58 @@ def forgive(folder: StageFolder, why: str) -> None:
 
 
 def close(
-    folder: StageFolder, number: int, state: str, reason: str, message: str
+    folder: StageFolder,
+    number: int,
+    state: str,
+    reason: str,
+    message: str,
+    end: str | None = None,
 ) -> dict[str, Any]:
-    """Says how an attempt ended where its worker could not; returns the new status.json."""
+    """Says how an attempt ended where its worker could not; returns the new status.json.
+
+    One that a later attempt has written stays as it is. `end` is the record's word for the end
+    where that is not the reason.
+    """
     status = read_json(folder.status) or {}
-    record = folder.attempt(number) / "attempt.json"
+    if int(status.get("attempt") or 0) > number:
+        note_end(folder, number, end or reason, message)
+        return status
+    now = time.time()
+    note_end(folder, number, end or reason, message, ended=now, again=True)
     row = {**status, "schema": 1, "state": state, "reason": reason, "message": message}
-    row |= {"attempt": number, "ended": time.time()}
+    row |= {"attempt": number, "ended": now}
     write_json(folder.status, row)
-    write_json(record, {**(read_json(record) or {}), "end": reason, "message": message})
     store.add_event(folder, state, attempt=number, reason=reason, message=message)
     return row
+
+
+def note_end(
+    folder: StageFolder,
+    number: int,
+    end: str,
+    message: str | None,
+    *,
+    ended: float | None = None,
+    again: bool = False,
+) -> None:
+    """Writes into attempt.json how the attempt ended, unless that is known; `again` even then.
+
+    How far it came is in status.json, as long as no later attempt has written that.
+    """
+    path = folder.attempt(number) / "attempt.json"
+    row = read_json(path) or {"schema": 1, "attempt": number}
+    if row.get("end") is not None and not again:
+        return
+    status = read_json(folder.status) or {}
+    if status.get("attempt") == number:
+        names = {"step": "last_step", "samples": "last_samples", "started": "started"}
+        row |= {ours: status[theirs] for theirs, ours in names.items() if theirs in status}
+        row["last_checkpoint"] = last_checkpoint(folder)
+        ended = ended or status.get("ended") or status.get("updated")
+    result = read_json(folder.result) if end == "done" else None
+    if result is not None and result.get("steps"):
+        row |= {"last_step": result["steps"], "last_samples": result["samples"]}
+    write_json(path, {**row, "end": end, "message": message, "ended": ended})
 
 
 def told_by_ranks(folder: StageFolder, number: int) -> dict[str, Any] | None:
@@ -101,9 +142,7 @@ def told_by_ranks(folder: StageFolder, number: int) -> dict[str, Any] | None:
 
 def end_busy(folder: StageFolder, number: int) -> None:
     """The attempt found a living owner and did nothing: the stage is running, by that one."""
-    record = folder.attempt(number) / "attempt.json"
-    message = "another process owns the stage"
-    write_json(record, {**(read_json(record) or {}), "end": "busy", "message": message})
+    note_end(folder, number, "busy", "another process owns the stage", again=True)
     status = read_json(folder.status) or {}
     if status.get("attempt") == number and status.get("state") == "submitted":
         write_json(folder.status, {"schema": 1, "state": "running", "attempt": number - 1})

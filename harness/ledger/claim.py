@@ -35,10 +35,7 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
     folder = tree.stage(stage.kind, stage.id)
     folder.path.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.claim):
-        status, result = read_json(folder.status) or {}, read_json(folder.result)
-        if dict(seen.status) != status or (seen.result or {}).get("uid") != (result or {}).get(
-            "uid"
-        ):
+        if not is_as_seen(folder, seen):
             return None
         store.write_stage(tree, stage)
         remove_leftovers(folder.path)
@@ -48,6 +45,34 @@ def claim(tree: Tree, stage: StageFile, seen: StageState, owner: Mapping[str, An
         write_json(folder.status, submitted(attempt, owner))
     store.add_event(folder, "submitted", attempt=attempt, **owner)
     return attempt
+
+
+def is_as_seen(folder: StageFolder, seen: StageState) -> bool:
+    """True if nobody has written a new state since; to be asked inside `exclusive`."""
+    status, result = read_json(folder.status) or {}, read_json(folder.result) or {}
+    if seen.state == "done":
+        # Of a done stage a reader of thousands is told no more than this.
+        status = {key: status.get(key) for key in seen.status}
+    return dict(seen.status) == status and (seen.result or {}).get("uid") == result.get("uid")
+
+
+def start_over(
+    folder: StageFolder, seen: StageState, why: str, *, from_scratch: bool = False
+) -> bool:
+    """Makes a stage runnable because a user wants it: earlier tries count no longer.
+
+    False, and nothing is done, if the stage is no longer as it was `seen`: another command was
+    quicker, and may have started it. `from_scratch` also sets aside what was produced.
+    """
+    with exclusive(folder.claim):
+        lease = read_lease(folder.lease)
+        if (lease and owner_is_dead(lease) is False) or not is_as_seen(folder, seen):
+            return False
+        if from_scratch:
+            store.set_aside(folder)
+        attempts.forgive(folder, why)
+        write_json(folder.status, {"schema": 1, "state": "planned", "reason": why})
+    return True
 
 
 def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
@@ -60,10 +85,15 @@ def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
             write_json(folder.status, {**status, "job": job})
 
 
-def unclaim(folder: StageFolder, why: str) -> None:
-    """Takes a claim back whose worker never started: the stage is as it was before."""
+def unclaim(folder: StageFolder, attempt: int, why: str) -> None:
+    """Takes a claim back whose worker never started: the stage is as it was before.
+
+    Nothing happens if it has been claimed again since.
+    """
     with exclusive(folder.claim):
         status = read_json(folder.status) or {}
+        if int(status.get("attempt") or 0) > attempt:
+            return
         _close_last(folder, "dropped", why)
         write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
 
@@ -85,10 +115,7 @@ def complete(folder: StageFolder) -> None:
             except LeaseHeldError:
                 return
         remove_leftovers(folder.path)
-        path = folder.attempt(number) / "attempt.json"
-        row = read_json(path) or {"schema": 1, "attempt": number}
-        if row.get("end") is None:
-            write_json(path, {**row, "end": "done", "message": None})
+        attempts.note_end(folder, number, "done", None)
         events = read_jsonl(folder.events)
         if not any(e["event"] == "done" and e.get("attempt") == number for e in events):
             store.add_event(folder, "done", attempt=number, reason=None, message=None)
@@ -109,10 +136,7 @@ def _close_last(
 ) -> None:
     """The attempt before, if it ended without a word: every one keeps a reason."""
     for number in folder.attempt_numbers()[-1:]:
-        path = folder.attempt(number) / "attempt.json"
-        row = read_json(path) or {"schema": 1, "attempt": number}
-        if row.get("end") is None:
-            write_json(path, {**row, "end": end, "message": message})
+        attempts.note_end(folder, number, end, message)
 
 
 def submitted(attempt: int, owner: Mapping[str, Any]) -> dict[str, Any]:

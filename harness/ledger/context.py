@@ -26,6 +26,11 @@ class Whereabouts:
 
     at: tuple[int, str] | None = None
     """(finished steps, part of the next one); None while nobody is to judge how long it takes."""
+    moves: int = 0
+
+    def move(self) -> None:
+        """Says that something gets on within a part: a batch of an evaluation, of many images."""
+        self.moves += 1
 
 
 @dataclass(frozen=True, kw_only=True)

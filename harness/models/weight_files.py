@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], said: Mapping[s
     write_atomically(path, lambda temporary: save_file(ready, temporary, metadata))
 
 
+_guards: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def guarded(guard: Callable[[], None]) -> Iterator[None]:
+    """Inside, a written file gets its name only if `guard()` raises nothing.
+
+    Writing takes long enough for a process to be stopped in the middle, and to be continued when
+    the folder is another's.
+    """
+    _guards.append(guard)
+    try:
+        yield
+    finally:
+        _guards.remove(guard)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary) and rename: readers see the old file or the whole new one."""
     temporary = path.with_name(files.temporary_name(path.name))
@@ -249,6 +266,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        for guard in _guards:
+            guard()
         temporary.replace(path)
     except Exception as error:
         # Writers in other languages raise errors of their own for a full disk.

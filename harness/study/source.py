@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ Location = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 50_000
 _MAX_DEPTH = 40
+_MAX_TEXT = 4_000_000
+"""Characters, after references are replaced."""
+_MAX_BITS = 63
+"""Of a whole number; nothing of a study is larger, and Python prints far larger ones with pain."""
 
 # YAML 1.1 reads 1e-3 as a string and 0o17 or 1_000 in ways nobody means; one float rule is added.
 _FLOAT = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
@@ -94,7 +98,9 @@ def parse_value(text: str) -> Any:
         node = loader.get_single_node()
         return None if node is None else _Builder(source, loader).build(node, (), 0)
     except yaml.YAMLError:
-        raise UserError(f"{text!r} is not a value") from None
+        raise UserError(f"{reprlib.repr(text)} is not a value") from None
+    except RecursionError:
+        raise UserError(f"--set: nested deeper than {_MAX_DEPTH} levels") from None
 
 
 class _Builder:
@@ -118,16 +124,30 @@ class _Builder:
             return self._mapping(node, location, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(n, (*location, i), depth + 1) for i, n in enumerate(node.value)]
-        return self.loader.construct_object(node)
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        """One plain value. Texts that only look like a date or a number raise all kinds of errors
+        in the library."""
+        where = f"{self.source.path}:{node.start_mark.line + 1}"
+        try:
+            value = self.loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            raise UserError(
+                f"{where}: {reprlib.repr(node.value)} cannot be read as {kind}; put text in quotes"
+            ) from None
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise UserError(f"{where}: a whole number of more than {_MAX_BITS} bits")
+        return value
 
     def _mapping(self, node: yaml.MappingNode, location: Location, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            key = self.loader.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable) or isinstance(key, tuple):
+            if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{self.source.path}:{line}: a key must be plain text")
-            name = str(key)
+            name = str(self._scalar(key_node))
             if name in result:
                 raise UserError(f"{self.source.path}:{line}: key '{name}' is given twice")
             self.source.lines[(*location, name)] = line
@@ -135,19 +155,38 @@ class _Builder:
         return result
 
 
+class _TooMuchError(UserError):
+    """Ends the reading at once: the other problems of a file are looked for, but not this one's."""
+
+
 def _interpolate(source: Source) -> dict[str, Any]:
     """Replaces ${a.b.c} by the value at that place of the file, ${env:NAME} by the environment."""
     problems: list[str] = []
-    budget = _MAX_NODES
+    budget, room = _MAX_NODES, _MAX_TEXT
+
+    def spend(text: str) -> str:
+        nonlocal room
+        room -= len(text)
+        if room < 0:
+            raise _TooMuchError(
+                f"{source.path}:1: too much text after interpolation (more than {_MAX_TEXT}"
+                " characters)"
+            )
+        return text
 
     def look_up(name: str, location: Location, trail: tuple[str, ...]) -> Any:
         if name in trail:
             raise UserError(f"{source.where(location)}: ${{{name}}} refers to itself")
+        if len(trail) >= _MAX_DEPTH:
+            raise UserError(
+                f"{source.where(location)}: ${{{name}}}: more than {_MAX_DEPTH} references, one to"
+                " the next"
+            )
         if name.startswith("env:"):
             value = os.environ.get(name[4:])
             if value is None:
                 raise UserError(f"{source.where(location)}: environment has no {name[4:]}")
-            return value
+            return spend(value)
         value: Any = source.data
         for part in name.split("."):
             if isinstance(value, list) and part.isdigit() and int(part) < len(value):
@@ -164,7 +203,7 @@ def _interpolate(source: Source) -> dict[str, Any]:
         nonlocal budget
         budget -= 1
         if budget < 0:
-            raise UserError(f"{source.path}:1: too much data after interpolation")
+            raise _TooMuchError(f"{source.path}:1: too much data after interpolation")
         if isinstance(value, dict):
             return {k: resolve(v, (*location, k), trail) for k, v in value.items()}
         if isinstance(value, list):
@@ -175,7 +214,11 @@ def _interpolate(source: Source) -> dict[str, Any]:
         try:
             if whole:
                 return look_up(whole[1].strip(), location, trail)
-            return _REFERENCE.sub(lambda m: str(look_up(m[1].strip(), location, trail)), value)
+            return spend(
+                _REFERENCE.sub(lambda m: str(look_up(m[1].strip(), location, trail)), value)
+            )
+        except _TooMuchError:
+            raise
         except UserError as error:
             problems.extend(error.problems)
             return value

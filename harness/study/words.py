@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ TEMPLATES: tuple[str, ...] = (
 """Prompts that fit most pictures (ours)."""
 
 _WORDNET_ID = re.compile(r"n\d{8}")
+# What aliases of aliases stand for grows tenfold a level when it is printed whole.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxstring, _SHOWN.maxother = 2, 3, 60, 60
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
 
 
@@ -68,7 +72,8 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
         raise ValueError("no template; give at least '{}'")
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"template {template!r}: expected {{}} once, for the name of a class")
+            shown = _SHOWN.repr(template)
+            raise ValueError(f"template {shown}: expected {{}} once, for the name of a class")
     return tuple(templates)
 
 
@@ -105,7 +110,8 @@ def read_names(file: str, bases: Sequence[Path]) -> dict[str, tuple[str, ...]]:
     for key, value in content.items():
         own = listed(value)
         if not isinstance(own, list | tuple) or not all(isinstance(n, str) for n in own):
-            raise UserError(f"{path}: {key}: expected a name or a list of names, found {value!r}")
+            shown = _SHOWN.repr(value)
+            raise UserError(f"{path}: {key}: expected a name or a list of names, found {shown}")
         names[str(key)] = tuple(own)
     return names
 
@@ -158,6 +164,8 @@ def _found(name: str, bases: Sequence[Path], what: str) -> Path:
 def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as YAML or JSON: nested too deep") from None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as YAML or JSON: {first}") from None

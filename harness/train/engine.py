@@ -12,7 +12,7 @@ import gc
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -146,6 +146,8 @@ class Engine:
     ) -> None:
         """Shard `model`, which already holds its initial weights on the CPU in float32."""
         self.rank, self.ranks = rank, ranks
+        self.on_forward: Callable[[], None] = lambda: None
+        """Called before each forward pass: a sign that an evaluation gets on."""
         self.device = connect(execution, rank, ranks)
         self.head_batch = execution.head_batch
         self.micro_batch, self.accumulation = batch_plan(recipe.batch, ranks, execution.micro_batch)
@@ -188,6 +190,7 @@ class Engine:
 
     def forward(self, *args: Any) -> Any:
         """The model's forward, through its root, as ZeRO-3 needs."""
+        self.on_forward()
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:

@@ -67,6 +67,7 @@ def run(
             objective.blueprint(), recipe, execution, rank=ctx.rank, ranks=ctx.ranks
         )
         on_exit.callback(engine.close)
+        engine.on_forward = ctx.whereabouts.move
         ctx.whereabouts.at = (0, "setup")
         on_exit.callback(_leave, ctx)
         progress = Progress()

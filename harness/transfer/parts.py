@@ -34,8 +34,10 @@ def make_parts(ctx: StageContext, parts: Sequence[Part]) -> None:
     """Makes the parts that are missing: part k by rank k % ranks.
 
     Returns when all parts are there: a rank waits for the others, whose death ends the stage from
-    outside. Raises PreemptedError where the stage is asked to stop.
+    outside, and whose standstill the watchdog notices. Raises PreemptedError where the stage is
+    asked to stop.
     """
+    ctx.whereabouts.at = (0, "compute")
     for part in parts[ctx.rank :: ctx.ranks]:
         if is_whole(part.path):
             continue
@@ -44,10 +46,12 @@ def make_parts(ctx: StageContext, parts: Sequence[Part]) -> None:
         ctx.check_lease()
         part.path.parent.mkdir(exist_ok=True)
         write_atomically(part.path, lambda path, tensors=tensors: save_file(tensors, path))
+    ctx.whereabouts.at = (0, "reduce")
     while not all(is_whole(part.path) for part in parts):
         stop_if_asked(ctx)
         ctx.check_lease()
         time.sleep(_POLL_S)
+    ctx.whereabouts.at = None  # what is left of the stage has no parts that could be looked at
 
 
 def is_whole(path: Path) -> bool:

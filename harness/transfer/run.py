@@ -26,6 +26,9 @@ PROTOCOLS = {
 }
 """Kind -> module:function in this package."""
 
+_SOLVERS = ("linear_probe", "sgd_probe", "knn", "few_shot")
+"""One call of a solver on one process: nothing tells how far it is."""
+
 
 def run(stage: StageFile, ctx: StageContext) -> StageResult:
     """Run a transfer stage to its end; leaves predictions.parquet and samples.parquet.
@@ -34,4 +37,6 @@ def run(stage: StageFile, ctx: StageContext) -> StageResult:
     """
     module, function = PROTOCOLS[stage.config.kind].split(":")
     protocol = getattr(importlib.import_module(f"harness.transfer.{module}"), function)
+    if stage.config.kind in _SOLVERS:
+        ctx.whereabouts.at = None
     return protocol(stage, ctx)

@@ -57,7 +57,11 @@ def test_a_stopped_rank_is_named_by_the_other_and_the_cause_is_hung(tmp_path: Pa
     process = start(root, file)
     try:
         deadline = time.monotonic() + 200
-        while not (found := list(root.glob("stages/wsp/*/attempts/1/rank1.json"))):
+        # Past its set-up, which may take ten minutes.
+        while (
+            not (found := list(root.glob("stages/wsp/*/attempts/1/rank1.json")))
+            or not (json.loads(found[0].read_text())["step"])
+        ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         os.kill(json.loads(found[0].read_text())["pid"], signal.SIGSTOP)

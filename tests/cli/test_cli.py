@@ -15,7 +15,7 @@ Write = Callable[..., Path]
 def test_help_of_every_verb_has_an_example(harness: Harness) -> None:
     shown = harness("--help").stdout
     verbs = re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE)
-    assert set(verbs) >= {"grid", "status", "logs", "run", "report", "data"}
+    assert set(verbs) >= {"grid", "status", "logs", "run", "report", "gc", "data"}
     for verb in verbs:
         inner = {"data": ["pack"], "weights": ["inspect"]}.get(verb, [])
         text = harness(verb, *inner, "--help").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def test_a_study_name_that_is_no_plain_name_is_refused(
 
 
 @pytest.mark.parametrize("word", ["../..", "$(touch pwned)\n%", "\x1b[2J"])
-@pytest.mark.parametrize("verb", ["status", "report", "logs", "run", "cancel", "resume", "retry"])
+@pytest.mark.parametrize(
+    "verb", ["status", "report", "logs", "run", "cancel", "resume", "retry", "gc"]
+)
 def test_a_name_nobody_has_is_a_line_and_not_a_path(
     verb: str, word: str, harness: Harness, tmp_path: Path
 ) -> None:
@@ -78,3 +81,18 @@ def test_values_of_an_axis_never_become_paths(study_file: WriteStudy, harness: H
     else:
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+def test_a_record_whose_package_is_missing_is_said_before_anything_runs(
+    study_file: WriteStudy, harness: Harness, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfound = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'pymongo' else found(name, *a)\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    env = {"HARNESS_MONGO_URL": "mongodb://127.0.0.1", "PYTHONPATH": path}
+    done = harness("grid", study_file(), "--submit", check=2, env=env)
+    assert done.stderr.startswith("HARNESS_MONGO_URL is set, but pymongo is not installed")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs" / "studies").exists()

@@ -119,6 +119,11 @@ def test_every_cell_is_done_and_leaves_its_files(finished: tuple[Path, Path]) ->
             attempt = folder / "attempts/1"
             for name in ("attempt.json", "stdout.log", "stderr.log", "env.json", "git.json"):
                 assert (attempt / name).exists(), attempt / name
+            # Of the worker, not of the command that started it; it ran the copy of the code.
+            seen = read_json(attempt / "env.json") or {}
+            assert (seen["by"], seen["env"]["HARNESS_STAGE"]) == ("worker", stage)
+            assert seen["env"]["PYTHONPATH"].startswith(f"{root}/code/")
+            assert {"torch", "deepspeed", "timm", "numpy", "python"} <= set(seen["versions"])
     # Three of four cells would share: one MAE run feeds both data sizes.
     assert len(list(root.glob("stages/mae/*"))) == 1
 
@@ -135,6 +140,20 @@ def test_rows_have_the_promised_names_and_flops_add_up(finished: tuple[Path, Pat
             assert rows[-1]["flops"] == pytest.approx(stage["flops"])
             assert "val_loss" in rows[-1]
             assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_a_finished_study_has_nothing_to_do_after_gc(copied: tuple[Path, Path]) -> None:
+    root, file = copied
+    before = numbers(root)
+    for folder in root.glob("stages/wsp/*"):
+        (folder / "checkpoints/step_30").mkdir(parents=True)
+        (folder / "checkpoints/step_30/COMPLETE").touch()
+    command = [sys.executable, "-m", "harness.cli.main", "gc", "tiny", "--yes"]
+    subprocess.run(command, env=environment(root), check=True)
+    assert not list(root.glob("stages/*/*/checkpoints"))
+    submit(root, file)
+    assert {p.name for p in root.glob("stages/*/*/attempts/*")} == {"1"}
+    assert numbers(root) == before
 
 
 def test_each_attempt_is_a_sacred_run_with_config_and_scalars(finished: tuple[Path, Path]) -> None:

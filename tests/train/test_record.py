@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,6 +36,14 @@ def test_an_attempt_that_goes_on_from_before_leaves_no_step_twice(tmp_path: Path
     assert [(e.step, e.value) for e in found] == wanted
 
 
+def test_where_an_attempt_goes_on_is_told_before_its_first_row(tmp_path: Path) -> None:
+    told: list[int | None] = []
+    own = rows(tmp_path)
+    own.on_start = lambda: told.append(own.first_step)
+    own.rewind(3)
+    assert told == [3]
+
+
 def test_events_that_cannot_be_written_are_said_once_and_the_rows_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,3 +70,54 @@ def test_a_record_that_cannot_begin_ends_no_training(
     stage = tiny.stage(WspRecipe(duration=Duration(steps=1), batch=4))
     assert record.run_recorded(tmp_path / "sacred", "a1", stage, {}, body) is result
     assert "no record by FileStorageObserver" in capsys.readouterr().err
+
+
+def recorded(folder: Path) -> None:
+    """A run with all observers, to its end."""
+    result = StageResult(metrics={"x": 1.0}, steps=1, samples=1, flops=1.0, wall_s={})
+
+    def body(log_scalar: Any) -> StageResult:
+        log_scalar("loss", 1.0, 1)
+        return result
+
+    stage = tiny.stage(WspRecipe(duration=Duration(steps=1), batch=4))
+    assert record.run_recorded(folder, "x-a1", stage, {}, body) is result
+
+
+def test_without_pymongo_there_is_no_mongo_record_and_the_stage_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HARNESS_MONGO_URL", "mongodb://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "pymongo", None)
+    recorded(tmp_path)
+    assert capsys.readouterr().err.count("no record by MongoObserver") == 1
+    assert (tmp_path / "x-a1" / "run.json").exists()
+
+
+def test_a_database_that_cannot_be_reached_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Client(dict[str, Any]):
+        """As pymongo's: made without a word, and every request an error."""
+
+        def __init__(self, url: str, **_: Any) -> None:
+            self.url = url
+
+        def __getitem__(self, name: str) -> Any:
+            return {"runs": Refusing(), "metrics": Refusing()}
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            raise ConnectionError("[Errno 111] Connection refused")
+
+    pymongo, gridfs = ModuleType("pymongo"), ModuleType("gridfs")
+    pymongo.MongoClient = Client  # type: ignore[attr-defined]
+    gridfs.GridFS = lambda database: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pymongo", pymongo)
+    monkeypatch.setitem(sys.modules, "gridfs", gridfs)
+    monkeypatch.setenv("HARNESS_MONGO_URL", "mongodb://127.0.0.1:1")
+    recorded(tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("no record by MongoObserver") == 1
+    assert "Traceback" not in said
+    assert (tmp_path / "x-a1" / "run.json").exists()

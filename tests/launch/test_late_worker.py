@@ -1,0 +1,89 @@
+"""A worker that begins after another attempt has finished its stage, or been given it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import worker
+from harness.errors import EXIT_OK
+from harness.launch import ends
+from harness.ledger import attempts, store
+from harness.ledger.files import read_json, write_json
+from harness.ledger.tree import StageFolder, Tree
+from harness.study.cells import build_grid
+from harness.study.schema import load_study
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """The worker sets handlers of its process."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, study_file: Callable[..., Path]) -> StageFolder:
+    """A stage that attempt 2 has finished, before the worker of attempt 1 began."""
+    grid = build_grid(load_study(study_file()))
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(Tree(tmp_path / "runs"), stage)
+    for _ in range(2):
+        attempts.begin(folder, folder.new_attempt(), {})
+    write_json(folder.result, {"schema": 1, "uid": "x", "upstream_uids": {}, "attempts": 2})
+    write_json(folder.status, {"schema": 1, "state": "done", "attempt": 2})
+    return folder
+
+
+def run(folder: StageFolder, attempt: int) -> int:
+    root = folder.path.parents[2]
+    return worker.run_stage(root, folder.path.parent.name, folder.path.name, attempt)
+
+
+def test_a_stage_that_a_later_attempt_finished_stays_done(folder: StageFolder) -> None:
+    code = run(folder, 1)
+    assert code == worker.EXIT_BUSY
+    # As the driver and the end of a job do.
+    ends.settle(folder, 1, code, asked_to_stop=False)
+    attempts.end_busy(folder, 1)
+    assert read_json(folder.status) == {"schema": 1, "state": "done", "attempt": 2}
+    assert not folder.lease.exists()
+
+
+def test_a_stage_that_this_attempt_finished_is_done(folder: StageFolder) -> None:
+    assert run(folder, 2) == EXIT_OK
+
+
+def test_a_stage_that_was_given_to_a_later_attempt_is_left_to_it(folder: StageFolder) -> None:
+    folder.result.unlink()
+    claimed = {"schema": 1, "state": "submitted", "attempt": 2}
+    write_json(folder.status, claimed)
+    assert run(folder, 1) == worker.EXIT_BUSY
+    assert read_json(folder.status) == claimed
+
+
+def test_the_first_rank_of_another_host_tells_its_environment(
+    folder: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(worker, "_call", lambda *_: None)
+    assert run(folder, 2) == EXIT_OK
+    found = read_json(folder.attempt(2) / "env.rank8.json") or {}
+    assert (found["by"], found["env"]["CUDA_VISIBLE_DEVICES"]) == ("worker", "3,5")
+
+
+def test_the_other_ranks_of_a_late_attempt_wait_for_nobody(
+    folder: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run(folder, 1) == worker.EXIT_BUSY

@@ -1,0 +1,143 @@
+"""Of commands that saw one state one changes it; an attempt that is over keeps what it knew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from harness.launch import ends
+from harness.launch.driver import Mode, reset
+from harness.ledger import attempts, store
+from harness.ledger.claim import claim, start_over, unclaim
+from harness.ledger.files import read_json, read_jsonl, write_json
+from harness.ledger.states import read_states
+from harness.ledger.tree import StageFolder, Tree
+from harness.study.cells import Grid, build_grid
+from harness.study.schema import Retry, load_study
+from harness.study.stages import StageFile
+
+
+@pytest.fixture
+def grid(study_file: Callable[..., Path]) -> Grid:
+    return build_grid(load_study(study_file()))
+
+
+def first(grid: Grid) -> StageFile:
+    return next(s for s in grid.stages.values() if s.kind == "mae")
+
+
+def failed(tree: Tree, grid: Grid) -> StageFolder:
+    folder = store.write_stage(tree, first(grid))
+    number = folder.new_attempt()
+    attempts.begin(folder, number, {})
+    ends.settle(folder, number, 1, asked_to_stop=False)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["retry", "force"])
+def test_a_command_that_looked_earlier_does_not_undo_a_claim(
+    tmp_path: Path, grid: Grid, mode: Mode
+) -> None:
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = failed(tree, grid)
+    seen_by_b = read_states(tree, grid.stages)
+    reset(tree, grid.stages, seen_by_b, mode, Retry())
+    seen_by_a = read_states(tree, grid.stages)[stage.id]
+    assert claim(tree, stage, seen_by_a, {"cluster": "local"}) == 2
+    write_json(folder.path / "memory.json", {"of": "attempt 2"})
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    reset(tree, grid.stages, seen_by_b, mode, Retry())
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+    assert not start_over(folder, seen_by_b[stage.id], "from-scratch", from_scratch=True)
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("mode", ["retry", "force"])
+def test_of_many_commands_at_a_time_one_gets_the_stage(
+    tmp_path: Path, grid: Grid, mode: Mode
+) -> None:
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = failed(tree, grid)
+    seen = {stage.id: read_states(tree, grid.stages)[stage.id]}
+
+    def command(_: int) -> int | None:
+        reset(tree, grid.stages, seen, mode, Retry())
+        return claim(tree, stage, read_states(tree, grid.stages)[stage.id], {"cluster": "local"})
+
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(command, range(8)))
+    # Those that look after the first claim see a stage that is submitted, which the driver leaves
+    # alone; `claim` itself would count on, so what matters is that no claim was written over.
+    numbers = sorted(n for n in got if n is not None)
+    assert numbers == list(range(2, 2 + len(numbers)))
+    assert (read_json(folder.status) or {})["attempt"] == numbers[-1]
+    assert len([e for e in read_jsonl(folder.events) if e["event"] == mode]) == 1
+
+
+def test_an_end_that_comes_late_leaves_the_status_of_a_later_attempt(
+    tmp_path: Path, grid: Grid
+) -> None:
+    tree = Tree(tmp_path)
+    folder = failed(tree, grid)
+    attempts.begin(folder, folder.new_attempt(), {})
+    later = {"schema": 1, "state": "done", "attempt": 2}
+    write_json(folder.status, later)
+    write_json(folder.attempt(1) / "attempt.json", {"schema": 1, "attempt": 1, "end": None})
+    for code in (0, 1, -9):
+        assert ends.settle(folder, 1, code, asked_to_stop=False) == later
+        assert not ends.conclude(folder, 1, later, Retry(code=9), "by ann").again
+    assert read_json(folder.status) == later
+    assert (read_json(folder.attempt(1) / "attempt.json") or {})["end"] == "code"
+
+
+def running(folder: StageFolder, number: int) -> None:
+    """As a worker leaves it that is killed at step 7."""
+    row = {"schema": 1, "attempt": number, "first_step": 3, "end": None}
+    write_json(folder.attempt(number) / "attempt.json", row)
+    about = {"step": 7, "samples": 70, "started": 100.0, "updated": 107.5}
+    write_json(folder.status, {"schema": 1, "state": "running", "attempt": number, **about})
+    mark = folder.checkpoints / "step_6" / "COMPLETE"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+@pytest.mark.parametrize("gone", [None, "host a is gone"])
+def test_the_record_of_a_killed_attempt_has_its_steps(
+    tmp_path: Path, grid: Grid, gone: str | None
+) -> None:
+    folder = failed(Tree(tmp_path), grid)
+    running(folder, folder.new_attempt())
+    ends.settle(folder, 2, -9, asked_to_stop=False, gone=gone)
+    record = read_json(folder.attempt(2) / "attempt.json") or {}
+    found = {k: record.get(k) for k in ("end", "first_step", "last_step", "last_samples")}
+    end = "node_fail" if gone else "killed"
+    assert found == {"end": end, "first_step": 3, "last_step": 7, "last_samples": 70}
+    assert record["last_checkpoint"] == 6
+    assert record["ended"] > 107.5
+
+
+def test_the_record_of_an_attempt_that_was_lost_has_its_steps(tmp_path: Path, grid: Grid) -> None:
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = failed(tree, grid)
+    running(folder, folder.new_attempt())
+    state = read_states(tree, grid.stages)[stage.id]
+    assert state.state == "lost"
+    assert claim(tree, stage, state, {"cluster": "local"}) == 3
+    record = read_json(folder.attempt(2) / "attempt.json") or {}
+    names = ("end", "first_step", "last_step", "last_samples", "last_checkpoint", "ended")
+    assert [record.get(k) for k in names] == ["lost", 3, 7, 70, 6, 107.5]
+    before = folder.status.read_bytes()
+    unclaim(folder, 2, "no job")  # of an attempt before: it is another's by now
+    assert folder.status.read_bytes() == before
+    unclaim(folder, 3, "no job")  # it never began: there is nothing to say of it
+    assert (read_json(folder.attempt(3) / "attempt.json") or {}).get("last_step") is None
+
+
+def test_an_end_in_the_words_of_a_user_is_recorded_as_cancelled(tmp_path: Path, grid: Grid) -> None:
+    folder = failed(Tree(tmp_path), grid)
+    status = attempts.close(folder, 1, "cancelled", "by ann", "by ann", end="cancelled")
+    assert (status["state"], status["reason"]) == ("cancelled", "by ann")
+    assert [a.end for a in attempts.read_attempts(folder)] == ["cancelled"]
