@@ -47,6 +47,9 @@ def grid(
     device: Annotated[
         Device | None, typer.Option(help="Estimate times for this device, not for this machine.")
     ] = None,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop everything once a stage has failed for good.")
+    ] = False,
     cluster: shared.Cluster = None,
     root: shared.Root = None,
 ) -> int:
@@ -66,7 +69,9 @@ def grid(
     shared.check_images(grid)
     shared.check_drift(tree, grid)
     ablations = shared.known_ablations(tree, grid.loaded.study.name)
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
+    return shared.submit(
+        tree, full, ablations, grid, machine, plan, mode, cluster, fail_fast=fail_fast
+    )
 
 
 def _planned(

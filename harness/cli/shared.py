@@ -40,6 +40,8 @@ def known_ablations(tree: Tree, study: str) -> list[Ablation]:
     return store.read_ablations(tree, study)
 
 
+_COMMAND_S = 600.0
+
 Cluster = Annotated[
     str | None,
     typer.Option(
@@ -75,11 +77,6 @@ def plan(
     found = {k: v.state for k, v in queue.read_states(tree, grid.stages).items()}
     speeds = states.measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))
-
-
-def slots() -> int:
-    """Stages this machine runs at a time, if each needs one core or GPU."""
-    return len(detect().slots)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -128,19 +125,27 @@ def submit(
     plan: Plan,
     mode: Mode,
     cluster: str | None = None,
+    *,
+    fail_fast: bool = False,
 ) -> int:
     """Runs what is missing of `grid`, a part of the study `full`; returns the exit code.
 
     On a Slurm cluster it only submits: the study then finishes by itself.
     """
     name, profile = settings.find_profile(cluster)
+    if fail_fast and isinstance(profile, settings.Slurm):
+        raise UserError(
+            f"--fail-fast: on cluster '{name}' jobs outlive this command, and nobody would stop"
+            " the others; leave it out, or choose another --cluster"
+        )
     if mode != "read-only":
         store.register(tree, full, ablations)
     if isinstance(profile, settings.Slurm) and mode != "read-only":
         return _to_slurm(tree, grid, name, profile, mode)
     ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
     with show.Live(plan, machine) as live:
-        summary = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh).run(mode)
+        driver = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh, fail_fast=fail_fast)
+        summary = driver.run(mode)
     show.summary(summary, grid, tree, mode)
     if summary.interrupted:
         return 130
@@ -153,9 +158,12 @@ def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: 
     from harness.launch import slurm  # submitit is slow to import, and only needed here
 
     study = grid.loaded.study
-    reset(tree, grid.stages, queue.read_states(tree, grid.stages), mode, study.retry)
+    # The plan has asked the queue; what it said is good for all of this command.
+    found = queue.read_states(tree, grid.stages, max_age_s=_COMMAND_S)
+    reset(tree, grid.stages, found, mode, study.retry)
     done = slurm.submit(tree, study.name, grid.stages, profile, study.retry)
-    found = queue.read_states(tree, grid.stages)
+    found = queue.read_states(tree, grid.stages, max_age_s=_COMMAND_S)
     show.submitted(done, grid, name, found)
     bad = [s for s in found.values() if s.state in states.FAILED]
-    return EXIT_FAILED if bad else EXIT_OK
+    is_short = done.left and done.caretaker is None
+    return EXIT_FAILED if bad or is_short else EXIT_OK

@@ -49,6 +49,8 @@ class Start:
     """The ssh command up to the host's name."""
     worker: str
     """The module that runs a stage."""
+    fds: tuple[int, ...] = ()
+    """Files that a zygote of this host is to hold open."""
 
 
 def zygote_environ(device: Device) -> dict[str, str]:
@@ -135,6 +137,7 @@ class Link:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=env,
+                pass_fds=() if self.host.remote else self.start.fds,
                 # Its own group: a Ctrl-C at the terminal is ours to pass on, in good order.
                 start_new_session=True,
             )
