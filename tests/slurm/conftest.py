@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,15 @@ class Site:
         lines = [s for s in PROFILE.splitlines() if s.split(":")[0].strip() not in changes]
         lines += [f"    {k}: {v}" for k, v in changes.items()]
         (self.folder / "settings.yaml").write_text("\n".join(lines) + "\n")
+
+    def without_training(self) -> None:
+        """From now on stages sleep instead of training: see `light_worker`."""
+        here, copy = Path(__file__).resolve().parents[2], self.folder / "checkout"
+        for name in ("harness", "analysis", "ds_configs", "grids"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(here / name, copy / name, ignore=ignored)
+        shutil.copy(here / "tests/slurm/light_worker.py", copy / "harness/worker.py")
+        self.extra["PYTHONPATH"] = str(copy)
 
     def numbers(self) -> dict[str, list[dict[str, Any]]]:
         """Everything the study measured, wall times aside."""

@@ -16,6 +16,12 @@ from tests.slurm.conftest import Site
 pytestmark = pytest.mark.slurm
 
 
+@pytest.fixture(autouse=True)
+def light(site: Site) -> None:
+    """What is looked at happens around the worker: it need not train."""
+    site.without_training()
+
+
 def node_of(site: Site, job: str) -> str:
     return site.cluster.command("squeue", "--job", job, "--noheader", "--format", "%N").strip()
 
