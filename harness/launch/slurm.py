@@ -348,6 +348,12 @@ def _site(profile: Slurm) -> dict[str, Any]:
     }
 
 
+def _code_lines(code: Path) -> list[str]:
+    """The copy of the code comes first, also where the job starts in somebody's checkout."""
+    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return [path, "export PYTHONSAFEPATH=1"]
+
+
 def _lines(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[str], list[str]]:
     """Shell lines before and after srun."""
     python = shlex.quote(sys.executable)
@@ -357,7 +363,7 @@ def _lines(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[st
         # The shell outlives the signals that stop its steps: it has to say how they ended.
         "trap : TERM USR2",
         f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *_code_lines(code),
         # Since 22.05 srun no longer takes this from sbatch.
         'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
         f"export DS_ACCELERATOR={profile.device}",
@@ -417,7 +423,7 @@ def _caretaker(
     }
     setup = [
         f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *_code_lines(code),
         *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
         *profile.setup,
         f"{python} -m harness.launch.caretaker {shlex.quote(str(folder))}",

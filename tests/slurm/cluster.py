@@ -193,11 +193,25 @@ def _descendants_on(node: str) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             environ = (path / "environ").read_bytes().split(b"\0")
-            words = (path / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        is_step = b"slurmstepd" in words[0] and f"-N{node}".encode() in b" ".join(words)
-        if f"SLURMD_NODENAME={node}".encode() in environ or is_step:
-            found.append((b"slurmstepd" not in b" ".join(words), int(path.name)))
-    # Steps first: one that sees its processes die would tell the controller so.
-    return [pid for _, pid in sorted(found)]
+        if f"SLURMD_NODENAME={node}".encode() in environ:
+            found.append(int(path.name))
+    # Steps first, whose environment says nothing: one that sees its processes die would tell the
+    # controller so, and the node would not be lost but its job have ended.
+    steps = {p for p in map(_parent, found) if _command(p).startswith(b"slurmstepd")}
+    return [*sorted(steps), *(p for p in found if p not in steps)]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -67,6 +67,8 @@ class Site:
     cluster: Cluster
     folder: Path
     extra: dict[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
+    """Where commands are given; the folder by default."""
 
     @property
     def root(self) -> Path:
@@ -166,7 +168,11 @@ class Site:
             **self.extra,
         }
         command = [sys.executable, "-m", "harness.cli.main", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        # Away from the checkout around these tests, whose code would come before PYTHONPATH's.
+        where = self.cwd or self.folder
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, check=False, cwd=where
+        )
         if check is not None:
             assert done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -1,4 +1,4 @@
-"""Stands where `harness.worker` does in tests of what happens around it: sleeps instead of training.
+"""Stands where `harness.worker` does where only what is around it matters: sleeps, does not train.
 
 A step takes 0.05 s, and every one leaves a checkpoint. It imports no torch, so a job takes seconds.
 """

@@ -156,11 +156,13 @@ def test_queued_jobs_run_the_code_they_were_submitted_with(site: Site, tmp_path:
     for name in ("harness", "analysis", "ds_configs", "grids"):
         shutil.copytree(here / name, copy / name)
     site.extra["PYTHONPATH"] = str(copy)
+    site.cwd = copy  # as most people submit: Python looks there first
     site.profile(sbatch="{hold: true}")
     site.submit(site.study())
     (copy / "harness/worker.py").write_text("raise RuntimeError('edited since')\n")
     (copy / "harness/launch/job.py").write_text("raise RuntimeError('edited since')\n")
     del site.extra["PYTHONPATH"]
+    site.cwd = None
     jobs = {j.partition("_")[0] for j in site.cluster.queue()}
     site.cluster.command("scontrol", "release", *sorted(jobs), check=True)
     site.wait_done()
