@@ -316,6 +316,7 @@ def submitted(done: Submitted, grid: Grid, cluster: str, found: Mapping[str, Sta
         then = "the caretaker submits them when these are over"
         if done.caretaker is None:
             then = "submit again when these are over"
-        out.print(f"  {done.left} stages were not taken ({plain(done.refused or '')}); {then}")
+        out.print(f"  {done.left} stages were not taken; {then}")
+        out.print(f"    {plain(done.refused or '')}")
     if done.jobs:
         out.print(f"  the study finishes by itself; follow it with: harness status {name} --watch")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from harness.cli import steer
 from harness.errors import UserError
 from harness.launch import nodes, queue, slurm
 from harness.launch.settings import Slurm
@@ -18,6 +19,7 @@ from harness.ledger.files import read_json, write_json
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import Retry, load_study
+from tests.conftest import SMALL
 from tests.launch.fake_slurm import FakeSlurm
 
 PROFILE = Slurm(device="cpu")
@@ -62,6 +64,19 @@ def test_a_command_asks_once_and_a_watcher_once_a_look(
     assert site.calls("squeue") == before + 1
     queue.read_states(tree, grid.stages, max_age_s=0.0)
     assert site.calls("squeue") == before + 2
+
+
+def test_a_selection_in_several_studies_asks_once(
+    site: FakeSlurm, tree: Tree, study_file: Callable[..., Path]
+) -> None:
+    for name in ("one", "two"):
+        text = SMALL.replace("name: small", f"name: {name}")
+        grid = build_grid(load_study(study_file(text, f"{name}.yaml")))
+        store.register(tree, grid, [])
+        submit(tree, grid)
+    before = site.calls("squeue")
+    assert len(steer._choices(tree, None, ["init=mae"])) == 2
+    assert site.calls("squeue") <= before + 1
 
 
 def test_jobs_submitted_since_the_queue_was_asked_are_not_taken_for_lost(
