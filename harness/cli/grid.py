@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,7 +54,7 @@ def grid(
     tree = shared.tree(root)
     if device and submit:
         raise UserError("--device is for estimates; where stages run is the machine's own matter")
-    with _no_collection():
+    with shared.no_collection():
         full, grid, machine, plan = _planned(tree, file, selection, device, cluster)
         if not submit:
             if as_json:
@@ -85,16 +82,6 @@ def _planned(
     own = [c for c in full.cells if c.tag != TUNE]
     grid = only(full, select(own, selection))
     return full, grid, *shared.plan(tree, grid, device, cluster)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: all of a plan's many objects stay."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 grid.__doc__ = f"{grid.__doc__}\n\n{_EXAMPLE}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,6 +80,16 @@ def plan(
     found = {k: v.state for k, v in queue.read_states(tree, grid.stages).items()}
     speeds = states.measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection: all of a plan's many objects stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def print_json(value: dict[str, Any]) -> None:
