@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import logs, shared, status, tune
+from harness.cli import logs, shared, status, steer, tune
 from harness.errors import UserError
 from harness.ledger import attempts, store
 from harness.ledger.tree import StageFolder, Tree
@@ -112,3 +112,19 @@ def test_a_search_and_a_stop_at_the_first_failure_need_a_command_that_stays(
     machine, plan = shared.plan(tree, grid, cluster="local")
     with pytest.raises(UserError, match="--fail-fast: on cluster 'lab'"):
         shared.submit(tree, grid, [], grid, machine, plan, "cached", "lab", fail_fast=True)
+
+
+def test_more_than_ten_stages_are_only_named_without_yes(
+    tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cancel(*, yes: bool, dry: bool = False) -> int:
+        about = {"shared_too": False, "study": None, "as_json": False, "root": tree.root}
+        return steer.cancel(["size=d16x2"], yes=yes, dry=dry, **about)
+
+    assert cancel(yes=False) == 2
+    said = capsys.readouterr().out
+    assert said.count("would cancel") > 10 and "add --yes" in said
+    assert cancel(yes=True, dry=True) == 0
+    assert not list(tree.root.glob("stages/*/*/stop.json"))
+    assert cancel(yes=True) == 0
+    assert len(list(tree.root.glob("stages/*/*/stop.json"))) > 10
