@@ -33,10 +33,15 @@ test-long: install
 test-system: install
 	$(BIN)/python -m pytest -m "(browser or system or slurm) and not gpu" -rs --durations=5
 
-# Kills studies at 200 random moments; about an hour and a half on two cores.
+# Everything that may go wrong, in full; about three hours on two cores: 200 kills at random moments and
+# inside of writes; 20 commands at once; 2, 1 and 3 ranks in turn; bad disks and clocks, stopped
+# workers, hung ranks, a real Slurm; ten thousand cells; hostile input.
 chaos: install
 	$(BIN)/python -m tests.chaos.kills --kills 200
 	$(BIN)/python -m tests.chaos.together --commands 20
+	$(BIN)/python -m pytest -rs tests/chaos tests/slurm tests/launch tests/cli/test_hostile.py \
+		tests/train/test_ranks.py -m "not gpu"
+	$(BIN)/python benchmarks/large_study.py --check
 
 check: install
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """What a study of ten thousand cells costs: plans, status, and a driver that waits.
 
-    python benchmarks/large_study.py [--out FILE.json]
+    python benchmarks/large_study.py --out benchmarks/results/large_study.json
+    python benchmarks/large_study.py --check       # exit code 1 where a limit is missed
 
 Whole commands are timed, start of Python included, best of a few: with an empty run tree, and with
 one in which half of the stages are done, written by the functions that the worker uses. Then the
-study is submitted on one core, and the driver's own CPU time is taken while its stage runs.
+study is submitted on one core, and the driver's own CPU time is taken while its stage runs. Last,
+a thousand stages stand in the queue of a Slurm of scripts that counts how often it is asked. Limits
+are of CPU time: that of a command on an idle machine.
 """
 
 from __future__ import annotations
@@ -44,6 +47,12 @@ stages:
     probe: {protocol: linear_probe}
     few: {protocol: few_shot}
 """
+
+
+LIMITS_S = {"grid": 2.0, "status": 1.0}
+"""CPU seconds of a plan and of `status`."""
+DRIVER_SHARE = 0.02
+IN_QUEUE = 1000
 
 
 def command(root: Path, *arguments: str) -> list[str]:
@@ -126,6 +135,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--watch-s", type=float, default=60.0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", action="store_true", help="Compare with the limits.")
     given = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +157,7 @@ def main() -> None:
         share = driver_share(root, file, settle_s=20.0, watch_s=given.watch_s)
         results["driver, waiting"] = {"cpu_share": share}
         print(f"driver, waiting             {share:8.2%} of a core")
+        in_queue(tree, grid, Path(folder), results, given.repeats)
     found = {
         "cells": len(grid.cells),
         "stages": len(grid.stages),
@@ -157,6 +168,46 @@ def main() -> None:
     }
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
+    late = missed(results)
+    print("\n".join(late) or "all limits are kept")
+    if given.check and late:
+        sys.exit(1)
+
+
+def missed(results: dict[str, Any]) -> list[str]:
+    """Limits that were not kept, a line each."""
+    found = []
+    for key, row in results.items():
+        verb = key.partition(": ")[2].partition(" ")[0]
+        if verb in LIMITS_S and "no index" not in key and row["cpu_s"] > LIMITS_S[verb]:
+            found.append(f"{key}: {row['cpu_s']:.2f} s of CPU time, limit {LIMITS_S[verb]} s")
+        if row.get("squeue", 1.0) > 1:
+            found.append(f"{key}: asked squeue {row['squeue']:g} times, limit 1")
+        if row.get("cpu_share", 0.0) > DRIVER_SHARE:
+            found.append(f"{key}: {row['cpu_share']:.2%} of a core, limit {DRIVER_SHARE:.0%}")
+    return found
+
+
+def in_queue(tree: Tree, grid: Grid, folder: Path, results: dict[str, Any], repeats: int) -> None:
+    """`status` and `cancel --dry-run` with jobs in the queue of a Slurm that counts questions."""
+    bin_, calls, queue = folder / "bin", folder / "calls", folder / "queue"
+    bin_.mkdir()
+    for name, says in (("squeue", f"echo >>{calls}; cat {queue}"), ("scontrol", "exit 1")):
+        (bin_ / name).write_text(f"#!/bin/sh\n{says}\n")
+        (bin_ / name).chmod(0o755)
+    idle = [s for s in grid.stages.values() if not tree.stage(s.kind, s.id).path.exists()]
+    for number, stage in enumerate(idle[:IN_QUEUE]):
+        about = {"schema": 1, "state": "submitted", "attempt": 1, "job": str(number)}
+        write_json(store.write_stage(tree, stage).status, about)
+    lines = ["\x1f".join((str(n), "PENDING", "token.0", "None")) for n in range(IN_QUEUE)]
+    queue.write_text("\n".join(lines) + "\n")
+    os.environ["PATH"] = f"{bin_}:{os.environ['PATH']}"
+    for verb in (["status", "large"], ["cancel", "init=mae", "--dry-run"]):
+        key = f"in the queue: {' '.join(verb)}"
+        calls.write_text("")
+        results[key] = cost(tree.root, *verb, repeats=repeats)
+        results[key]["squeue"] = len(calls.read_text().splitlines()) / repeats
+        print(f"{key:<28}{results[key]['wall_s']:8.2f} s, {results[key]['squeue']:g} x squeue")
 
 
 def _without_index(results: dict[str, Any], root: Path, repeats: int) -> None:

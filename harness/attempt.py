@@ -66,7 +66,8 @@ class Status:
         self.folder, self.guard = folder, guard
         claimed = read_json(folder.status) or {}
         # The queue is asked by what the claim noted of this attempt.
-        kept = ("cluster", "job", "token") if claimed.get("attempt") == attempt else ()
+        is_this = claimed.get("attempt") == attempt
+        kept = ("cluster", "user", "site", "job", "token") if is_this else ()
         self.base: dict[str, Any] = {
             **{k: claimed[k] for k in kept if k in claimed},
             "schema": 1,

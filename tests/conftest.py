@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def gpu_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Slots that tests make up are not the machine's, and not those of other test runs."""
+    os.environ["HARNESS_GPU_LOCKS"] = str(tmp_path_factory.mktemp("gpu-locks"))
+
+
 @pytest.fixture
 def study_file(tmp_path: Path) -> Callable[[str], Path]:
     """Writes a study file and returns its path."""

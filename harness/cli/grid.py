@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +44,9 @@ def grid(
     device: Annotated[
         Device | None, typer.Option(help="Estimate times for this device, not for this machine.")
     ] = None,
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="Stop everything once a stage has failed for good.")
+    ] = False,
     cluster: shared.Cluster = None,
     root: shared.Root = None,
 ) -> int:
@@ -54,7 +54,7 @@ def grid(
     tree = shared.tree(root)
     if device and submit:
         raise UserError("--device is for estimates; where stages run is the machine's own matter")
-    with _no_collection():
+    with shared.no_collection():
         full, grid, machine, plan = _planned(tree, file, selection, device, cluster)
         if not submit:
             if as_json:
@@ -66,7 +66,9 @@ def grid(
     shared.check_images(grid)
     shared.check_drift(tree, grid)
     ablations = shared.known_ablations(tree, grid.loaded.study.name)
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
+    return shared.submit(
+        tree, full, ablations, grid, machine, plan, mode, cluster, fail_fast=fail_fast
+    )
 
 
 def _planned(
@@ -80,16 +82,6 @@ def _planned(
     own = [c for c in full.cells if c.tag != TUNE]
     grid = only(full, select(own, selection))
     return full, grid, *shared.plan(tree, grid, device, cluster)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: all of a plan's many objects stay."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 grid.__doc__ = f"{grid.__doc__}\n\n{_EXAMPLE}"

@@ -9,11 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli import shared
+from harness.cli import shared, show
 from harness.cli.run import find_in_studies
 from harness.errors import NotFoundError
+from harness.launch import queue
+from harness.ledger import states
 from harness.ledger.files import read_json
 from harness.ledger.tree import StageFolder
+
+_QUIET_S = 20.0
+"""`--follow` ends when nobody has run anything of the cell for so long."""
 
 
 def logs(
@@ -37,43 +42,70 @@ def logs(
     if stage is not None and stage not in roles:
         have = ", ".join(roles)
         raise NotFoundError(f"cell {row['name']} has no stage '{stage}'; it has: {have}")
+    graph = states.graph_of_rows([row])
     chosen = {r: s for r, s in roles.items() if stage in (None, r)}
     folders = {r: tree.stage(row["kinds"][s], s) for r, s in chosen.items()}
-    offsets: dict[Path, int] = {}
-    found = False
+    printer = _Printer()
+    quiet_since: float | None = None
     while True:
+        # States first: what was printed before an end is then in the files.
+        now = queue.read_graph(tree, graph, max_age_s=10.0) if follow else {}
         for role, folder in folders.items():
-            found |= _print_new(role, folder, offsets)
-        if not follow:
+            printer.print_new(role, folder)
+        if not follow or all(now[s].is_over for s in chosen.values()):
             break
-        if all(_is_over(f) for f in folders.values()):
+        is_active = any(state.state in states.ACTIVE for state in now.values())
+        quiet_since = None if is_active else quiet_since or time.monotonic()
+        if quiet_since is not None and time.monotonic() - quiet_since > _QUIET_S:
+            left = [f"{r} is {now[s].state}" for r, s in chosen.items() if not now[s].is_over]
+            print(f"nobody runs this cell now: {', '.join(left)}", file=sys.stderr)
             break
         time.sleep(0.5)
-    if not found:
+    if not printer.offsets:
         print(f"no attempt of {row['name']} has a log yet", file=sys.stderr)
     return 0
 
 
-def _print_new(role: str, folder: StageFolder, offsets: dict[Path, int]) -> bool:
-    numbers = folder.attempt_numbers()
-    if not numbers:
-        return False
-    attempt = folder.attempt(numbers[-1])
-    if attempt not in offsets:
-        offsets[attempt] = 0
-        about: dict[str, Any] = read_json(attempt / "attempt.json") or {}
+class _Printer:
+    """What was not printed yet: of the last attempt, and of those that follow it."""
+
+    def __init__(self) -> None:
+        self.offsets: dict[Path, int] = {}
+        self._from: dict[str, int] = {}
+
+    def print_new(self, role: str, folder: StageFolder) -> None:
+        """Prints what has come since the last call."""
+        numbers = folder.attempt_numbers()
+        if not numbers:
+            return
+        first = self._from.setdefault(role, numbers[-1])
+        for number in (n for n in numbers if n >= first):
+            attempt = folder.attempt(number)
+            if attempt not in self.offsets:
+                self._head(role, folder, number)
+            for path in sorted(attempt.glob("std*.log")):
+                with open(path, "rb") as file:
+                    file.seek(self.offsets.get(path, 0))
+                    text = file.read()
+                    self.offsets[path] = file.tell()
+                sys.stdout.write(text.decode("utf-8", "replace"))
+        self._from[role] = numbers[-1] - 1  # its last lines may come after the next has begun
+        sys.stdout.flush()
+
+    def _head(self, role: str, folder: StageFolder, number: int) -> None:
+        self.offsets[folder.attempt(number)] = 0
+        about: dict[str, Any] = read_json(folder.attempt(number) / "attempt.json") or {}
         end = about.get("message") or about.get("end") or "running"
-        print(f"== {role}: {folder.path.name}, attempt {numbers[-1]}: {end}")
-    for path in sorted(attempt.glob("std*.log")):
-        with open(path, "rb") as file:
-            file.seek(offsets.get(path, 0))
-            text = file.read()
-            offsets[path] = file.tell()
-        sys.stdout.write(text.decode("utf-8", "replace"))
-    sys.stdout.flush()
-    return True
+        print(f"== {role}: {folder.path.name}, attempt {number}: {show.printable(str(end))}")
+        for path in _job_logs(folder, about):
+            print(f"   job {about['job']}: {path}")
 
 
-def _is_over(folder: StageFolder) -> bool:
-    state = (read_json(folder.status) or {}).get("state")
-    return folder.result.exists() or state in ("failed", "diverged", "cancelled")
+def _job_logs(folder: StageFolder, about: dict[str, Any]) -> list[Path]:
+    """What the batch script of an attempt's Slurm job printed: before and after the ranks."""
+    job, token = about.get("job"), about.get("token")
+    token = token or (read_json(folder.status) or {}).get("token")
+    if not job or not token:
+        return []
+    root = folder.path.parents[2]
+    return sorted((root / "slurm" / str(token) / "jobs").glob(f"{job}_*log.*"))

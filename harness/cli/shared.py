@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +43,8 @@ def known_ablations(tree: Tree, study: str) -> list[Ablation]:
     """Ablations of the study so far: they stay cells of it when the file is submitted again."""
     return store.read_ablations(tree, study)
 
+
+_COMMAND_S = 600.0
 
 Cluster = Annotated[
     str | None,
@@ -78,9 +83,14 @@ def plan(
     return machine, make_plan(grid, found, speeds, len(machine.slots))
 
 
-def slots() -> int:
-    """Stages this machine runs at a time, if each needs one core or GPU."""
-    return len(detect().slots)
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection: all of a plan's many objects stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -141,12 +151,19 @@ def submit(
     plan: Plan,
     mode: Mode,
     cluster: str | None = None,
+    *,
+    fail_fast: bool = False,
 ) -> int:
     """Runs what is missing of `grid`, a part of the study `full`; returns the exit code.
 
     On a Slurm cluster it only submits: the study then finishes by itself.
     """
     name, profile = settings.find_profile(cluster)
+    if fail_fast and isinstance(profile, settings.Slurm):
+        raise UserError(
+            f"--fail-fast: on cluster '{name}' jobs outlive this command, and nobody would stop"
+            " the others; leave it out, or choose another --cluster"
+        )
     if mode != "read-only":
         check_records()
         store.register(tree, full, ablations)
@@ -154,7 +171,8 @@ def submit(
         return _to_slurm(tree, grid, name, profile, mode)
     ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
     with show.Live(plan, machine) as live:
-        summary = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh).run(mode)
+        driver = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh, fail_fast=fail_fast)
+        summary = driver.run(mode)
     show.summary(summary, grid, tree, mode)
     if summary.interrupted:
         return 130
@@ -167,9 +185,12 @@ def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: 
     from harness.launch import slurm  # submitit is slow to import, and only needed here
 
     study = grid.loaded.study
-    reset(tree, grid.stages, queue.read_states(tree, grid.stages), mode, study.retry)
+    # The plan has asked the queue; what it said is good for all of this command.
+    found = queue.read_states(tree, grid.stages, max_age_s=_COMMAND_S)
+    reset(tree, grid.stages, found, mode, study.retry)
     done = slurm.submit(tree, study.name, grid.stages, profile, study.retry)
-    found = queue.read_states(tree, grid.stages)
+    found = queue.read_states(tree, grid.stages, max_age_s=_COMMAND_S)
     show.submitted(done, grid, name, found)
     bad = [s for s in found.values() if s.state in states.FAILED]
-    return EXIT_FAILED if bad else EXIT_OK
+    is_short = done.left and done.caretaker is None
+    return EXIT_FAILED if bad or is_short else EXIT_OK

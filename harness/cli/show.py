@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
@@ -48,6 +49,16 @@ def console(*, error: bool = False) -> Console:
     return Console(stderr=error, width=width, highlight=False)
 
 
+def printable(text: str) -> str:
+    """Without what a name or message from elsewhere could tell the terminal to do."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m[0])[1:-1], text)
+
+
+def plain(text: str) -> str:
+    """Text that neither the terminal nor rich takes for anything else."""
+    return escape(printable(text))
+
+
 def state_text(state: str) -> str:
     """A state in its colour."""
     colour = _COLOURS.get(state)
@@ -60,7 +71,7 @@ def plan(plan: Plan, tree: Tree, slots: int) -> None:
     study = grid.loaded.study
     out.print(f"[bold]{escape(study.name)}[/]  {len(grid.cells)} cells, {len(grid.stages)} stages")
     if study.question:
-        out.print(escape(study.question.strip()))
+        out.print(plain(study.question.strip()))
     out.print(_cell_table(plan))
     out.print(_stage_table(plan))
     _print_totals(out, plan, tree, slots)
@@ -210,6 +221,7 @@ class Live:
         ]
         names = ", ".join(_progress_text(r.stage.id, progress.live) for r in progress.running)
         stopping = "; stopping: saving checkpoints" if progress.interrupted else ""
+        stopping += _elsewhere(progress)
         return ", ".join(parts) + (f": {escape(names)}" if names else "") + stopping
 
     def _panel(self, progress: Progress) -> Group:
@@ -234,9 +246,16 @@ class Live:
                 f"loss {loss:.4f}" if loss is not None else "",
             )
         lines: list[Any] = [table]
+        if progress.elsewhere:
+            lines.append(Text(_elsewhere(progress).removeprefix("; ")))
         if progress.interrupted:
             lines.append(Text("stopping: saving checkpoints (Ctrl-C again to stop at once)"))
         return Group(*lines)
+
+
+def _elsewhere(progress: Progress) -> str:
+    gpus = ", ".join(progress.elsewhere)
+    return f"; another command uses GPU {gpus}" if gpus else ""
 
 
 def _progress_text(stage: str, live: dict[str, dict[str, Any]]) -> str:
@@ -260,7 +279,7 @@ def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
         out.print(f"  {len(summary.left)} stages are not done; --mode read-only runs none")
     for stage, what in summary.failed.items():
         kind = grid.stages[stage].kind
-        out.print(f"  {escape(stage)}: {escape(what)}; log: {tree.stage(kind, stage).attempts}")
+        out.print(f"  {escape(stage)}: {plain(what)}; log: {tree.stage(kind, stage).attempts}")
     if summary.held:
         out.print(
             f"  {len(summary.held)} stages are cancelled; run them with: harness resume SELECTOR"
@@ -292,6 +311,12 @@ def submitted(done: Submitted, grid: Grid, cluster: str, found: Mapping[str, Sta
     for stage, state in found.items():
         if state.state in ("failed", "diverged"):
             what = f"{state.state}: {state.message or state.reason}"
-            out.print(f"  {escape(stage)}: {escape(what)}; run it again with --mode retry")
+            out.print(f"  {escape(stage)}: {plain(what)}; run it again with --mode retry")
+    if done.left:
+        then = "the caretaker submits them when these are over"
+        if done.caretaker is None:
+            then = "submit again when these are over"
+        out.print(f"  {done.left} stages were not taken; {then}")
+        out.print(f"    {plain(done.refused or '')}")
     if done.jobs:
         out.print(f"  the study finishes by itself; follow it with: harness status {name} --watch")

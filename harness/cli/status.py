@@ -14,7 +14,13 @@ from rich.table import Table
 from harness.cli import shared, show
 from harness.launch import queue
 from harness.ledger import summary
+from harness.ledger.states import RESUMABLE
 from harness.units import format_seconds, format_si
+
+_QUIET_S = 20.0
+"""`--watch` ends when nobody has run anything for so long."""
+_MOST_LINES = 10
+"""Stages of one state that are shown one by one."""
 
 
 def status(
@@ -37,12 +43,19 @@ def status(
         for part in _render(summary.summarise(tree, study, queue.read_graph)):
             show.console().print(part)
         return 0
+    quiet_since: float | None = None
     with Live(console=show.console(), refresh_per_second=2) as live:
         while True:
             now = summary.summarise(tree, study, queue.read_graph)
             live.update(Group(*_render(now)))
-            if not any(s["active"] for s in now["studies"]):
-                return 0
+            if any(s["active"] for s in now["studies"]):
+                quiet_since = None
+            else:
+                # Between two stages, or two attempts, nobody runs for a moment.
+                quiet_since = quiet_since or time.monotonic()
+                is_open = any(r["state"] in RESUMABLE for s in now["studies"] for r in s["stages"])
+                if not is_open or time.monotonic() - quiet_since > _QUIET_S:
+                    return 0
             # A scheduler serves many: its queue is not asked every second.
             in_queue = any(r.get("job") for s in now["studies"] for r in s["running"])
             time.sleep(10.0 if in_queue else 1.0)
@@ -89,15 +102,33 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
         line = f"  {stage['state']} {escape(stage['id'])}  " + "  ".join(b for b in bits if b)
         if stage["last_failure"] is not None:
             what = f"{stage['last_failure']['reason']}: {stage['last_failure']['message']}"
-            line += escape(f"  (attempt {stage['attempt'] - 1} ended: {what})")
+            line += show.plain(f"  (attempt {stage['attempt'] - 1} ended: {what})")
         parts.append(line)
     for stage in study["failed"]:
-        message = escape(f"{stage['reason']}: {stage['message']}")
+        message = show.plain(f"{stage['reason']}: {stage['message']}")
         parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {message}")
+    parts += _idle(study)
     cost = study["harness_s"]
     if cost is not None:
         parts.append(
             f"  time per finished stage: {cost['total']:.2f} s, of it {cost['harness']:.2f} s"
             f" outside training and evaluation ({cost['share']:.0%} of all time)"
         )
+    return parts
+
+
+def _idle(study: dict[str, Any]) -> list[RenderableType]:
+    """Stages that nobody runs now and that have not failed, and why."""
+    parts: list[RenderableType] = []
+    for state in ("preempted", "timeout", "cancelled", "blocked", "waiting"):
+        rows = [r for r in study["stages"] if r["state"] == state]
+        for row in rows[:_MOST_LINES]:
+            said = dict.fromkeys(str(w) for w in (row["reason"], row["message"]) if w)
+            why = ": ".join(said) if state != "waiting" else ""
+            if row["waits_for"] and state in ("blocked", "waiting"):
+                why += f"{' ' if why else ''}waits for {', '.join(row['waits_for'])}"
+            name = escape(row["id"])
+            parts.append(f"  {show.state_text(state)} {name}  {show.plain(why)}".rstrip())
+        if len(rows) > _MOST_LINES:
+            parts.append(f"  ... and {len(rows) - _MOST_LINES} more {state}; --json has all")
     return parts

@@ -54,16 +54,22 @@ class _Choice:
         return tree.stage(self.grid.stages[stage].kind, stage)
 
 
+@shared.no_collection()
 def _choices(tree: Tree, study: str | None, selectors: list[str]) -> list[_Choice]:
     if study is not None:
         store.read_cells(tree, study)  # raises if there is none of that name
     found: list[_Choice] = []
     problems: list[str] = []
+    grids: dict[str, tuple[Grid, list[Ablation]]] = {}
     for name in [study] if study else tree.studies():
         loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
         ablations = store.read_ablations(tree, name)
-        grid = build_grid(loaded, ablations)
-        states = queue.read_states(tree, grid.stages)
+        grids[name] = build_grid(loaded, ablations), ablations
+    # Of all at once: a scheduler is asked once.
+    everything = {s: stage for grid, _ in grids.values() for s, stage in grid.stages.items()}
+    all_states = queue.read_states(tree, everything)
+    for name, (grid, ablations) in grids.items():
+        states = {s: all_states[s] for s in grid.stages}
         words = {k: v.state for k, v in states.items()}
         try:
             chosen = choose(grid.cells, words, selectors)
@@ -139,7 +145,8 @@ def cancel(
     tree = shared.tree(root)
     wanted, spared = [], 0
     for choice in _choices(tree, study, selectors):
-        inside = {c.id for c in choice.grid.cells if set(c.stages.values()) <= set(choice.chosen)}
+        chosen = set(choice.chosen)
+        inside = {c.id for c in choice.grid.cells if chosen.issuperset(c.stages.values())}
         needed = {s for c in choice.grid.cells if c.id not in inside for s in c.stages.values()}
         open_ = [s for s in choice.chosen if not choice.states[s].is_over]
         # A stage that was named itself is meant; one that came along with its cell may be needed.
@@ -268,7 +275,8 @@ def _submit(tree: Tree, wanted: list[tuple[_Choice, list[str]]], cluster: str | 
     """Runs the cells that the stages belong to, study by study."""
     worst = EXIT_OK
     for choice, stages in wanted:
-        cells = [c for c in choice.grid.cells if set(stages) & set(c.stages.values())]
+        again = set(stages)
+        cells = [c for c in choice.grid.cells if not again.isdisjoint(c.stages.values())]
         if not cells:
             continue
         part = only(choice.grid, cells)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from harness.cli import shared, show
-from harness.errors import EXIT_FAILED, EXIT_OK
+from harness.errors import EXIT_FAILED, EXIT_OK, UserError
+from harness.launch import settings
 from harness.launch.driver import Driver, Mode
 from harness.ledger import tuned
 from harness.study.cells import build_grid
@@ -36,6 +37,7 @@ def tune(
         Mode, typer.Option(help="retry: run failed stages of open trials again.")
     ] = "cached",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    cluster: shared.Cluster = None,
     root: shared.Root = None,
 ) -> int:
     """Search the study's `tune` section with optuna; every trial is a cell of the study.
@@ -50,6 +52,7 @@ def tune(
     from harness.tune import Search
 
     tree = shared.tree(root)
+    profile = _profile(cluster, mode)
     loaded = load_study(shared.study_file(file))
     grid = build_grid(loaded)
     section, groups = groups_of(grid)
@@ -61,14 +64,16 @@ def tune(
         shown = [g for g in groups if g.cell.id in chosen]
     shared.check_images(grid)
     shared.check_drift(tree, grid)
-    search = Search(grid, section, shown, tree, storage, shared.slots())
+    slots = len(shared.machine_of(cluster, grid).slots) if mode != "read-only" else 1
+    search = Search(grid, section, shown, tree, storage, slots)
     interrupted = False
     if mode != "read-only" and search.missing:
         search.register()
         part = replace(grid, cells=[], stages=dict(search.stages), feeds={})
-        machine, plan = shared.plan(tree, part)
+        machine, plan = shared.plan(tree, part, cluster=cluster)
+        ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
         with show.Live(plan, machine) as live:
-            driver = Driver(part, tree, machine, plan.speeds, live.update, search)
+            driver = Driver(part, tree, machine, plan.speeds, live.update, search, ssh)
             interrupted = driver.run(mode).interrupted
         search.register()
     # All groups, also those of an earlier call with another --only.
@@ -84,6 +89,18 @@ def tune(
     if interrupted:
         return 130
     return EXIT_FAILED if failed or search.missing else EXIT_OK
+
+
+def _profile(cluster: str | None, mode: Mode) -> settings.Local | settings.Hosts | settings.Slurm:
+    """Where trials run. Raises UserError for Slurm: which trial is next, a process has to say."""
+    name, profile = settings.find_profile(cluster)
+    if isinstance(profile, settings.Slurm) and mode != "read-only":
+        raise UserError(
+            f"tune: cluster '{name}' is a Slurm cluster, and a search runs its trials itself, here"
+            " or on a list of hosts; start it inside of an allocation with --cluster local, or"
+            " choose a profile of kind hosts"
+        )
+    return profile
 
 
 def _print(result: Mapping[str, Any], fragment: Path) -> None:

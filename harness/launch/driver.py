@@ -13,6 +13,7 @@ from typing import Literal
 from harness.errors import UserError
 from harness.launch import ends, provenance
 from harness.launch.machine import Machine, slots_per_rank
+from harness.launch.policy import lost_on
 from harness.launch.pool import Ended, Pool, Running
 from harness.ledger import attempts
 from harness.ledger.claim import claim, complete, is_untold, start_over
@@ -51,6 +52,8 @@ class Progress:
     seconds_left: float
     started: float
     interrupted: bool = False
+    elsewhere: list[str] = field(default_factory=list)
+    """GPUs that another command uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +148,15 @@ class Driver:
         watch: Callable[[Progress], None] = lambda _: None,
         feed: Feed | None = None,
         ssh: Sequence[str] = ("ssh",),
+        *,
+        fail_fast: bool = False,
     ) -> None:
         self.grid, self.tree, self.machine, self.speeds = grid, tree, machine, speeds
         self.watch, self.feed, self.ssh = watch, feed, ssh
         self.retry: Retry = grid.loaded.study.retry
         self.stages = {k: self._placed(s) for k, s in grid.stages.items()}
         self.interrupted = False
+        self.fail_fast, self._failed_fast = fail_fast, False
         self._kill = False
         self._ran: list[str] = []
         self._external: set[str] = set()
@@ -292,7 +298,7 @@ class Driver:
             if state.state in ACTIVE and not self._is_silent(job.stage):
                 self._external.add(job.stage.id)
                 continue
-            if state.state == "waiting" or not pool.fits(job.stage):
+            if state.state == "waiting" or not pool.fits(job.stage, self._avoid(job.stage, state)):
                 # A stage too large for the free slots lets smaller ones pass; it is first in line
                 # again whenever a slot comes free.
                 continue
@@ -306,6 +312,12 @@ class Driver:
             provenance.write_attempt(folder.attempt(attempt), self.git, self.tree)
             pool.start(job.stage, attempt)
         return was_late
+
+    def _avoid(self, stage: StageFile, state: StageState) -> tuple[str, ...]:
+        """Hosts that took an attempt at the stage with them."""
+        if not state.status.get("attempt") or len(self.machine.hosts) == 1:
+            return ()
+        return lost_on(attempts.read_attempts(self.tree.stage(stage.kind, stage.id)))
 
     def _is_silent(self, stage: StageFile) -> bool:
         """True if the owner, on a host that nobody here can ask, has not been heard of for long."""
@@ -327,6 +339,9 @@ class Driver:
             if ended.code != 0:
                 complete(folder)  # it was killed between its result and the word of it
             return
+        if ended.running.lost_on is not None:  # by the name that the pool has for it
+            path = folder.attempt(attempt) / "attempt.json"
+            write_json(path, {**(read_json(path) or {}), "node": ended.running.lost_on})
         asked = ended.running.asked_to_stop
         why = self._cancelled.pop(stage.id, None)
         with exclusive(folder.claim):
@@ -334,8 +349,12 @@ class Driver:
             if self.interrupted and why is None:
                 return
             decision = ends.conclude(folder, attempt, status, self.retry, why)
-        if not decision.again and (read_json(folder.status) or {}).get("state") == "cancelled":
+        state = (read_json(folder.status) or {}).get("state")
+        if not decision.again and state == "cancelled":
             todo.pop(stage.id, None)
+        if self.fail_fast and not decision.again and state == "failed":
+            # Running stages save and end, as after Ctrl-C.
+            self.interrupted = self._failed_fast = True
 
     # -- stopping, telling --------------------------------------------------------------------
 
@@ -371,6 +390,7 @@ class Driver:
                 seconds_left=max(0.0, left) / len(self.machine.slots),
                 started=started,
                 interrupted=self.interrupted,
+                elsewhere=pool.elsewhere,
             )
         )
 
@@ -387,6 +407,6 @@ class Driver:
             blocked=[s for s, v in states.items() if v.state == "blocked"],
             left=[s for s, v in states.items() if not v.is_over],
             held=[s for s, v in states.items() if v.held],
-            interrupted=self.interrupted,
+            interrupted=self.interrupted and not self._failed_fast,
             wall_s=time.monotonic() - started,
         )

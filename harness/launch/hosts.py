@@ -51,6 +51,8 @@ class Start:
     """The module that runs a stage."""
     code: Path | None = None
     """Copy of the code that all of them run, those that are started again too; None: as it is."""
+    fds: tuple[int, ...] = ()
+    """Files that a zygote of this host is to hold open."""
 
 
 def zygote_environ(device: Device) -> dict[str, str]:
@@ -146,6 +148,7 @@ class Link:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=env,
+                pass_fds=() if self.host.remote else self.start.fds,
                 # Its own group: a Ctrl-C at the terminal is ours to pass on, in good order.
                 start_new_session=True,
             )

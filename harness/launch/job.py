@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError
-from harness.launch import ends, provenance, queue
-from harness.launch.policy import decide
+from harness.launch import ends, nodes, provenance, queue
+from harness.launch.policy import decide, lost_on
 from harness.ledger import attempts, states, store
 from harness.ledger.claim import stop_asked, submitted
-from harness.ledger.files import read_json, write_json
+from harness.ledger.files import read_json, read_jsonl, write_json
 from harness.ledger.lease import exclusive, this_host
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.schema import Retry
@@ -133,8 +133,7 @@ def _take(task: _Task) -> tuple[int, int | None]:
     if record.get("job_started") or status.get("state") != "submitted":
         # This job was started again: by itself, by an administrator, or since its node was lost.
         if record.get("end") is None:
-            where = record.get("node") or "its node"
-            attempts.close(folder, attempt, "failed", "node_fail", f"{where} was lost")
+            _close_untold(folder, attempt, record)
             decision = decide(
                 task.retry, attempts.read_attempts(folder), attempts.progress_of(folder)
             )
@@ -144,7 +143,7 @@ def _take(task: _Task) -> tuple[int, int | None]:
             store.add_event(folder, "retry", attempt=attempt, why=decision.why)
             status = {**(read_json(folder.status) or {}), "state": "preempted"}
             write_json(folder.status, status)
-    if _this_node() in _places_to_avoid(task) and _elsewhere(task):
+    if _is_sent_elsewhere(task, attempt):
         return 1, None
     if record.get("job_started") or status.get("state") != "submitted":
         attempt = folder.new_attempt()
@@ -158,9 +157,11 @@ def _take(task: _Task) -> tuple[int, int | None]:
             "job_started": time.time(),
             "host": this_host(),
             "node": _this_node(),
+            "nodes": nodes.of_job(),
         },
     )
-    owner = {"cluster": "slurm", "job": task.job, "token": task.submission["token"]}
+    owner = {"cluster": "slurm", **queue.identity(), "token": task.submission["token"]}
+    owner["job"] = task.job
     write_json(folder.status, submitted(attempt, owner))
     return 0, attempt
 
@@ -170,19 +171,43 @@ def _this_node() -> str:
     return os.environ.get("SLURMD_NODENAME") or this_host().partition(":")[0]
 
 
-def _places_to_avoid(task: _Task) -> set[str]:
-    """Nodes on which the stage was lost."""
-    tries = attempts.read_attempts(task.folder)
-    return {a.host for a in tries if a.end == "node_fail" and a.host}
+def _close_untold(folder: StageFolder, attempt: int, record: dict[str, Any]) -> None:
+    """The end of an attempt whose job Slurm stopped and put back, and that had no time to say so.
+
+    Only a node that is down, or was started since, was lost: else it was preempted, or requeued.
+    """
+    lost = nodes.lost_of(record)
+    if lost == []:
+        message = "its job was stopped and put back into the queue before it could save"
+        attempts.close(folder, attempt, "preempted", "preempted", message)
+        return
+    name = lost[0] if lost else record.get("node")
+    if name:  # the one to avoid, of several
+        write_json(folder.attempt(attempt) / "attempt.json", {**record, "node": name})
+    attempts.close(folder, attempt, "failed", "node_fail", f"{name or 'its node'} was lost")
 
 
-def _elsewhere(task: _Task) -> bool:
-    """Puts the job back into the queue without the nodes it was lost on; False where it cannot."""
-    names = ",".join(sorted(_places_to_avoid(task)))
-    if not task.submission["profile"]["requeue"]:
+def _is_sent_elsewhere(task: _Task, attempt: int) -> bool:
+    """Puts the job back if it has a node on which the stage was lost; once after each attempt.
+
+    A second time it takes what it is given: perhaps there is no other node.
+    """
+    avoid = _avoidable(task)
+    if not set(avoid) & set(nodes.of_job()) or not task.submission["profile"]["requeue"]:
         return False
-    queue.scontrol("update", f"JobId={task.job}", f"ExcNodeList={names}")
-    return queue.scontrol("requeue", task.job) is not None
+    events = read_jsonl(task.folder.events)
+    if any(e["event"] == "sent elsewhere" and e.get("attempt") == attempt for e in events):
+        return False
+    store.add_event(task.folder, "sent elsewhere", attempt=attempt, avoid=list(avoid))
+    return nodes.put_back(task.job, avoid)
+
+
+def _avoidable(task: _Task) -> tuple[str, ...]:
+    """Nodes on which the stage was lost, if others can stand in for them."""
+    lost = lost_on(attempts.read_attempts(task.folder))
+    count = int(os.environ.get("SLURM_NNODES", "1"))
+    constraint = task.submission["profile"]["constraint"]
+    return nodes.avoidable(lost, os.environ.get("SLURM_JOB_PARTITION"), count, constraint)
 
 
 def _address() -> str:
@@ -258,7 +283,7 @@ def end(tasks_file: str, code: int) -> int:
     task = _read(tasks_file)
     folder, attempt = task.folder, int(os.environ["HARNESS_ATTEMPT"])
     number = -(code - 128) if 128 < code < 160 else code
-    about = _about(task.job)
+    about = queue.about_job(task.job)
     is_running = about.get("JobState") == "RUNNING"
     why = "cancelled in Slurm" if _is_cancelled(about) else None
     with exclusive(folder.claim):
@@ -271,18 +296,9 @@ def end(tasks_file: str, code: int) -> int:
         decision = ends.conclude(folder, attempt, status, task.retry, why)
     print(f"{task.stage.id}: {status.get('reason')}; {decision.why}", file=sys.stderr)
     if decision.again and is_running and task.submission["profile"]["requeue"]:
-        if decision.avoid:
-            names = ",".join(decision.avoid)
-            queue.scontrol("update", f"JobId={task.job}", f"ExcNodeList={names}")
-        if queue.scontrol("requeue", task.job) is not None:
+        if nodes.put_back(task.job, _avoidable(task)):
             time.sleep(120)  # Slurm ends this shell
     return 1
-
-
-def _about(job: str) -> dict[str, str]:
-    """What Slurm says of a job, by its own names; empty if it does not answer."""
-    words = (queue.scontrol("show", "job", job) or "").split()
-    return {k: v for k, _, v in (w.partition("=") for w in words)}
 
 
 def _is_cancelled(about: dict[str, str]) -> bool:
@@ -295,7 +311,10 @@ def _is_cancelled(about: dict[str, str]) -> bool:
         return True
     is_new_life = about.get("Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0")
     at_limit = about.get("Reason") in ("TimeLimit", "NodeDown")
-    return about.get("JobState") == "COMPLETING" and not is_new_life and not at_limit
+    # With PreemptMode=CANCEL the job is over, as after scancel; only this time tells.
+    is_preempted = about.get("PreemptTime", "None") not in ("None", "Unknown")
+    is_leaving = about.get("JobState") == "COMPLETING" and not is_new_life
+    return is_leaving and not at_limit and not is_preempted
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -54,3 +54,8 @@ def decide(retry: Retry, attempts: Sequence[Attempt], progress: int) -> Decision
     again = len(same) <= allowed
     times = f"{cause}: try {min(len(same), allowed)} of {allowed}"
     return Decision(again=again, why=times if again else f"{times} was the last", avoid=avoid)
+
+
+def lost_on(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """Hosts that are known to have taken an attempt with them."""
+    return tuple(dict.fromkeys(a.host for a in attempts if a.end == "node_fail" and a.host))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError
+from harness.launch.gpu_locks import GpuLocks
 from harness.launch.hosts import PING_S, Link, Start
 from harness.launch.line import Line
 from harness.launch.machine import Machine
@@ -39,6 +40,8 @@ class Running:
     asked_to_stop: bool = False
     gone: str | None = None
     """Why a host took this attempt with it; None if none did."""
+    lost_on: str | None = None
+    """That host."""
 
     @property
     def name(self) -> str:
@@ -92,7 +95,11 @@ class Pool:
         self._inbox: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
         self._line = Line()
         self._asked: dict[str, StageFile] = {}
-        self._refused: set[tuple[Need, bool]] = set()
+        self._refused: set[tuple[Need, bool, frozenset[str]]] = set()
+        self._avoid: dict[str, frozenset[str]] = {}
+        self._locks = GpuLocks(machine)
+        self._elsewhere: set[Slot] = set()
+        """GPUs that another command was found to use."""
         self._leaving: list[tuple[float, Running, Iterable[int]]] = []
         """Ranks on lost hosts, and when they are surely over."""
         start = Start(
@@ -101,6 +108,7 @@ class Pool:
             ssh=tuple(ssh),
             worker=worker,
             code=code,
+            fds=tuple(self._locks.fds),
         )
         self._links = {h.name: Link(h, start, self._inbox) for h in machine.hosts}
         self._closed = threading.Event()
@@ -138,16 +146,24 @@ class Pool:
         need = self._need(stage)
         return float(need.slots * need.part)
 
-    def fits(self, stage: StageFile) -> bool:
+    @property
+    def elsewhere(self) -> list[str]:
+        """GPUs that another command uses."""
+        return sorted(slot for _, slot in self._elsewhere)
+
+    def fits(self, stage: StageFile, avoid: Iterable[str] = ()) -> bool:
         """True if there is room for the stage now. To be asked in the order of importance.
+
+        Hosts to `avoid` are taken only where the others could never run the stage.
 
         A stage that does not fit lets others pass, but not for ever: the first one refused is
         first in line, and after a minute slots are kept free for it as they become so.
         """
         self._asked[stage.id] = stage
+        self._avoid[stage.id] = frozenset(avoid)
         self._line.ask(stage.id)
         # Until the next `poll` room only shrinks. Thousands of stages may wait, of a few kinds.
-        key = (self._need(stage), bool(self._line.barred(stage.id)))
+        key = (self._need(stage), bool(self._line.barred(stage.id)), self._avoid[stage.id])
         if key in self._refused or self._find(stage) is None:
             self._refused.add(key)
             self._line.refuse(stage.id, key[0], self._clock())
@@ -158,8 +174,26 @@ class Pool:
         return Need.of(stage.execution, self.machine.device)
 
     def _find(self, stage: StageFile) -> tuple[Place, ...] | None:
-        barred = self._line.barred(stage.id)
-        return self._slots.find(self._need(stage), self._up, self._standing, barred)
+        """Places for the stage, with the locks of their GPUs taken; None if there is no room."""
+        need, up, standing = self._need(stage), self._up, self._standing
+        avoid = self._avoid.get(stage.id, frozenset())
+        if avoid & standing:
+            others = [h for h in self.machine.hosts if h.name in standing - avoid]
+            if Slots(others).find(need, standing - avoid) is not None:
+                up, standing = up - avoid, standing - avoid
+        while True:
+            barred = {*self._line.barred(stage.id), *self._elsewhere}
+            places = self._slots.find(need, up, standing, barred)
+            if places is None:
+                return None
+            wanted = [(p.host, s) for p in places if not self._is_remote(p.host) for s in p.taken]
+            busy = self._locks.take(slot for _, slot in wanted)
+            if not busy:
+                return places
+            self._elsewhere |= {(host, slot) for host, slot in wanted if slot in busy}
+
+    def _is_remote(self, host: str) -> bool:
+        return self._links[host].host.remote
 
     # -- starting -----------------------------------------------------------------------------
 
@@ -221,6 +255,8 @@ class Pool:
         self._check_that_something_can_run()
         self._line.end_round(self._slots, self._up, self._standing, self._clock())
         self._asked, self._refused = {}, set()
+        self._elsewhere = set()
+        self._locks.keep({s for r in self.running.values() for p in r.places for s in p.taken})
         for link in self._links.values():
             if link.why is not None and not link.is_given_up and self._clock() >= link.retry_at:
                 link.open()
@@ -288,6 +324,7 @@ class Pool:
             if not ranks:
                 continue
             running.gone = running.gone or why
+            running.lost_on = running.lost_on or link.host.name
             grace = _GRACE_S if link.host.remote and running.is_forked else 0.0
             lost = ranks if running.is_forked else range(running.ranks)
             self._leaving.append((self._clock() + grace, running, lost))
@@ -350,6 +387,7 @@ class Pool:
         deadline = time.monotonic() + 40
         for link in self._links.values():
             link.close(deadline)
+        self._locks.close()
 
 
 def meeting_address(host: str, reached_at: str) -> str:

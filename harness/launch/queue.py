@@ -6,20 +6,28 @@ accounting is needed (`sacct` fails on many clusters). Without an answer nothing
 
 from __future__ import annotations
 
+import functools
+import math
 import os
-import shutil
+import pwd
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from harness.errors import HarnessError
 from harness.ledger import states
+from harness.ledger.files import read_json
+from harness.ledger.lease import BEAT_S, owner_is_dead, read_lease
 from harness.ledger.states import TOKEN, StageState
 from harness.ledger.tree import Tree
 from harness.study.stages import StageFile
 
 _TIMEOUT_S = 60
+_MOST_SKEW_S = 1200.0
 _SEPARATOR = "\x1f"
 _FIELDS = _SEPARATOR.join(("%i", "%T", "%k", "%r"))
 
@@ -38,17 +46,8 @@ class Job:
 
 def jobs_now() -> dict[str, Job] | None:
     """Our jobs that are not over, by id; None if the scheduler does not answer."""
-    tool = shutil.which("squeue")
-    if tool is None:
-        return None
-    command = [tool, "--me", "--array", "--noheader", "--format", _FIELDS]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=scrubbed()
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return parse(done.stdout) if done.returncode == 0 else None
+    text = run("squeue", "--me", "--array", "--noheader", "--format", _FIELDS)
+    return None if text is None else parse(text)
 
 
 def parse(text: str) -> dict[str, Job]:
@@ -63,32 +62,181 @@ def parse(text: str) -> dict[str, Job]:
     return found
 
 
-def read_states(tree: Tree, stages: Mapping[str, StageFile]) -> dict[str, StageState]:
+def read_states(
+    tree: Tree,
+    stages: Mapping[str, StageFile],
+    *,
+    max_age_s: float = 5.0,
+    is_submitting: bool = False,
+) -> dict[str, StageState]:
     """`harness.ledger.states.read_states`, with what Slurm knows of the jobs among them.
 
-    Asks the queue only if a stage was submitted to it. The queue is asked after the files were
-    read: a job in the files of before that is not in the queue of now is over.
+    Asks the queue only if a stage was submitted to it, by us. The queue is asked after the files
+    were read: a job in the files of before that is not in the queue of now is over, and stays so:
+    an answer up to `max_age_s` old is used again where it is about the same jobs.
+    `is_submitting`: the caller holds the lock of submissions, so nobody else is in one.
     """
-    return read_graph(tree, states.graph_of(stages))
+    return read_graph(
+        tree, states.graph_of(stages), max_age_s=max_age_s, is_submitting=is_submitting
+    )
 
 
-def read_graph(tree: Tree, graph: Mapping[str, states.Node]) -> dict[str, StageState]:
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What the queue said, and of which jobs it was asked."""
+
+    time: float
+    live: set[str]
+    """Jobs in it, and comments of jobs in it."""
+    judged: set[str]
+
+
+_last: _Answer | None = None
+
+
+def remember(jobs: Iterable[str]) -> None:
+    """Takes note of jobs that were put into the queue since it was asked."""
+    if _last is not None:
+        _last.live.update(jobs)
+
+
+def read_graph(
+    tree: Tree,
+    graph: Mapping[str, states.Node],
+    *,
+    max_age_s: float = 5.0,
+    is_submitting: bool = False,
+) -> dict[str, StageState]:
     """`read_states`, of stages of which only kinds and edges are known."""
     found = states.read_graph(tree, graph)
     asked = {
-        s: v.status.get("job") or v.status.get(TOKEN)
+        s: v
         for s, v in found.items()
         if v.state not in ("done", "failed", "diverged")
+        and (v.status.get("job") or v.status.get(TOKEN))
+        and _is_ours(v.status)
     }
-    if not any(asked.values()):
+    if not asked:
         return found
-    jobs = jobs_now()
-    if jobs is None:
+    # Of those without a job a submission may be putting some into the queue just now.
+    unnumbered = {s: str(v.status[TOKEN]) for s, v in asked.items() if not v.status.get("job")}
+    jobs = {s: str(v.status["job"]) for s, v in asked.items() if s not in unnumbered}
+    live = _live(set(jobs.values()), -1.0 if unnumbered else max_age_s)
+    if live is None:
         return found
-    live = {j.id for j in jobs.values()} | {j.comment for j in jobs.values()}
-    over = {s: str(j) for s, j in asked.items() if j and j not in live}
-    waiting = {s: str(j) for s, j in asked.items() if j and j in live}
+    arrays = _arrays(tree, set(unnumbered.values()))
+    broken = is_submitting or not _somebody_submits(tree)
+    over, waiting = {}, {}
+    for stage, job in jobs.items():
+        (waiting if job in live else over)[stage] = job
+    for stage, token in unnumbered.items():
+        is_there = arrays.get((token, stage)) in live
+        (waiting if is_there or not broken else over)[stage] = token
+    for stage in _beating(tree, graph, {s: found[s] for s in over}):
+        del over[stage]
     return states.read_graph(tree, graph, over=over, waiting=waiting)
+
+
+def _live(jobs: set[str], max_age_s: float) -> set[str] | None:
+    """Ids and comments of the queue; the last answer, if it is young and about these jobs."""
+    global _last
+    known = _last
+    if known is not None and time.monotonic() - known.time <= max_age_s:
+        if jobs <= known.live | known.judged:
+            return known.live
+    found = jobs_now()
+    if found is None:
+        return None
+    live = {j.id for j in found.values()} | {j.comment for j in found.values()}
+    _last = _Answer(time=time.monotonic(), live=live, judged=jobs)
+    return live
+
+
+def comment_of(token: str, array: int) -> str:
+    """The comment of an array's jobs, by which it is known before its number is written down."""
+    return f"{token}.{array}"
+
+
+def _arrays(tree: Tree, tokens: set[str]) -> dict[tuple[str, str], str]:
+    """(token, stage) -> comment of its array, from what submissions wrote before each sbatch."""
+    found = {}
+    for token in tokens:
+        for path in (tree.root / "slurm" / token).glob("tasks.*.json"):
+            rows = (read_json(path) or {"tasks": []})["tasks"]
+            comment = comment_of(token, int(path.name.split(".")[1]))
+            found.update({(token, row["stage"]): comment for row in rows})
+    return found
+
+
+def _somebody_submits(tree: Tree) -> bool:
+    lease = read_lease(tree.root / "slurm" / "submitting")
+    return lease is not None and owner_is_dead(lease) is not True
+
+
+def _beating(
+    tree: Tree, graph: Mapping[str, states.Node], over: Mapping[str, StageState]
+) -> set[str]:
+    """Running stages whose lease beats, whatever the queue says; waits for two beats at most."""
+    leases = {s: tree.stage(graph[s].kind, s).lease for s, v in over.items()}
+    seen: dict[str, tuple[str, int]] = {}
+    alive: set[str] = set()
+    for stage, path in leases.items():
+        lease = read_lease(path)
+        if lease is None or over[stage].state != "running":
+            continue
+        is_dead = owner_is_dead(lease)
+        # Nobody's clock is so wrong, and an old lease need not be watched.
+        if is_dead is None and _age_s(path) < _MOST_SKEW_S:
+            seen[stage] = (lease["token"], lease["beat"])
+        elif is_dead is False:
+            alive.add(stage)
+    deadline = time.monotonic() + 2.5 * BEAT_S
+    while seen and time.monotonic() < deadline:
+        time.sleep(min(0.5, BEAT_S / 4))
+        for stage in list(seen):
+            lease = read_lease(leases[stage])
+            if lease is None or (lease["token"], lease["beat"]) != seen[stage]:
+                del seen[stage]
+                alive |= {stage} if lease is not None else set()
+    return alive
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+# --- who we are ----------------------------------------------------------------------------
+
+
+def identity() -> dict[str, str | None]:
+    """User and cluster, for status.json: only about one's own jobs can one ask."""
+    return {"user": _user(), "site": _site()}
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container without an entry
+        return str(os.getuid())
+
+
+def _site() -> str | None:
+    return _config().get("ClusterName")
+
+
+def _is_ours(status: Mapping[str, Any]) -> bool:
+    """False for a job of another user, or of another cluster than this host's."""
+    user, site = status.get("user"), status.get("site")
+    return user in (None, _user()) and (site is None or _site() in (None, site))
+
+
+@functools.cache
+def _config() -> dict[str, str]:
+    rows = (line.partition("=") for line in (scontrol("show", "config") or "").splitlines())
+    return {key.strip(): value.strip() for key, _, value in rows}
 
 
 def cancel_jobs(ids: Iterable[str]) -> None:
@@ -103,7 +251,11 @@ def cancel_jobs(ids: Iterable[str]) -> None:
 
 def scontrol(*arguments: str) -> str | None:
     """What scontrol printed; None if it failed."""
-    command = ["scontrol", *arguments]
+    return run("scontrol", *arguments)
+
+
+def run(*command: str) -> str | None:
+    """What a command of Slurm printed; None if it failed or does not answer."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=scrubbed()
@@ -113,12 +265,20 @@ def scontrol(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def about_job(job: str) -> dict[str, str]:
+    """What Slurm says of a job, by its own names; empty if it knows it no longer."""
+    return words(scontrol("show", "job", job))
+
+
+def words(text: str | None) -> dict[str, str]:
+    """`A=1 B=2` as scontrol prints it."""
+    return {k: v for k, _, v in (w.partition("=") for w in (text or "").split())}
+
+
 def max_array_size() -> int:
     """Tasks that this site allows in one array (MaxArraySize is one more than the last index)."""
-    for line in (scontrol("show", "config") or "").splitlines():
-        if line.startswith("MaxArraySize"):
-            return max(1, int(line.split("=")[1]))
-    return 1000
+    size = _config().get("MaxArraySize", "")
+    return max(1, int(size)) if size.isdigit() else 1000
 
 
 def scrubbed(env: Mapping[str, str] | None = None) -> dict[str, str]:

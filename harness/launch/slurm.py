@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from harness.errors import UserError
-from harness.launch import job, provenance, queue
+from harness.launch import job, nodes, provenance, queue
+from harness.launch.arrays import Array, plan_arrays
+from harness.launch.policy import lost_on
 from harness.launch.settings import Slurm
-from harness.ledger.claim import claim, set_job
+from harness.ledger import attempts
+from harness.ledger.claim import claim, set_job, unclaim
 from harness.ledger.files import write_json
 from harness.ledger.lease import exclusive
 from harness.ledger.states import ACTIVE, StageState
@@ -31,15 +34,8 @@ from harness.ledger.tree import Tree
 from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
-
-@dataclass(frozen=True, kw_only=True)
-class Array:
-    """Stages of one job array, in the order of its tasks."""
-
-    stages: tuple[str, ...]
-    after: str = ""
-    """A dependency between arrays, before they have numbers: `aftercorr:3,afterok:1_4` names
-    array 3 of this plan, and task 4 of array 1."""
+_FRESH_S = 600.0
+"""What the queue said may be used again within a submission: see `queue.read_states`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,94 +46,10 @@ class Submitted:
     """Stage id -> job id."""
     arrays: int
     caretaker: str | None = None
-
-
-# --- which arrays, and what they wait for --------------------------------------------------
-
-
-def plan_arrays(
-    todo: Sequence[StageFile], limit: int, running: Mapping[str, str] | None = None
-) -> list[Array]:
-    """Cuts stages (in dependency order) into arrays of equal needs, at most `limit` tasks each.
-
-    Tasks of one array have equal resources. Where each waits for the task of equal number of one
-    earlier array, one `aftercorr` says so for all; other stages with one and the same set of
-    upstream stages share an array behind `afterok`. `running` maps upstream stages that are not
-    in `todo` to their jobs.
-    """
-    ids = {s.id for s in todo}
-    fan_out: dict[str, int] = {}
-    level: dict[str, int] = {}
-    for stage in todo:
-        upstream = [u for u in stage.config.upstream.values() if u in ids]
-        level[stage.id] = 1 + max((level[u] for u in upstream), default=-1)
-        for u in upstream:
-            fan_out[u] = fan_out.get(u, 0) + 1
-    plan = _Plan(limit, running or {})
-    for depth in range(max(level.values(), default=-1) + 1):
-        groups: dict[tuple[Any, ...], list[StageFile]] = {}
-        for stage in todo:
-            if level[stage.id] == depth:
-                groups.setdefault(_needs(stage), []).append(stage)
-        for group in groups.values():
-            # Many dependants first: theirs then form arrays that start at task 0 too.
-            plan.add(sorted(group, key=lambda s: -fan_out.get(s.id, 0)))
-    return plan.arrays
-
-
-def _needs(stage: StageFile) -> tuple[Any, ...]:
-    e = stage.execution
-    return (stage.kind, e.ranks, e.nodes, e.threads, e.memory_gib, e.time_s)
-
-
-@dataclass
-class _Plan:
-    limit: int
-    running: Mapping[str, str]
-    arrays: list[Array] = field(default_factory=list)
-    place: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def add(self, group: list[StageFile]) -> None:
-        """Arrays for stages of equal needs whose upstream stages all have theirs."""
-        rest: dict[tuple[str, ...], list[str]] = {}
-        rows: dict[int, dict[int, list[str]]] = {}
-        for stage in group:
-            upstream = list(dict.fromkeys(stage.config.upstream.values()))
-            planned = [u for u in upstream if u in self.place]
-            waits = tuple(f"job:{self.running[u]}" for u in upstream if u in self.running)
-            if len(planned) == 1 and not waits and len(self._array_of(planned[0]).stages) > 1:
-                array, task = self.place[planned[0]]
-                rows.setdefault(array, {}).setdefault(task, []).append(stage.id)
-            else:
-                tasks = (self._task(u) for u in planned)
-                rest.setdefault((*tasks, *waits), []).append(stage.id)
-        for array, by_task in rows.items():
-            while self._is_prefix(by_task):
-                layer = [by_task[t].pop(0) for t in range(len(by_task))]
-                self._put(layer, f"aftercorr:{array}")
-                by_task = {t: found for t, found in by_task.items() if found}
-            for task, found in by_task.items():
-                rest.setdefault((f"{array}_{task}",), []).extend(found)
-        for after, found in rest.items():
-            for start in range(0, len(found), self.limit):
-                self._put(
-                    found[start : start + self.limit], ",".join(f"afterok:{a}" for a in after)
-                )
-
-    def _array_of(self, stage: str) -> Array:
-        return self.arrays[self.place[stage][0]]
-
-    def _task(self, stage: str) -> str:
-        array, task = self.place[stage]
-        return f"{array}_{task}"
-
-    def _is_prefix(self, by_task: dict[int, list[str]]) -> bool:
-        return len(by_task) > 1 and set(by_task) == set(range(len(by_task)))
-
-    def _put(self, stages: list[str], after: str) -> None:
-        for task, stage in enumerate(stages):
-            self.place[stage] = (len(self.arrays), task)
-        self.arrays.append(Array(stages=tuple(stages), after=after))
+    refused: str | None = None
+    """Why sbatch took no more, if it took some."""
+    left: int = 0
+    """Stages that it did not take."""
 
 
 # --- submission ----------------------------------------------------------------------------
@@ -158,9 +70,10 @@ def submit(
     (never what `harness cancel` holds). Raises UserError where sbatch refuses.
     """
     _check_command()
+    _check_root(tree.root)
     stages = {k: _placed(s, profile) for k, s in stages.items()}
     with exclusive(tree.root / "slurm" / "submitting"):
-        states = queue.read_states(tree, stages)
+        states = queue.read_states(tree, stages, max_age_s=_FRESH_S, is_submitting=True)
         skip = set() if cancelled_too else {s for s, v in states.items() if v.state == "cancelled"}
         wanted = _startable(stages, states, skip)
         return _submit(tree, study, stages, states, wanted, profile, retry)
@@ -190,54 +103,150 @@ def _submit(
     retry: Retry,
 ) -> Submitted:
     token = f"{study}.{uuid.uuid4().hex[:10]}"
-    folder = tree.root / "slurm" / token
-    claimed: dict[str, int] = {}
-    for stage_id in wanted:
-        owner = {"cluster": "slurm", "token": token}
-        attempt = claim(tree, stages[stage_id], states[stage_id], owner)
-        if attempt is not None:
-            claimed[stage_id] = attempt
-    if not claimed:
-        return Submitted(jobs={}, arrays=0)
+    job_ = _Submission(tree, study, stages, profile, token)
+    owner = {"cluster": "slurm", **queue.identity(), "token": token}
+    try:
+        for stage_id in wanted:
+            attempt = claim(tree, stages[stage_id], states[stage_id], owner)
+            if attempt is not None:
+                job_.claimed[stage_id] = attempt
+        if not job_.claimed:
+            return Submitted(jobs={}, arrays=0)
+        _describe(job_, retry)
+        avoid = _places_to_avoid(job_)
+        running = {
+            s: str(v.status["job"])
+            for s, v in states.items()
+            if v.state in ACTIVE and v.status.get("job")
+        }
+        site = queue.max_array_size()
+        limit = min(profile.max_array or site, site)
+        arrays = plan_arrays([stages[s] for s in job_.claimed], limit, running, avoid)
+        for number, array in enumerate(arrays):
+            job_.put(number, array, avoid.get(array.stages[0], ()))
+    except UserError as error:
+        if not job_.jobs:
+            job_.drop(job_.claimed, str(error))
+            raise
+        refused = str(error)
+    except BaseException:
+        job_.finish("its submission broke off")
+        raise
+    else:
+        refused = None
+    caretaker = job_.finish(refused)
+    left = len(job_.claimed) - len(job_.jobs)
+    return Submitted(
+        jobs=job_.jobs, arrays=len(job_.found), caretaker=caretaker, refused=refused, left=left
+    )
+
+
+def _describe(job_: _Submission, retry: Retry) -> None:
+    """Writes down what the jobs need, beside a copy of the code that they run."""
     git = provenance.git_state()
-    code = provenance.snapshot(tree, git)
-    running = {
-        s: str(v.status["job"])
-        for s, v in states.items()
-        if v.state in ACTIVE and "job" in v.status
-    }
-    site = queue.max_array_size()
-    limit = min(profile.max_array or site, site)
-    arrays = plan_arrays([stages[s] for s in claimed], limit, running)
+    job_.code = provenance.snapshot(job_.tree, git)
     about = {
         "schema": 1,
-        "study": study,
-        "token": token,
-        "code": str(code),
+        "study": job_.study,
+        "token": job_.token,
+        "code": str(job_.code),
         "git": {"sha": git.sha, "name": git.name},
-        "profile": profile.model_dump(mode="json"),
+        "profile": job_.profile.model_dump(mode="json"),
         "retry": retry.model_dump(mode="json"),
-        "stages": {s: stage.kind for s, stage in stages.items()},
+        "stages": {s: stage.kind for s, stage in job_.stages.items()},
     }
-    provenance.keep_diff(tree, git)
-    write_json(folder / "submission.json", about)
-    found: list[list[str]] = []
-    for number, array in enumerate(arrays):
-        tasks = folder / f"tasks.{number}.json"
-        rows = [{"kind": stages[s].kind, "stage": s} for s in array.stages]
-        write_json(tasks, {"schema": 1, "submission": str(folder), "tasks": rows})
-        first = stages[array.stages[0]]
-        options = _options(first, profile, study, token, code, _numbered(array.after, found))
-        found.append(_sbatch(folder, tasks, options, len(rows), _lines(tree, tasks, profile, code)))
-        for stage_id, number_ in zip(array.stages, found[-1], strict=True):
-            set_job(tree, stages[stage_id], claimed[stage_id], number_)
-    jobs = {
-        s: j
-        for a, numbers in zip(arrays, found, strict=True)
-        for s, j in zip(a.stages, numbers, strict=True)
-    }
-    caretaker = _caretaker(tree, folder, profile, study, token, code, found)
-    return Submitted(jobs=jobs, arrays=len(arrays), caretaker=caretaker)
+    provenance.keep_diff(job_.tree, git)
+    write_json(job_.folder / "submission.json", about)
+
+
+def _places_to_avoid(job_: _Submission) -> dict[str, tuple[str, ...]]:
+    """Nodes that stages were lost on, if others can stand in."""
+    found, profile = {}, job_.profile
+    for stage_id, attempt in job_.claimed.items():
+        if attempt > 1:  # most have never been tried
+            stage = job_.stages[stage_id]
+            lost = lost_on(attempts.read_attempts(job_.tree.stage(stage.kind, stage_id)))
+            nodes_ = nodes.avoidable(
+                lost, profile.partition, _nodes_of(stage, profile), profile.constraint
+            )
+            if nodes_:
+                found[stage_id] = nodes_
+    return found
+
+
+@dataclass
+class _Submission:
+    """One submission while it is under way: what it claimed, and what of it is in the queue."""
+
+    tree: Tree
+    study: str
+    stages: Mapping[str, StageFile]
+    profile: Slurm
+    token: str
+    claimed: dict[str, int] = field(default_factory=dict)
+    found: list[list[str]] = field(default_factory=list)
+    """Job ids by array."""
+    members: list[tuple[str, ...]] = field(default_factory=list)
+    """Stages by array."""
+    jobs: dict[str, str] = field(default_factory=dict)
+    code: Path = Path()
+
+    @property
+    def folder(self) -> Path:
+        return self.tree.root / "slurm" / self.token
+
+    def put(self, number: int, array: Array, avoid: tuple[str, ...]) -> None:
+        """Submits one array."""
+        tasks = self.folder / f"tasks.{number}.json"
+        rows = [{"kind": self.stages[s].kind, "stage": s} for s in array.stages]
+        # Before sbatch: by this file a job is known whose number nobody could write down.
+        write_json(tasks, {"schema": 1, "submission": str(self.folder), "tasks": rows})
+        after = _numbered(array.after, self.found)
+        first = self.stages[array.stages[0]]
+        options = _options(first, self.profile, self.study, self.token, number, after)
+        if avoid:
+            options["exclude"] = ",".join(avoid)
+        lines = _lines(self.tree, tasks, self.profile, self.code)
+        ids = _sbatch(self.folder, tasks, options, len(rows), lines)
+        self.found.append(ids)
+        self.members.append(array.stages)
+        for stage_id, job_id in zip(array.stages, ids, strict=True):
+            self.jobs[stage_id] = job_id
+            set_job(self.tree, self.stages[stage_id], self.claimed[stage_id], job_id)
+        queue.remember(ids)
+
+    def drop(self, stages: Iterable[str], why: str) -> None:
+        """Takes claims back."""
+        for stage_id in stages:
+            folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
+            unclaim(folder, self.claimed[stage_id], why)
+
+    def finish(self, why: str | None) -> str | None:
+        """Submits the caretaker, and takes back what is not in the queue; the caretaker's job.
+
+        Where sbatch takes no more jobs (MaxSubmitJobs), arrays make room for the caretaker: it
+        submits the rest when the others are over.
+        """
+        caretaker = None
+        while self.found and caretaker is None and self.profile.caretaker:
+            try:
+                caretaker = _caretaker(
+                    self.tree,
+                    self.folder,
+                    self.profile,
+                    self.study,
+                    self.token,
+                    self.code,
+                    self.found,
+                )
+            except UserError:
+                if why is None or len(self.found) == 1:
+                    break
+                queue.cancel_jobs({j.partition("_")[0] for j in self.found.pop()})
+                for stage_id in self.members.pop():
+                    del self.jobs[stage_id]
+        self.drop([s for s in self.claimed if s not in self.jobs], why or "")
+        return caretaker
 
 
 def _check_command() -> None:
@@ -247,6 +256,17 @@ def _check_command() -> None:
                 f"cluster slurm: no `{name}` on this host; submit from a login node, or choose"
                 " another --cluster"
             )
+
+
+def _check_root(root: Path) -> None:
+    """Slurm expands % in the names of logs, and a line break ends a line of a batch script."""
+    bad = sorted({c for c in str(root) if c == "%" or not c.isprintable()})
+    if bad:
+        shown = ", ".join(ascii(c) for c in bad)
+        raise UserError(
+            f"run root {str(root)!a} has {shown} in its path, which Slurm takes for"
+            " something else; choose another --root"
+        )
 
 
 def _placed(stage: StageFile, profile: Slurm) -> StageFile:
@@ -269,15 +289,19 @@ def _numbered(after: str, found: list[list[str]]) -> str:
     return ",".join(terms)
 
 
+def _nodes_of(stage: StageFile, profile: Slurm) -> int:
+    execution = stage.execution
+    by_gpus = math.ceil(execution.ranks / profile.gpus_per_node) if profile.device == "cuda" else 1
+    return max(execution.nodes, by_gpus)
+
+
 def _options(
-    stage: StageFile, profile: Slurm, study: str, token: str, code: Path, after: str
+    stage: StageFile, profile: Slurm, study: str, token: str, number: int, after: str
 ) -> dict[str, Any]:
     """submitit's parameters for stages with the needs of this one."""
     execution = stage.execution
     on_gpu = profile.device == "cuda"
-    nodes = max(
-        execution.nodes, math.ceil(execution.ranks / profile.gpus_per_node) if on_gpu else 1
-    )
+    nodes = _nodes_of(stage, profile)
     if execution.ranks % nodes:
         raise UserError(
             f"{stage.id}: {execution.ranks} ranks on {nodes} nodes of at most"
@@ -287,7 +311,7 @@ def _options(
     options: dict[str, Any] = {
         **_site(profile),
         "job_name": f"{study}.{stage.kind}",
-        "comment": token,
+        "comment": queue.comment_of(token, number),
         "time": math.ceil((execution.time_s or profile.time) / 60),
         "nodes": nodes,
         "ntasks_per_node": per_node,
@@ -325,6 +349,12 @@ def _site(profile: Slurm) -> dict[str, Any]:
     }
 
 
+def _code_lines(code: Path) -> list[str]:
+    """The copy of the code comes first, also where the job starts in somebody's checkout."""
+    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return [path, "export PYTHONSAFEPATH=1"]
+
+
 def _lines(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[str], list[str]]:
     """Shell lines before and after srun."""
     python = shlex.quote(sys.executable)
@@ -334,9 +364,7 @@ def _lines(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[st
         # The shell outlives the signals that stop its steps: it has to say how they ended.
         "trap : TERM USR2",
         f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        # Or the folder of the submission, if that is a checkout, would come before the copy.
-        "export PYTHONSAFEPATH=1",
+        *_code_lines(code),
         # Since 22.05 srun no longer takes this from sbatch.
         'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
         f"export DS_ACCELERATOR={profile.device}",
@@ -396,8 +424,7 @@ def _caretaker(
     }
     setup = [
         f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",
+        *_code_lines(code),
         *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
         *profile.setup,
         f"{python} -m harness.launch.caretaker {shlex.quote(str(folder))}",

@@ -95,7 +95,9 @@ def unclaim(folder: StageFolder, attempt: int, why: str) -> None:
         if int(status.get("attempt") or 0) > attempt:
             return
         _close_last(folder, "dropped", why)
-        write_json(folder.status, {**status, "state": "planned", "message": why, "job": None})
+        # Without the token a job of this submission that should turn up after all does nothing.
+        about = {"state": "planned", "message": why, "job": None, "token": None}
+        write_json(folder.status, {**status, **about})
 
 
 def complete(folder: StageFolder) -> None:

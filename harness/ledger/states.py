@@ -84,7 +84,9 @@ def _as_of_now(
             return "lost", "its process is gone without a word"
     elif state == "submitted" and job is not None:
         if job == over:
-            return "lost", "its job left the queue before it started"
+            has_job = status.get("job") is not None
+            what = "its job left the queue before it started" if has_job else "was never submitted"
+            return "lost", what
     elif state == "submitted" and owner_is_dead(
         {
             "token": "driver",

@@ -47,7 +47,13 @@ def _study(
         "cells": dict(Counter(cell_state([shown[s] for s in c["stages"].values()]) for c in cells)),
         "kinds": {k: dict(v) for k, v in by_kind.items()},
         "stages": [
-            {"id": s, "kind": kinds[s], "state": shown[s], **_details(states[s])} for s in kinds
+            {
+                **{"id": s, "kind": kinds[s], "state": shown[s], **_details(states[s])},
+                "waits_for": [
+                    u for u in graph[s].upstream if shown[s] != "done" and shown.get(u) != "done"
+                ],
+            }
+            for s in kinds
         ],
         "running": [
             _running(tree, s, kinds[s], states[s]) for s in states if states[s].state in ACTIVE

@@ -36,6 +36,12 @@ from tests.chaos.tiny_study import (
 
 TARGETS = ("rank", "driver", "zygote", "session")
 MOMENTS = ("any", "partial", "row", "temporary", "result")
+INSIDE = ("row", "checkpoint", "checkpoint mark", "file")
+"""Writes that a process dies in by itself: half a row of metrics, a checkpoint that is not renamed
+or not marked complete yet, a JSON file that is only a temporary one."""
+_DIE_INSIDE = Path(__file__).parent / "die_inside"
+_ENOUGH = 60
+"""Kills after which each kind of moment must have been hit."""
 _PATIENCE_S = 20.0
 _KILLS_PER_LIFE = 25
 
@@ -134,7 +140,43 @@ def chaos(folder: Path, kills: int, seed: int) -> list[str]:
             shutil.rmtree(root.parent)
     for what, count in sorted(hits.items()):
         print(f"{count:4d}  {what}")
+    if kills >= _ENOUGH and not problems:
+        problems += [f"no kill {moment}" for moment in missed(hits)]
     return problems
+
+
+def missed(hits: Counter[str]) -> list[str]:
+    """Kinds of targets and moments that no kill has hit."""
+    wanted = [f"inside {moment}" for moment in INSIDE]
+    wanted += [f"at {moment}" for moment in MOMENTS] + [f"of {target}" for target in TARGETS]
+    return [what for what in wanted if not any(what in hit for hit in hits)]
+
+
+class _Command:
+    """The command, started again and again; half of the times with a write that it dies in."""
+
+    def __init__(self, root: Path, file: Path, rng: random.Random, hits: Counter[str]) -> None:
+        self.root, self.file, self.rng, self.hits = root, file, rng, hits
+        self.moment: str | None = None
+        self.mark = root.parent / "died"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.count()
+        self.mark.unlink(missing_ok=True)
+        if self.rng.random() < 0.5:
+            return start(self.root, self.file)
+        self.moment = self.rng.choice(INSIDE)
+        path = os.pathsep.join([str(_DIE_INSIDE), os.environ.get("PYTHONPATH", "")])
+        after = str(self.rng.randint(1, 12))
+        about = {"TEST_DIE_AT": self.moment, "TEST_DIE_AFTER": after}
+        about |= {"TEST_DIE_MARK": str(self.mark), "PYTHONPATH": path}
+        return start(self.root, self.file, **about)
+
+    def count(self) -> None:
+        """Counts a process that has died inside a write since the last call."""
+        if self.moment is not None and self.mark.exists():
+            self.hits[f"inside {self.moment}"] += 1
+            self.moment = None
 
 
 def _life(
@@ -142,7 +184,8 @@ def _life(
 ) -> list[str]:
     """One study, killed until it ends by itself or `kills` were counted; what is wrong then."""
     file = oracle[1]
-    process = start(root, file)
+    command = _Command(root, file, rng, hits)
+    process = command.start()
     most = hits.total() + _KILLS_PER_LIFE
     while hits.total() < min(kills, most):
         target, moment = rng.choice(TARGETS), rng.choice(MOMENTS)
@@ -152,14 +195,16 @@ def _life(
         if moment == "any":
             time.sleep(delay)
         if process.poll() is None and _kill(root, target, rng):
-            hits[f"{target} at {moment if hit else 'any'}"] += 1
+            hits[f"of {target} at {moment if hit else 'any'}"] += 1
         if target in ("driver", "session"):
             process.wait()
+        command.count()
         if process.poll() is not None:
             if process.returncode in (0, 1) and target not in ("driver", "session"):
                 break
-            process = start(root, file)
+            process = command.start()
     code = process.wait(600)
+    command.count()
     for _ in range(3):  # it was perhaps the last kill that ended the command
         if code != 0 or flaws(root):
             code = start(root, file).wait(600)

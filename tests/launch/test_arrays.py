@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from harness.launch.slurm import Array, plan_arrays
+from harness.launch.arrays import Array, plan_arrays
 from harness.study.stages import StageFile
 from tests.launch.made import stage
 

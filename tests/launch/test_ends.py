@@ -9,12 +9,15 @@ import pytest
 
 from harness.errors import EXIT_STORAGE
 from harness.launch import ends
-from harness.launch.driver import reset
+from harness.launch.driver import Driver, reset
+from harness.launch.machine import this_machine
+from harness.launch.pool import Ended, Running
 from harness.ledger import attempts, store
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid, build_grid
+from harness.study.cost import Speeds
 from harness.study.schema import Retry, load_study
 
 
@@ -65,3 +68,20 @@ def test_what_failed_for_want_of_space_is_run_again_by_the_next_submission(
     folder = ended(tree, grid, EXIT_STORAGE)
     assert not ends.conclude(folder, 1, read_json(folder.status) or {}, Retry()).again
     assert state_after_submit(tree, grid, Retry()) == "planned"
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_fail_fast_stops_the_rest_and_is_no_interruption(
+    tmp_path: Path, grid: Grid, fail_fast: bool
+) -> None:
+    tree = Tree(tmp_path)
+    speeds = Speeds(device="cpu", flops_per_s={})
+    driver = Driver(grid, tree, this_machine("cpu", 1), speeds, fail_fast=fail_fast)
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(tree, stage)
+    number = folder.new_attempt()
+    attempts.begin(folder, number, {})
+    driver._ended(Ended(running=Running(stage=stage, attempt=number, places=()), code=1), {})
+    assert driver.interrupted == fail_fast
+    summary = driver._summary(read_states(tree, grid.stages), 0.0)
+    assert (stage.id in summary.failed, summary.interrupted) == (True, False)

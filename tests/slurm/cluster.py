@@ -50,9 +50,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=n1 NodeAddr=127.0.0.1 NodeHostname={host} Port={port1} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeAddr=127.0.0.1 NodeHostname={host} Port={port2} CPUs=2 State=UNKNOWN
+NodeName={node1} NodeAddr=127.0.0.1 NodeHostname={host} Port={port1} CPUs=2 State=UNKNOWN
+NodeName={node2} NodeAddr=127.0.0.1 NodeHostname={host} Port={port2} CPUs=2 State=UNKNOWN
 PartitionName=work Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=cheap Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL
+PartitionName=alone Nodes={node1} MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -85,7 +87,11 @@ class Cluster:
         # munged wants folders that nobody else may write into, all the way up.
         self._munge = Path("/run") / f"munge-test-{os.getpid()}"
         self._munge.mkdir(mode=0o755)
+        # Names of its own: what is killed on a node of this cluster is of no other.
+        self.nodes = (f"n{os.getpid()}a", f"n{os.getpid()}b")
         config = _CONFIG.format(
+            node1=self.nodes[0],
+            node2=self.nodes[1],
             folder=folder,
             munge=self._munge / "socket",
             host=socket.gethostname().partition(".")[0],
@@ -112,13 +118,18 @@ class Cluster:
         self._spawn("munged", ["munged", "--foreground", "--force", *options], user="munge")
         self._wait(lambda: socket_.exists(), "munged")
         self._spawn("slurmctld", ["slurmctld", "-D", "-f", self.env["SLURM_CONF"]])
-        for node in ("n1", "n2"):
+        for node in self.nodes:
             self.start_node(node)
         self._wait(lambda: self.command("sinfo", "-h", "-o", "%t %D").strip() == "idle 2", "nodes")
 
     def start_node(self, node: str) -> None:
         """Starts the daemon of a node."""
         self._spawn(node, ["slurmd", "-D", "-N", node, "-f", self.env["SLURM_CONF"]])
+
+    def wait_state(self, node: str, state: str) -> None:
+        """Waits until Slurm has noticed what became of a node."""
+        command = ("sinfo", "-h", "-n", node, "-o", "%t")
+        self._wait(lambda: self.command(*command).strip().startswith(state), f"{node}: {state}", 90)
 
     def kill_node(self, node: str) -> None:
         """Takes the power from a node: its daemon and every step of every job on it."""
@@ -170,7 +181,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for pid in [*_descendants_on("n1"), *_descendants_on("n2")]:
+        for pid in [p for node in self.nodes for p in _descendants_on(node)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self._munge, ignore_errors=True)
@@ -182,10 +193,25 @@ def _descendants_on(node: str) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             environ = (path / "environ").read_bytes().split(b"\0")
-            words = (path / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        is_step = b"slurmstepd" in words[0] and f"-N{node}".encode() in b" ".join(words)
-        if f"SLURMD_NODENAME={node}".encode() in environ or is_step:
+        if f"SLURMD_NODENAME={node}".encode() in environ:
             found.append(int(path.name))
-    return found
+    # Steps first, whose environment says nothing: one that sees its processes die would tell the
+    # controller so, and the node would not be lost but its job have ended.
+    steps = {p for p in map(_parent, found) if _command(p).startswith(b"slurmstepd")}
+    return [*sorted(steps), *(p for p in found if p not in steps)]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

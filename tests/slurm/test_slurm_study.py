@@ -150,20 +150,19 @@ def test_a_job_that_submits_hands_nothing_of_its_own_on(site: Site) -> None:
     assert (read_json(site.folder_of("wsp").attempt(1) / "attempt.json") or {})["ranks"] == 1
 
 
-def test_queued_jobs_run_the_code_they_were_submitted_with(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queued_jobs_run_the_code_they_were_submitted_with(site: Site, tmp_path: Path) -> None:
     here = Path(__file__).resolve().parents[2]
     copy = tmp_path / "checkout"
     for name in ("harness", "analysis", "ds_configs", "grids"):
         shutil.copytree(here / name, copy / name)
     site.extra["PYTHONPATH"] = str(copy)
-    monkeypatch.chdir(copy)  # jobs start where they were submitted: `python -m` looks there first
+    site.cwd = copy  # as most people submit: Python looks there first
     site.profile(sbatch="{hold: true}")
     site.submit(site.study())
     (copy / "harness/worker.py").write_text("raise RuntimeError('edited since')\n")
     (copy / "harness/launch/job.py").write_text("raise RuntimeError('edited since')\n")
     del site.extra["PYTHONPATH"]
+    site.cwd = None
     jobs = {j.partition("_")[0] for j in site.cluster.queue()}
     site.cluster.command("scontrol", "release", *sorted(jobs), check=True)
     site.wait_done()

@@ -1,0 +1,228 @@
+"""What is concluded from a queue, with a Slurm of scripts that counts how often it is asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli import steer
+from harness.errors import UserError
+from harness.launch import nodes, queue, slurm
+from harness.launch.settings import Slurm
+from harness.ledger import lease, store
+from harness.ledger.files import read_json, write_json
+from harness.ledger.tree import Tree
+from harness.study.cells import Grid, build_grid
+from harness.study.schema import Retry, load_study
+from tests.conftest import SMALL
+from tests.launch.fake_slurm import FakeSlurm
+
+PROFILE = Slurm(device="cpu")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "runs")
+
+
+@pytest.fixture
+def grid(study_file: Callable[..., Path]) -> Grid:
+    return build_grid(load_study(study_file()))
+
+
+def submit(tree: Tree, grid: Grid) -> slurm.Submitted:
+    return slurm.submit(tree, "small", grid.stages, PROFILE, Retry())
+
+
+def states(tree: Tree, grid: Grid) -> dict[str, str]:
+    return {s: v.state for s, v in queue.read_states(tree, grid.stages).items()}
+
+
+def change(tree: Tree, grid: Grid, **about: Any) -> None:
+    for stage in grid.stages.values():
+        folder = tree.stage(stage.kind, stage.id)
+        write_json(folder.status, {**(read_json(folder.status) or {}), **about})
+
+
+def test_a_command_asks_once_and_a_watcher_once_a_look(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """The three looks of one `--submit`: for the plan, under the lock, for what is printed."""
+    jobs = submit(tree, grid).jobs
+    assert len(jobs) == len(grid.stages)
+    site.holds(*((j, "x") for j in jobs.values()))
+    before = site.calls("squeue")
+    queue.read_states(tree, grid.stages, max_age_s=600.0)
+    assert submit(tree, grid).jobs == {}
+    found = queue.read_states(tree, grid.stages, max_age_s=600.0)
+    assert {v.state for v in found.values()} == {"submitted"}
+    assert site.calls("squeue") == before + 1
+    queue.read_states(tree, grid.stages, max_age_s=0.0)
+    assert site.calls("squeue") == before + 2
+
+
+def test_a_selection_in_several_studies_asks_once(
+    site: FakeSlurm, tree: Tree, study_file: Callable[..., Path]
+) -> None:
+    for name in ("one", "two"):
+        text = SMALL.replace("name: small", f"name: {name}")
+        grid = build_grid(load_study(study_file(text, f"{name}.yaml")))
+        store.register(tree, grid, [])
+        submit(tree, grid)
+    before = site.calls("squeue")
+    assert len(steer._choices(tree, None, ["init=mae"])) == 2
+    assert site.calls("squeue") <= before + 1
+
+
+def test_jobs_submitted_since_the_queue_was_asked_are_not_taken_for_lost(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    submit(tree, grid)
+    states(tree, grid)  # an empty queue: all are over
+    change(tree, grid, job="77", state="submitted")
+    site.holds(("77", "x"))
+    found = queue.read_states(tree, grid.stages, max_age_s=600.0)
+    assert {v.state for v in found.values()} == {"submitted"}
+
+
+def test_jobs_of_others_are_left_to_them(site: FakeSlurm, tree: Tree, grid: Grid) -> None:
+    submit(tree, grid)
+    assert set(states(tree, grid).values()) == {"lost"}
+    for about in ({"user": "somebody"}, {"site": "elsewhere"}):
+        own = queue.identity()
+        change(tree, grid, **about)
+        assert set(states(tree, grid).values()) == {"submitted"}
+        assert submit(tree, grid).jobs == {}
+        change(tree, grid, **own)
+
+
+def test_a_running_stage_is_not_lost_while_its_lease_beats(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(queue, "BEAT_S", 0.1)
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(tree, stage)
+    write_json(folder.status, {"state": "running", "attempt": 1, "job": "5", "cluster": "slurm"})
+    monkeypatch.setenv("HARNESS_HOST", "node-7")
+    held = lease.Lease.acquire(folder.lease)
+    held.start_beating()
+    monkeypatch.delenv("HARNESS_HOST")
+    try:
+        assert states(tree, grid)[stage.id] == "running"
+        held._stop.set()
+        thread = held._thread
+        assert isinstance(thread, threading.Thread)
+        thread.join()
+        assert states(tree, grid)[stage.id] == "lost"
+    finally:
+        folder.lease.unlink()
+
+
+def test_a_claim_without_a_job_counts_as_long_as_somebody_submits(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """A submission was killed after its second array of several."""
+    jobs = submit(tree, grid).jobs
+    (token,) = {(read_json(p) or {})["token"] for p in tree.root.glob("stages/*/*/status.json")}
+    change(tree, grid, job=None)
+    tasks = sorted((tree.root / "slurm" / token).glob("tasks.*.json"))
+    first = {row["stage"] for row in (read_json(tasks[0]) or {})["tasks"]}
+    assert first and first < set(jobs)
+    site.holds(("1", f"{token}.0"))
+    with lease.exclusive(tree.root / "slurm" / "submitting"):
+        assert set(states(tree, grid).values()) == {"submitted"}
+    found = states(tree, grid)
+    assert {s for s, state in found.items() if state == "submitted"} == first
+    assert set(submit(tree, grid).jobs) == set(jobs) - first
+
+
+def test_what_sbatch_refuses_is_taken_back(site: FakeSlurm, tree: Tree, grid: Grid) -> None:
+    site.says("sbatch", "echo 'sbatch: error: Job violates accounting policy' >&2; exit 1")
+    with pytest.raises(UserError, match="accounting policy"):
+        submit(tree, grid)
+    assert set(states(tree, grid).values()) <= {"planned", "waiting"}
+
+
+def test_with_room_for_two_jobs_the_caretaker_gets_one(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    refuse = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+    count = f"$(cat {site.folder}/sbatch.calls | wc -l)"
+    kept = f"$(cat {site.folder}/scancel.calls 2>/dev/null | wc -l)"
+    full = f"[ $(({count} - {kept} * 3)) -gt 2 ]"
+    site.says("sbatch", f'if {full}; then {refuse}; fi; echo "Submitted batch job {count}"')
+    done = submit(tree, grid)
+    assert done.caretaker is not None and done.left == len(grid.stages) - len(done.jobs) > 0
+    site.holds(*((j, "x") for j in done.jobs.values()))
+    found = states(tree, grid)
+    assert {s for s, state in found.items() if state == "submitted"} == set(done.jobs)
+
+
+@pytest.mark.parametrize("name", ["a%j", "a\nb", "a\x1bb"])
+def test_a_root_that_slurm_would_read_otherwise_is_refused(
+    name: str, site: FakeSlurm, tmp_path: Path, grid: Grid
+) -> None:
+    with pytest.raises(UserError, match="choose another --root"):
+        submit(Tree(tmp_path / name), grid)
+    assert site.calls("sbatch") == 0
+
+
+# --- nodes -----------------------------------------------------------------------------------
+
+SINFO = """\
+a1|gpu*|idle|gpu:h100:8|ib
+a2|gpu*|mixed|gpu:h100:8|ib
+a3|gpu*|down*|gpu:h100:8|ib
+c1|gpu*|idle|(null)|
+a1|debug|idle|gpu:h100:8|ib
+"""
+
+
+@pytest.mark.parametrize(
+    ("lost", "partition", "count", "avoided"),
+    [
+        (["a1"], None, 1, ("a1",)),
+        (["a1"], "gpu", 2, ()),  # a3 is down, c1 has no GPU
+        (["a1", "a2"], "gpu", 1, ()),
+        (["a3"], "gpu", 2, ("a3",)),
+        (["a1"], "debug", 1, ()),
+        (["c1"], "gpu", 1, ()),
+        (["gone"], "gpu", 1, ()),
+        ([], "gpu", 1, ()),
+    ],
+)
+def test_a_node_is_avoided_where_enough_of_its_kind_are_up(
+    lost: list[str], partition: str | None, count: int, avoided: tuple[str, ...], site: FakeSlurm
+) -> None:
+    site.write("sinfo", SINFO)
+    assert nodes.avoidable(lost, partition, count) == avoided
+
+
+@pytest.mark.parametrize(
+    ("state", "booted", "is_lost"),
+    [
+        ("IDLE", "2026-01-01T00:00:00", False),
+        ("ALLOCATED", "2026-01-01T00:00:00", False),
+        ("DOWN*", "2026-01-01T00:00:00", True),
+        ("IDLE+NOT_RESPONDING", "2026-01-01T00:00:00", True),
+        ("IDLE", "2099-01-01T00:00:00", True),
+        ("DOWN", "None", True),
+    ],
+)
+def test_a_node_was_lost_if_it_is_down_or_was_started_since(
+    state: str, booted: str, is_lost: bool, site: FakeSlurm
+) -> None:
+    site.write("scontrol", f"NodeName=a1 Arch=x86_64\n   State={state} BootTime={booted}\n")
+    found = nodes.lost_of({"node": "a1", "job_started": time.time()})
+    assert found == (["a1"] if is_lost else [])
+
+
+def test_without_an_answer_nothing_is_known_of_a_node(site: FakeSlurm) -> None:
+    site.says("scontrol", "exit 1")
+    assert nodes.lost_of({"nodes": ["a1", "a2"], "job_started": 1.0}) is None

@@ -1,0 +1,65 @@
+"""Stands where `harness.worker` does where only what is around it matters: sleeps, does not train.
+
+A step takes 0.05 s, and every one leaves a checkpoint. It imports no torch, so a job takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+
+from harness.ledger import attempts, store
+from harness.ledger.claim import stop_asked
+from harness.ledger.files import read_json, write_json
+from harness.ledger.lease import Lease, process_started, this_host
+from harness.ledger.tree import Tree
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one rank; rank 0 does the work."""
+    parser = argparse.ArgumentParser()
+    for name in ("root", "kind", "stage", "attempt"):
+        parser.add_argument(f"--{name}")
+    given = parser.parse_args(arguments)
+    tree, number = Tree(Path(given.root)), int(given.attempt)
+    folder = tree.stage(given.kind, given.stage)
+    heard: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    for one in numbers:
+        signal.signal(one, lambda n, _: heard.append(n))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    if os.environ["RANK"] != "0":
+        return 0
+    stage = store.read_stage(folder)
+    lease = Lease.acquire(folder.lease)
+    lease.start_beating()
+    try:
+        about = {**(read_json(folder.status) or {}), "state": "running", "host": this_host()}
+        about |= {"pid": os.getpid(), "pid_started": process_started(os.getpid())}
+        write_json(folder.status, about)
+        for step in range(attempts.progress_of(folder) + 1, (stage.config.steps or 0) + 1):
+            time.sleep(0.05)
+            checkpoint = folder.checkpoints / f"step_{step}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "COMPLETE").touch()
+            if heard or stop_asked(folder):
+                end = "timeout" if heard[:1] == [signal.SIGUSR2] else "preempted"
+                end = end if heard else "cancelled"
+                attempts.close(folder, number, end, stop_asked(folder) or end, "asked to stop")
+                return 75
+        uids = {
+            u: (read_json(tree.stage(kind, u).result) or {})["uid"]
+            for u, kind in stage.upstream_kinds.items()
+        }
+        result = {"schema": 1, "uid": uuid.uuid4().hex, "upstream_uids": uids, "metrics": {}}
+        result |= {"kind": given.kind, "size": stage.config.size, "flops": 0, "attempts": number}
+        result["wall_s"] = {"total": 1.0, "harness": 0.0}
+        write_json(folder.result, result)
+        attempts.close(folder, number, "done", "done", "")
+        return 0
+    finally:
+        lease.release()
