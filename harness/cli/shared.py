@@ -29,10 +29,11 @@ Root = Annotated[
 
 def tree(root: Path | None) -> Tree:
     """The run tree a verb works on: the flag, HARNESS_ROOT, the settings, or ./runs."""
-    if root:
-        return Tree(root.absolute())
-    named = None if os.environ.get("HARNESS_ROOT") else settings.load_settings().root
-    return Tree(named.expanduser().absolute() if named else default_root())
+    named = None if root or os.environ.get("HARNESS_ROOT") else settings.load_settings().root
+    found = (root or named or default_root()).expanduser().absolute()
+    if found.exists() and not found.is_dir():
+        raise UserError(f"run root {found}: is a file; expected a folder, new or of earlier runs")
+    return Tree(found)
 
 
 def known_ablations(tree: Tree, study: str) -> list[Ablation]:

@@ -16,7 +16,8 @@ from harness.study import flops as count_flops
 from harness.study import identity
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
-from harness.study.expand import Point, expand, matches, normalise, same
+from harness.study.expand import Point, expand, matches, normalise, same, show_rule
+from harness.study.protocols.common import OnFeatures
 from harness.study.recipes import Model
 from harness.study.schema import (
     CORE_AXES,
@@ -29,6 +30,7 @@ from harness.study.sizes import SIZES
 from harness.study.source import Location
 from harness.study.stages import Execution, Images, StageFile
 from harness.study.starting import label_of
+from harness.study.zero_files import checked_name
 from harness.units import format_count, safe_name
 
 
@@ -83,19 +85,31 @@ TUNE = "tune"
 
 def build_grid(loaded: LoadedStudy, ablations: Iterable[Ablation] = ()) -> Grid:
     """Expands and resolves a study. Raises UserError with every problem of every cell, once."""
-    builder = _Builder(loaded)
-    for point in expand(loaded):
-        builder.add(point)
-    for ablation in ablations:
-        builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
+    builder = _build(loaded)
+    builder.add_ablations(ablations)
     return builder.grid()
+
+
+def problems_in(loaded: LoadedStudy) -> list[str]:
+    """Everything that keeps a study from being a grid, each with file:line."""
+    return list(dict.fromkeys(_build(loaded).problems))
+
+
+def _build(loaded: LoadedStudy) -> _Builder:
+    builder = _Builder(loaded)
+    points = expand(loaded, builder.problems)
+    is_complete = not builder.problems
+    for point in points:
+        builder.add(point)
+    builder.check_datasets()
+    builder.check_rules(is_complete)
+    return builder
 
 
 def build_ablations(loaded: LoadedStudy, ablations: Iterable[Ablation]) -> Grid:
     """Cells of these ablations only, in their order. Raises UserError with every problem."""
     builder = _Builder(loaded)
-    for ablation in ablations:
-        builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
+    builder.add_ablations(ablations)
     return builder.grid()
 
 
@@ -119,7 +133,11 @@ class _Builder:
         self.feeds: dict[str, int] = {}
         self.datasets: dict[str, DatasetMeta] = {}
         self._stages_cache: dict[str, Stages | None] = {}
+        self._origins: dict[int, dict[Location, Location]] = {}
+        """id of recipes -> field -> where in the file it was set, if not in `stages`."""
         self._resources: dict[str, Resources] = {}
+        self._used: set[tuple[str, int]] = set()
+        """Rules that matched something, as (section, place)."""
         self._images: dict[tuple[str, str, int, bool], Images] = {}
         self._models: dict[tuple[str, int, int], Model] = {}
         self._texts: dict[str, str] = {}
@@ -138,26 +156,89 @@ class _Builder:
             datasets=self.datasets,
         )
 
+    def check_rules(self, is_complete: bool) -> None:
+        """Fields that rules set where no cell was built with them, and rules that match nothing.
+
+        `is_complete`: every point of the study was added; rules may match those that were not.
+        """
+        study, source = self.loaded.study, self.loaded.source
+        for i, rule in enumerate(study.overrides):
+            if ("overrides", i) not in self._used and self.loaded.raw_stages:
+                self._validate([(k, v, ("overrides", i, "set", k)) for k, v in rule.set.items()])
+        roles = _roles(study.stages)
+        for i, rule in enumerate(study.resources):
+            if ("resources", i) in self._used:
+                continue
+            self._merged({}, i)
+            named = rule.match.get("stage", [])
+            for name in named if isinstance(named, list) else [named]:
+                if name not in roles and self.loaded.has_stages:
+                    near = difflib.get_close_matches(str(name), roles, n=1)
+                    hint = f"did you mean '{near[0]}'?" if near else f"stages: {', '.join(roles)}"
+                    where = source.where(("resources", i, "match", "stage"))
+                    self.problems.append(f"{where}: resources: no stage '{name}'; {hint}")
+        unused = [i for i in range(len(study.resources)) if ("resources", i) not in self._used]
+        for i in unused if is_complete and not self.problems else ():
+            where, shown = source.where(("resources", i)), show_rule(study.resources[i].match)
+            self.problems.append(
+                f"{where}: resources {shown} matches no stage of a cell; fix or remove it"
+            )
+
+    def check_datasets(self) -> None:
+        """The datasets of the axes, also where no cell could be built."""
+        study = self.loaded.study
+        named = [(v, ("axes", "dataset", i)) for i, v in enumerate(study.axes.get("dataset", []))]
+        named += (
+            [(study.defaults["dataset"], ("defaults", "dataset"))]
+            if "dataset" in study.defaults
+            else []
+        )
+        for spec, place in named:
+            try:
+                self.dataset(str(spec))
+            except UserError as error:
+                self.problems += [self._at(place) + p for p in error.problems]
+
+    def add_ablations(self, ablations: Iterable[Ablation]) -> None:
+        for ablation in ablations:
+            before = len(self.problems)
+            point = _ablation_point(ablation, self.loaded, self.problems)
+            if len(self.problems) == before:
+                self.add(point, ablation)
+
     # -- one cell ---------------------------------------------------------------------------
 
     def add(self, point: Point, ablation: Ablation | None = None) -> None:
-        before = len(self.problems)
+        recipes = self._recipes(point) if self.loaded.has_stages else None
         try:
-            self._add(point, ablation)
+            meta = self.dataset(str(point.values["dataset"]))
+            if recipes is not None:
+                self._add(point, meta, recipes, ablation)
         except UserError as error:
-            if len(self.problems) == before:
-                self.problems += [self._prefix(p) for p in error.problems]
+            self.problems += [self._located(p, point, recipes) for p in error.problems]
 
-    def _prefix(self, problem: str) -> str:
-        located = problem.startswith(("--set", f"{self.loaded.source.path}:"))
-        return problem if located else f"{self.loaded.source.path}: {problem}"
+    def _located(self, problem: str, point: Point, recipes: Stages | None) -> str:
+        """A problem with file:line of the field or the axis that it begins with."""
+        if problem.startswith(("--set", f"{self.loaded.source.path}:")):
+            return problem
+        words = problem.split(" ", 1)[0].rstrip(":,").split(".")
+        if words[0] == "stages" and len(words) > 1:
+            return self._at(self._origin(tuple(words[1:]), recipes)) + problem
+        place = self._where(point, words[0])
+        return f"{place or f'{self.loaded.source.path}: '}{problem}"
 
-    def _add(self, point: Point, ablation: Ablation | None) -> None:
+    def _origin(self, field: Location, recipes: Stages | None) -> Location:
+        """Where a field of the recipes was set, such as (wsp, lr)."""
+        known = self._origins.get(id(recipes), {})
+        found = [
+            p for p in known if field[: len(p)] == p or (field[1:] and p[: len(field)] == field)
+        ]
+        return known[max(found, key=len)] if found else ("stages", *field)
+
+    def _add(
+        self, point: Point, meta: DatasetMeta, recipes: Stages, ablation: Ablation | None
+    ) -> None:
         values = point.values
-        meta = self.dataset(str(values["dataset"]))
-        recipes = self._recipes(point)
-        if recipes is None:
-            return
         if ablation and ablation.until:
             recipes = _cut(recipes, ablation.until)
         available = meta.count("pretrain")
@@ -233,6 +314,7 @@ class _Builder:
         sets += [(k, dotted[k], ("defaults", k)) for k in early]
         for i, rule in enumerate(self.loaded.study.overrides):
             if matches(rule.match, point.values):
+                self._used.add(("overrides", i))
                 sets += [(k, v, ("overrides", i, "set", k)) for k, v in rule.set.items()]
         sets += [(k, v, point.origin.get(k, ())) for k, v in dotted.items() if k not in early]
         key = repr([(k, v) for k, v, _ in sets])
@@ -253,7 +335,9 @@ class _Builder:
                 return None
             origin[parts] = location
         try:
-            return Stages.model_validate(raw)
+            stages = Stages.model_validate(raw)
+            self._origins[id(stages)] = origin  # the cache holds the stages: ids stay theirs
+            return stages
         except ValidationError as error:
             for line in problems_of(error, Stages):
                 path = tuple(line.split(": ", 1)[0].split("."))
@@ -292,19 +376,41 @@ class _Builder:
         asked = {**axes, "stage": stage}
         for i, rule in enumerate(self.loaded.study.resources):
             if matches(rule.match, asked):
-                merged |= rule.set
-                if repr(merged) in self._resources:
-                    continue
-                try:
-                    self._resources[repr(merged)] = Resources.model_validate(merged)
-                except ValidationError as error:
-                    where: Location = ("resources", i, "set")
-                    lines = problems_of(error, Resources, self.loaded.source, where)
-                    raise UserError(*lines) from None
+                self._used.add(("resources", i))
+                merged = self._merged(merged, i)
         found = self._resources.get(repr(merged))
         if found is None:
             found = self._resources[repr(merged)] = Resources.model_validate(merged)
         return found
+
+    def _merged(self, merged: dict[str, Any], rule: int) -> dict[str, Any]:
+        """With what a rule sets, if that can be set; what cannot is a problem."""
+        new = merged | self.loaded.study.resources[rule].set
+        if repr(new) in self._resources:
+            return new
+        is_plain = isinstance(self.loaded.source.data.get("resources"), dict)
+        place: Location = ("resources",) if is_plain else ("resources", rule, "set")
+        try:
+            found = Resources.model_validate(new)
+            if found.zero is not None:
+                zero = checked_name(found.zero, self.loaded.bases)
+                found = found.model_copy(update={"zero": zero})
+        except ValidationError as error:
+            self.problems += problems_of(error, Resources, self.loaded.source, place)
+            return merged
+        except UserError as error:
+            where = self._at((*place, "zero"))
+            self.problems += [f"{where}resources: {p}" for p in error.problems]
+            return merged
+        self._resources[repr(new)] = found
+        return new
+
+
+def _roles(stages: Stages) -> list[str]:
+    """What rules may call the stages of a study."""
+    found = [name for name in ("mae", "wsp") if getattr(stages, name) is not None]
+    on_features = any(isinstance(t, OnFeatures) for t in stages.transfer.values())
+    return [*found, *stages.transfer, *(["features"] if on_features else [])]
 
 
 def _cut(recipes: Stages, until: str) -> Stages:

@@ -125,3 +125,61 @@ def test_a_plan_cut_off_by_its_reader_is_quiet(study_file: Write, harness: Harne
     command = f"{sys.executable} -m harness.cli.main grid {study_file()} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
+
+
+def submitted(study_file: Write, tmp_path: Path) -> Path:
+    """A run root with the small study registered, as after a submission; the path of its study."""
+    from harness.ledger.store import register
+    from harness.ledger.tree import Tree
+    from harness.study.cells import build_grid
+    from harness.study.schema import load_study
+
+    register(Tree(tmp_path / "runs"), build_grid(load_study(study_file())), [])
+    return tmp_path / "runs/studies/small"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("size=d8x3", "--set: size 'd8x3': unknown; did you mean 'd8x2'?"),
+        ("size=", "--set: size None: unknown"),
+        ("data=abc", "--set: data 'abc': 'abc' is not a count"),
+        ("seed=x", "--set: seed 'x': expected a whole number"),
+        ("siez=d8x2", "--set siez: unknown; did you mean 'size'?"),
+        ("wsp.lr=x", "--set: wsp.lr: input should be a valid number"),
+    ],
+)
+def test_a_wrong_set_is_one_line(
+    study_file: Write, harness: Harness, tmp_path: Path, change: str, message: str
+) -> None:
+    submitted(study_file, tmp_path)
+    done = harness("run", "d16x2-1k-mae-s0", "--set", change, check=2)
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("file", ["cells.jsonl", "ablations.jsonl"])
+@pytest.mark.parametrize("line", ["{half a row", "[1]", "{}"])
+def test_a_corrupt_row_of_a_study_is_named(
+    study_file: Write, harness: Harness, tmp_path: Path, file: str, line: str
+) -> None:
+    path = submitted(study_file, tmp_path) / file
+    path.write_text(line + "\n")
+    done = harness("run", "d16x2-1k-mae-s0", check=2)
+    assert str(path) in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_place_that_takes_no_files_is_one_line(
+    study_file: Write, harness: Harness, tmp_path: Path
+) -> None:
+    submitted(study_file, tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, "/proc/none"):
+        done = harness("report", "small", "--out", out, check=2)
+        assert f"--out {out}: cannot be" in done.stderr and done.stderr.count("\n") == 1
+    for verb in (["grid", study_file()], ["status"]):
+        done = harness(*verb, "--root", file, check=2)
+        assert (
+            done.stderr
+            == f"run root {file}: is a file; expected a folder, new or of earlier runs\n"
+        )
