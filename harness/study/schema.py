@@ -235,15 +235,14 @@ def _further(
 def _remove(data: Any, location: study_source.Location) -> bool:
     """Takes the value at a place out of data; False if there is none, or a list would shift."""
     node: Any = data
-    for part in location[:-1]:
-        inside = isinstance(node, dict) and part in node
-        inside |= isinstance(node, list) and isinstance(part, int) and part < len(node)
-        if not inside:
-            return False
-        node = node[part]
-    if isinstance(node, dict) and location[-1] in node:
-        del node[location[-1]]
-        return True
+    try:
+        for part in location[:-1]:
+            node = node[part]
+        if isinstance(node, dict):
+            del node[location[-1]]
+            return True
+    except (KeyError, IndexError, TypeError):
+        pass
     return False
 
 

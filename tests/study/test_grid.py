@@ -9,7 +9,7 @@ import pytest
 
 from harness.errors import NotFoundError, UserError
 from harness.study.cells import Ablation, Grid, build_grid
-from harness.study.cost import Speeds, makespan
+from harness.study.cost import Speeds, makespan, pace, running_left
 from harness.study.flops import mae_train, vit_forward, vit_train
 from harness.study.plan import cell_state, check_budget, make_plan
 from harness.study.recipes import MaeRecipe
@@ -354,6 +354,20 @@ def test_makespan_is_bounded_by_the_longest_and_by_the_area() -> None:
     assert makespan([(10, 1), (3, 1)], 2) == 10
     assert makespan([(4, 8), (4, 8)], 8) == 8
     assert makespan([], 2) == 0
+
+
+def test_time_left_follows_what_is_measured_not_the_plan() -> None:
+    """A running stage at its own rate: 40 of 100 steps are 4000 samples in 20 s, 60 take 30 s."""
+    status = {"step": 40, "steps": 100, "samples": 4000, "samples_per_s": 200.0}
+    assert running_left(5.0, 1000.0, status) == pytest.approx(30.0)
+    assert running_left(5.0, 1000.0, status | {"step": 100, "samples": 10_000}) == 0
+    # Without steps the plan's estimate runs down, and does not stand still where it was too low.
+    left = [running_left(10.0, elapsed, {}) for elapsed in (0.0, 4.0, 60.0, 120.0)]
+    assert left == pytest.approx([10.0, 6.0, 6.0, 12.0])
+    # Stages that ended took twice as long (mae) and half as long (wsp) as they were planned.
+    found = pace([("mae", 20.0, 10.0), ("mae", 40.0, 20.0), ("wsp", 5.0, 10.0)])
+    assert found == pytest.approx({"mae": 2.0, "wsp": 0.5, "": 65 / 40})
+    assert pace([]) == {}
 
 
 def test_guessed_times_count_steps_on_a_cpu_and_the_slower_of_two_on_a_gpu(
