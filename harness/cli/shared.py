@@ -11,7 +11,7 @@ import typer
 
 import harness
 from harness.cli import show
-from harness.errors import EXIT_FAILED, EXIT_OK, UserError
+from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
 from harness.launch import queue, settings
 from harness.launch.driver import Driver, Mode, reset
 from harness.launch.hostfile import machine_of_hostfile
@@ -144,7 +144,7 @@ def submit(
         summary = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh).run(mode)
     show.summary(summary, grid, tree, mode)
     if summary.interrupted:
-        return 130
+        return EXIT_INTERRUPTED
     incomplete = mode == "read-only" and summary.left
     bad = summary.failed or summary.blocked or summary.held or incomplete
     return EXIT_FAILED if bad else EXIT_OK

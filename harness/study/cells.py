@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +17,9 @@ from harness.study import flops as count_flops
 from harness.study import identity
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
-from harness.study.expand import Point, expand, matches, normalise, same, show_rule
-from harness.study.protocols.common import OnFeatures
+from harness.study.expand import Point, expand, matches, normalise, same
 from harness.study.recipes import Model
+from harness.study.rules import check_datasets, check_rules
 from harness.study.schema import (
     CORE_AXES,
     LoadedStudy,
@@ -101,8 +102,8 @@ def _build(loaded: LoadedStudy) -> _Builder:
     is_complete = not builder.problems
     for point in points:
         builder.add(point)
-    builder.check_datasets()
-    builder.check_rules(is_complete)
+    check_datasets(builder)
+    check_rules(builder, is_complete)
     return builder
 
 
@@ -136,7 +137,7 @@ class _Builder:
         self._origins: dict[int, dict[Location, Location]] = {}
         """id of recipes -> field -> where in the file it was set, if not in `stages`."""
         self._resources: dict[str, Resources] = {}
-        self._used: set[tuple[str, int]] = set()
+        self.used: set[tuple[str, int]] = set()
         """Rules that matched something, as (section, place)."""
         self._images: dict[tuple[str, str, int, bool], Images] = {}
         self._models: dict[tuple[str, int, int], Model] = {}
@@ -155,49 +156,6 @@ class _Builder:
             feeds=self.feeds,
             datasets=self.datasets,
         )
-
-    def check_rules(self, is_complete: bool) -> None:
-        """Fields that rules set where no cell was built with them, and rules that match nothing.
-
-        `is_complete`: every point of the study was added; rules may match those that were not.
-        """
-        study, source = self.loaded.study, self.loaded.source
-        for i, rule in enumerate(study.overrides):
-            if ("overrides", i) not in self._used and self.loaded.raw_stages:
-                self._validate([(k, v, ("overrides", i, "set", k)) for k, v in rule.set.items()])
-        roles = _roles(study.stages)
-        for i, rule in enumerate(study.resources):
-            if ("resources", i) in self._used:
-                continue
-            self._merged({}, i)
-            named = rule.match.get("stage", [])
-            for name in named if isinstance(named, list) else [named]:
-                if name not in roles and self.loaded.has_stages:
-                    near = difflib.get_close_matches(str(name), roles, n=1)
-                    hint = f"did you mean '{near[0]}'?" if near else f"stages: {', '.join(roles)}"
-                    where = source.where(("resources", i, "match", "stage"))
-                    self.problems.append(f"{where}: resources: no stage '{name}'; {hint}")
-        unused = [i for i in range(len(study.resources)) if ("resources", i) not in self._used]
-        for i in unused if is_complete and not self.problems else ():
-            where, shown = source.where(("resources", i)), show_rule(study.resources[i].match)
-            self.problems.append(
-                f"{where}: resources {shown} matches no stage of a cell; fix or remove it"
-            )
-
-    def check_datasets(self) -> None:
-        """The datasets of the axes, also where no cell could be built."""
-        study = self.loaded.study
-        named = [(v, ("axes", "dataset", i)) for i, v in enumerate(study.axes.get("dataset", []))]
-        named += (
-            [(study.defaults["dataset"], ("defaults", "dataset"))]
-            if "dataset" in study.defaults
-            else []
-        )
-        for spec, place in named:
-            try:
-                self.dataset(str(spec))
-            except UserError as error:
-                self.problems += [self._at(place) + p for p in error.problems]
 
     def add_ablations(self, ablations: Iterable[Ablation]) -> None:
         for ablation in ablations:
@@ -223,7 +181,7 @@ class _Builder:
             return problem
         words = problem.split(" ", 1)[0].rstrip(":,").split(".")
         if words[0] == "stages" and len(words) > 1:
-            return self._at(self._origin(tuple(words[1:]), recipes)) + problem
+            return self.at(self._origin(tuple(words[1:]), recipes)) + problem
         place = self._where(point, words[0])
         return f"{place or f'{self.loaded.source.path}: '}{problem}"
 
@@ -314,15 +272,15 @@ class _Builder:
         sets += [(k, dotted[k], ("defaults", k)) for k in early]
         for i, rule in enumerate(self.loaded.study.overrides):
             if matches(rule.match, point.values):
-                self._used.add(("overrides", i))
+                self.used.add(("overrides", i))
                 sets += [(k, v, ("overrides", i, "set", k)) for k, v in rule.set.items()]
         sets += [(k, v, point.origin.get(k, ())) for k, v in dotted.items() if k not in early]
         key = repr([(k, v) for k, v, _ in sets])
         if key not in self._stages_cache:
-            self._stages_cache[key] = self._validate(sets)
+            self._stages_cache[key] = self.validate(sets)
         return self._stages_cache[key]
 
-    def _validate(self, sets: list[tuple[str, Any, Location]]) -> Stages | None:
+    def validate(self, sets: list[tuple[str, Any, Location]]) -> Stages | None:
         raw = copy.deepcopy(self.loaded.raw_stages)
         origin: dict[Location, Location] = {}
         for path, value, location in sets:
@@ -330,7 +288,7 @@ class _Builder:
             if not _assign(raw, parts, value):
                 known = ", ".join(k for k in raw)
                 self.problems.append(
-                    f"{self._at(location)}'{path}': the study has no such stage; it has: {known}"
+                    f"{self.at(location)}'{path}': the study has no such stage; it has: {known}"
                 )
                 return None
             origin[parts] = location
@@ -342,10 +300,10 @@ class _Builder:
             for line in problems_of(error, Stages):
                 path = tuple(line.split(": ", 1)[0].split("."))
                 cause = next((o for p, o in origin.items() if path[: len(p)] == p), None)
-                self.problems.append(self._at(cause or ("stages", *path)) + line)
+                self.problems.append(self.at(cause or ("stages", *path)) + line)
             return None
 
-    def _at(self, location: Location) -> str:
+    def at(self, location: Location) -> str:
         if location == ("--set",):
             return "--set: "
         return f"{self.loaded.source.where(location)}: "
@@ -376,14 +334,14 @@ class _Builder:
         asked = {**axes, "stage": stage}
         for i, rule in enumerate(self.loaded.study.resources):
             if matches(rule.match, asked):
-                self._used.add(("resources", i))
-                merged = self._merged(merged, i)
+                self.used.add(("resources", i))
+                merged = self.merged(merged, i)
         found = self._resources.get(repr(merged))
         if found is None:
             found = self._resources[repr(merged)] = Resources.model_validate(merged)
         return found
 
-    def _merged(self, merged: dict[str, Any], rule: int) -> dict[str, Any]:
+    def merged(self, merged: dict[str, Any], rule: int) -> dict[str, Any]:
         """With what a rule sets, if that can be set; what cannot is a problem."""
         new = merged | self.loaded.study.resources[rule].set
         if repr(new) in self._resources:
@@ -399,18 +357,11 @@ class _Builder:
             self.problems += problems_of(error, Resources, self.loaded.source, place)
             return merged
         except UserError as error:
-            where = self._at((*place, "zero"))
+            where = self.at((*place, "zero"))
             self.problems += [f"{where}resources: {p}" for p in error.problems]
             return merged
         self._resources[repr(new)] = found
         return new
-
-
-def _roles(stages: Stages) -> list[str]:
-    """What rules may call the stages of a study."""
-    found = [name for name in ("mae", "wsp") if getattr(stages, name) is not None]
-    on_features = any(isinstance(t, OnFeatures) for t in stages.transfer.values())
-    return [*found, *stages.transfer, *(["features"] if on_features else [])]
 
 
 def _cut(recipes: Stages, until: str) -> Stages:
@@ -444,10 +395,13 @@ def _cell_name(axes: dict[str, Any], loaded: LoadedStudy, ablation: Ablation | N
     parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"]))]
     parts.append(f"s{axes['seed']}")
     varied = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
-    for key in sorted(varied - {"size", "data", "init", "seed"}):
+    varied -= {"size", "data", "init", "seed"}
+    last_words = Counter(key.split(".")[-1] for key in varied)
+    for key in sorted(varied):
         # What the study says of all cells does not tell one from another.
         if key in axes and not same(axes[key], loaded.study.defaults.get(key)):
-            parts.append(safe_name(f"{key.split('.')[-1]}={axes[key]}"))
+            word = key.split(".")[-1]
+            parts.append(safe_name(f"{word if last_words[word] == 1 else key}={axes[key]}"))
     if ablation:
         parts.append(
             safe_name(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items()))

@@ -57,6 +57,26 @@ def _seconds(value: Any) -> float:
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
+def _flops(value: Any) -> Any:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kKMGTPEZ])", str(value))
+    power = 3 * "kMGTPEZ".index(match[2].replace("K", "k")) + 3 if match else 0
+    try:
+        return float(match[1]) * 10.0**power if match else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{value!r} is not a number of FLOPs; expected for example 3e18 or 3E"
+        ) from None
+
+
+def _hours(value: Any) -> Any:
+    is_time = isinstance(value, str) and value.strip()[-1:] in ("s", "m", "h", "d")
+    return _seconds(value) / 3600 if is_time else value
+
+
+Flops = Annotated[float, BeforeValidator(_flops), Field(gt=0)]
+Hours = Annotated[float, BeforeValidator(_hours), Field(gt=0)]
+
+
 class Stages(Frozen):
     """The recipes. A cell passes through mae (if init is mae), wsp, then every transfer task."""
 
@@ -146,8 +166,10 @@ class Retry(Frozen):
 class Budget(Frozen):
     """`--submit` refuses a study whose remaining work exceeds any of these."""
 
-    flops: Positive | None = None
-    hours: Positive | None = None
+    flops: Flops | None = None
+    """A number, or with a decimal multiple: 3e18, 3E, 500T."""
+    hours: Hours | None = None
+    """A number of hours, or a time such as 90m, 10h or 2d."""
 
 
 class Study(Frozen):
