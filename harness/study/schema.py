@@ -288,10 +288,9 @@ def problems_of(
         # A value that fits no member of a union has an item of each member.
         words = [i for i in items if i["type"] == "literal_error"]
         others = [i for i in items if i not in words]
-        said = [_describe(i, model, i["loc"]) for i in (*words[:1], *others)]
-        if words and others:
-            said = [_choices(words[0], "or a number"), *said[1:]] if len(items) == 2 else said
-            said = said[:1]
+        said = [_describe(i, model, i["loc"]) for i in others or words[:1]]
+        if words and others and str(words[0]["input"])[:1].isalpha():  # not a wrong number
+            said = [_choices(words[0], "or a number")]
         lines += [f"{where}{name}: {text}" for text in said]
     return list(dict.fromkeys(lines))
 

@@ -248,6 +248,7 @@ def test_a_deepspeed_config_is_looked_for_beside_the_study_and_read(study_file: 
     [
         ("  mae:\n", "  mae:\n    data: 9k\n", 11, "stages.mae.data 9k: dataset scenes-4k has 4k"),
         ("  mae:\n", "  mae:\n    data: sane\n", 11, "expected full, same or a number"),
+        ("  mae:\n", "  mae:\n    data: -3\n", 11, "-3 is not a count; expected a whole number"),
         ("decoder_heads: 2", "decoder_heads: 5", 12, "decoder_width 32 is not a multiple of"),
         ("  mae:\n", "  mae:\n    mask_ratio: 0.99\n", 11, "mask_ratio 0.99 keeps 0 of 36"),
         (
