@@ -14,6 +14,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_NOT_FOUND = 4
+EXIT_INTERRUPTED = 130  # As shells say it of Ctrl-C.
 EXIT_STORAGE = 74  # EX_IOERR: the disk did not take the worker's files, its last word included.
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: the worker stopped in good order and asks to be run again.
 

@@ -6,10 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from harness.errors import NotFoundError
 
 if TYPE_CHECKING:
     from harness.data.pack import Progress
@@ -18,7 +21,12 @@ _LINE_EVERY_S = 10.0
 
 
 def data() -> None:
-    """Pack, label, check and look at datasets."""
+    """Pack, label, check and look at datasets.
+
+    Example:
+
+      harness data pack digits --out data/digits
+    """
 
 
 def pack(
@@ -72,6 +80,8 @@ def pack(
     from harness.data.images import ImageOptions
     from harness.data.pack import pack as pack_images
 
+    if src != "digits" and get_close_matches(src, ["digits"]) and not Path(src).exists():
+        raise NotFoundError(f"{src}: no such file or folder; did you mean 'digits'?")
     options = ImageOptions(resize=resize, format=encode, quality=quality, strict=strict)
     try:
         with shown_progress(f"listing {src}", "packing") as progress:

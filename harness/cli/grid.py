@@ -21,7 +21,7 @@ Device = Literal["cpu", "cuda"]
 
 _EXAMPLE = """Example:
 
-  harness grid grids/scale_study.yaml                      # cells, stages, FLOPs, time
+  harness grid grids/scale_study.yaml
 
   harness grid grids/scale_study.yaml --only 'size=d32x3,init=mae' --submit
 """
@@ -31,7 +31,8 @@ def grid(
     file: Annotated[Path, typer.Argument(help="Study file (YAML).")],
     submit: Annotated[bool, typer.Option("--submit", help="Run what is missing.")] = False,
     selection: Annotated[
-        str | None, typer.Option("--only", help="Cells: 'axis=value[|value],axis=value'.")
+        list[str] | None,
+        typer.Option("--only", help="Cells: 'axis=value[|value],axis=value'. Several add up."),
     ] = None,
     mode: Annotated[
         Mode,
@@ -54,8 +55,15 @@ def grid(
     tree = shared.tree(root)
     if device and submit:
         raise UserError("--device is for estimates; where stages run is the machine's own matter")
+    if as_json and submit:
+        raise UserError(
+            "--json prints the plan; with --submit use `harness status --json` afterwards"
+        )
+    if mode != "cached" and not submit:
+        raise UserError(f"--mode {mode} says how to run; add --submit, or leave it out for a plan")
+    only_these = None if selection is None else ",".join(selection)
     with shared.no_collection():
-        full, grid, machine, plan = _planned(tree, file, selection, device, cluster)
+        full, grid, machine, plan = _planned(tree, file, only_these, device, cluster)
         if not submit:
             if as_json:
                 shared.print_json(plan.to_json())

@@ -22,7 +22,7 @@ _QUIET_S = 20.0
 
 
 def logs(
-    cell: Annotated[str, typer.Argument(help="Name or id of a cell.")],
+    cell: Annotated[str, typer.Argument(help="Name or id of a cell, or id of a stage.")],
     stage: Annotated[
         str | None, typer.Option(help="Only this stage: mae, wsp, or a transfer task.")
     ] = None,
@@ -37,7 +37,7 @@ def logs(
       harness logs d32x3-4k-mae-s0 --stage wsp
     """
     tree = shared.tree(root)
-    _, row = find_in_studies(tree, cell, study)
+    _, row = find_in_studies(tree, cell, study, stages_too=True)
     roles: dict[str, str] = row["stages"]
     if stage is not None and stage not in roles:
         have = ", ".join(roles)

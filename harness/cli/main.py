@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from harness.cli import (
     data,
@@ -25,9 +28,26 @@ from harness.cli import (
     tune,
     weights,
 )
-from harness.errors import EXIT_FAILED, HarnessError, storage_error
+from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, HarnessError, storage_error
+
+
+class _Guessing(typer.core.TyperGroup):
+    """Says which of the words of a closed set was probably meant."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            found, _, words = error.message.partition(" is not one of ")
+            known = re.findall(r"'([^']*)'", words)
+            near = difflib.get_close_matches("".join(re.findall(r"'([^']*)'", found)), known, n=1)
+            if near:
+                error.message += f" Did you mean '{near[0]}'?"
+            raise
+
 
 app = typer.Typer(
+    cls=_Guessing,
     name="harness",
     help="Scaling studies of vision pretraining: does MAE before weak supervision pay, and does it"
     " keep paying as model and data grow?",
@@ -53,6 +73,9 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
             # `harness status | head`: the reader has what it wanted. Nothing more can be said.
             sys.stdout = sys.stderr = None  # type: ignore[assignment]
             code = EXIT_FAILED
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = EXIT_INTERRUPTED
         except OSError as error:
             known = storage_error(error)
             if known is None:
@@ -62,6 +85,22 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return run_verb
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"harness {metadata.version('vision-scaling-harness')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 app.command("grid")(_exiting(grid.grid))
@@ -76,9 +115,7 @@ app.command("tune")(_exiting(tune.tune))
 app.command("report")(_exiting(report.report))
 app.command("fit")(_exiting(fit.fit))
 
-data_app = typer.Typer(
-    help="Pack, label, check and look at datasets.", no_args_is_help=True, rich_markup_mode=None
-)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 data_app.callback()(data.data)
 data_app.command("pack")(_exiting(data.pack))
 data_app.command("sample")(_exiting(data_sample.sample))
@@ -88,9 +125,7 @@ data_app.command("verify")(_exiting(data_checks.verify))
 data_app.command("show")(_exiting(data_checks.show))
 app.add_typer(data_app, name="data")
 
-weights_app = typer.Typer(
-    help="Look into weight files, convert them.", no_args_is_help=True, rich_markup_mode=None
-)
+weights_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 weights_app.callback()(weights.weights)
 weights_app.command("inspect")(_exiting(weights.inspect))
 weights_app.command("convert")(_exiting(weights.convert))
@@ -98,7 +133,11 @@ app.add_typer(weights_app, name="weights")
 
 
 def main() -> None:
-    """Runs a verb. Exit codes: 0 ok, 1 something failed, 2 usage or config, 4 not found."""
+    """Runs a verb.
+
+    Exit codes: 0 ok, 1 something failed, 2 usage or config, 4 not found, 130 Ctrl-C. Workers, whose
+    codes schedulers see, also have 74 (a file cannot be written) and 75 (asked to stop, run again).
+    """
     app()
 
 

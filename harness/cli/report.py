@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from harness.cli import shared
-from harness.errors import NotFoundError
+from harness.errors import NotFoundError, StorageError
+from harness.ledger import store
 
 
 def report(
@@ -34,6 +35,11 @@ def report(
     from analysis.report import build
 
     for name in names:
+        store.read_cells(tree, name)  # raises if there is none of that name
+        try:
+            (out / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"--out {out}", error) from None
         result = build(tree.root, name, out)
         print(result.finding)
         print(f"report: {result.index}")

@@ -13,7 +13,7 @@ from harness.ledger import store
 from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, build_grid, only
 from harness.study.schema import check_name, load_study
-from harness.study.select import find_cell
+from harness.study.select import find_cell, spellings
 from harness.study.source import parse_value
 
 
@@ -61,11 +61,24 @@ def run(
     return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
 
 
-def find_in_studies(tree: Tree, cell: str, study: str | None) -> tuple[str, dict[str, Any]]:
-    """Study and row of a cell. Raises NotFoundError or, if several studies have it, UserError."""
+def find_in_studies(
+    tree: Tree, cell: str, study: str | None, stages_too: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Study and row of a cell. Raises NotFoundError or, if several studies have it, UserError.
+
+    `stages_too`: the id of a stage, as progress and failures name it, is a cell of that stage only.
+    """
     names = [study] if study else tree.studies()
     rows = [{**row, "study": name} for name in names for row in store.read_cells(tree, name)]
-    exact = {r["study"] for r in rows if cell in (r["id"], r["name"])}
+    of_stage = next((r for r in rows if cell in r["stages"].values()), None)
+    if stages_too and of_stage is not None:
+        roles = {role: s for role, s in of_stage["stages"].items() if s == cell}
+        return of_stage["study"], {**of_stage, "stages": roles}
+    exact = {
+        r["study"]
+        for r in rows
+        if cell in (r["id"], r["name"], *spellings(r["name"], r.get("tag")))
+    }
     if len(exact) > 1:
         raise UserError(f"cell '{cell}' is in several studies; add --study {' or '.join(exact)}")
     row = find_cell(rows, cell)

@@ -15,7 +15,7 @@ import typer
 
 import harness
 from harness.cli import show
-from harness.errors import EXIT_FAILED, EXIT_OK, UserError
+from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
 from harness.launch import queue, settings
 from harness.launch.driver import Driver, Mode, reset
 from harness.launch.hostfile import machine_of_hostfile
@@ -33,10 +33,11 @@ Root = Annotated[
 
 def tree(root: Path | None) -> Tree:
     """The run tree a verb works on: the flag, HARNESS_ROOT, the settings, or ./runs."""
-    if root:
-        return Tree(root.absolute())
-    named = None if os.environ.get("HARNESS_ROOT") else settings.load_settings().root
-    return Tree(named.expanduser().absolute() if named else default_root())
+    named = None if root or os.environ.get("HARNESS_ROOT") else settings.load_settings().root
+    found = (root or named or default_root()).expanduser().absolute()
+    if found.exists() and not found.is_dir():
+        raise UserError(f"run root {found}: is a file; expected a folder, new or of earlier runs")
+    return Tree(found)
 
 
 def known_ablations(tree: Tree, study: str) -> list[Ablation]:
@@ -175,7 +176,7 @@ def submit(
         summary = driver.run(mode)
     show.summary(summary, grid, tree, mode)
     if summary.interrupted:
-        return 130
+        return EXIT_INTERRUPTED
     incomplete = mode == "read-only" and summary.left
     bad = summary.failed or summary.blocked or summary.held or incomplete
     return EXIT_FAILED if bad else EXIT_OK

@@ -80,14 +80,24 @@ def plan(plan: Plan, tree: Tree, slots: int) -> None:
 def _cell_table(plan: Plan) -> Table:
     table = Table(title="cells", title_justify="left", box=None, pad_edge=False)
     table.add_column("cell", no_wrap=True)
+    table.add_column("axes", overflow="fold")
     for name in ("params", "images", "samples", "FLOPs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     shown = _rows_of(len(plan.grid.cells))
+    # What all cells have in common stands in the study file, not in every row.
+    values: dict[str, set[str]] = {}
+    for cell in plan.grid.cells:
+        for axis, value in cell.axes.items():
+            values.setdefault(axis, set()).add(str(value))
+    varied = [axis for axis, found in values.items() if len(found) > 1]
     for cell in plan.grid.cells[:shown]:
         stages = [plan.grid.stages[s] for s in cell.stages.values()]
         table.add_row(
             escape(cell.id),
+            escape(
+                " ".join(f"{k}={_axis_text(k, cell.axes[k])}" for k in varied if k in cell.axes)
+            ),
             format_si(cell.params),
             format_count(cell.images),
             format_si(sum(s.config.samples for s in stages)),
@@ -99,6 +109,10 @@ def _cell_table(plan: Plan) -> Table:
     if more > 0:
         table.add_row(f"... and {more} more: --only AXIS=VALUE, or --json for all of them")
     return table
+
+
+def _axis_text(axis: str, value: object) -> str:
+    return format_count(value) if axis == "data" and isinstance(value, int) else str(value)
 
 
 def _stage_table(plan: Plan) -> Table:
@@ -114,9 +128,10 @@ def _stage_table(plan: Plan) -> Table:
     for kind, ids in kinds.items():
         stages = [plan.grid.stages[i] for i in ids]
         done = sum(plan.states[i] == "done" for i in ids)
+        feeds = sorted(plan.grid.feeds[i] for i in ids)
         table.add_row(
             f"{kind} x {len(ids)}",
-            "",
+            str(feeds[0]) if feeds[0] == feeds[-1] else f"{feeds[0]}-{feeds[-1]}",
             format_si(sum(s.config.samples for s in stages)),
             format_si(sum(s.flops for s in stages)),
             format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
@@ -197,7 +212,8 @@ class Live:
         """Shows where the submission is."""
         if self._known is not None:
             for stage in sorted(progress.bad.keys() - self._known.keys()):
-                self.console.print(f"{state_text(progress.bad[stage])} {escape(stage)}")
+                line = f"{state_text(progress.bad[stage])} {escape(stage)}"
+                self.console.print(line, soft_wrap=True)
         self._known = progress.bad
         if self.console.is_terminal:
             self.live.update(self._panel(progress))
@@ -206,7 +222,7 @@ class Live:
         now = time.monotonic()
         if now - self._last_line >= self._EVERY_S or done == progress.total:
             self._last_line = now
-            self.console.print(self._headline(progress))
+            self.console.print(self._headline(progress), soft_wrap=True)
 
     def _headline(self, progress: Progress) -> str:
         counts = progress.counts
@@ -279,7 +295,8 @@ def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
         out.print(f"  {len(summary.left)} stages are not done; --mode read-only runs none")
     for stage, what in summary.failed.items():
         kind = grid.stages[stage].kind
-        out.print(f"  {escape(stage)}: {plain(what)}; log: {tree.stage(kind, stage).attempts}")
+        log = escape(str(tree.stage(kind, stage).attempts))
+        out.print(f"  {escape(stage)}: {plain(what)}; log: {log}", soft_wrap=True)
     if summary.held:
         out.print(
             f"  {len(summary.held)} stages are cancelled; run them with: harness resume SELECTOR"
@@ -311,7 +328,8 @@ def submitted(done: Submitted, grid: Grid, cluster: str, found: Mapping[str, Sta
     for stage, state in found.items():
         if state.state in ("failed", "diverged"):
             what = f"{state.state}: {state.message or state.reason}"
-            out.print(f"  {escape(stage)}: {plain(what)}; run it again with --mode retry")
+            line = f"  {escape(stage)}: {plain(what)}; run it again with --mode retry"
+            out.print(line, soft_wrap=True)
     if done.left:
         then = "the caretaker submits them when these are over"
         if done.caretaker is None:

@@ -74,14 +74,15 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
     cells = ", ".join(f"{n} {show.state_text(s)}" for s, n in study["cells"].items())
     parts: list[RenderableType] = [f"[bold]{escape(study['name'])}[/]  cells: {cells}"]
     table = Table(box=None, pad_edge=False)
-    for name in ("stages", "done", "running", "waiting", "failed", "other"):
+    for name in ("stages", "done", "running", "waiting", "failed", "blocked", "other"):
         table.add_column(name, justify="left" if name == "stages" else "right")
     for kind, states in study["kinds"].items():
         known = {
             "done": states.get("done", 0),
             "running": states.get("running", 0) + states.get("submitted", 0),
             "waiting": states.get("planned", 0) + states.get("waiting", 0),
-            "failed": sum(states.get(s, 0) for s in ("failed", "diverged", "blocked")),
+            "failed": sum(states.get(s, 0) for s in ("failed", "diverged")),
+            "blocked": states.get("blocked", 0),
         }
         other = sum(states.values()) - sum(known.values())
         table.add_row(kind, *(str(v) if v else "" for v in known.values()), str(other or ""))

@@ -21,7 +21,12 @@ Drop = Annotated[
 
 
 def weights() -> None:
-    """Look into weight files and convert them between layouts."""
+    """Look into weight files and convert them between layouts.
+
+    Example:
+
+      harness weights inspect mae_pretrain_vit_base.pth
+    """
 
 
 def inspect(

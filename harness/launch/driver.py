@@ -17,12 +17,12 @@ from harness.launch.policy import lost_on
 from harness.launch.pool import Ended, Pool, Running
 from harness.ledger import attempts
 from harness.ledger.claim import claim, complete, is_untold, start_over
-from harness.ledger.files import read_json
+from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Silence, exclusive
 from harness.ledger.states import ACTIVE, StageState, read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
-from harness.study.cost import Speeds
+from harness.study.cost import Speeds, pace, running_left
 from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
@@ -164,6 +164,8 @@ class Driver:
         self._cancelled: dict[str, str] = {}
         self.live: dict[str, dict[str, object]] = {}
         self._summed: _Summed | None = None
+        self._pace: dict[str, float] = {}
+        self._began: dict[tuple[str, int], float] = {}
         self._ordered: tuple[dict[str, StageState], list[_Job]] | None = None
 
     def _placed(self, stage: StageFile) -> StageFile:
@@ -370,16 +372,21 @@ class Driver:
     def _tell(self, states: dict[str, StageState], pool: Pool, started: float) -> None:
         # Thousands of stages are summed up when their files were read, not twice a second.
         if self._summed is None or self._summed.states is not states:
+            self._pace = self._measured_pace(states)
             self._summed = _Summed.of(states, lambda s: self._cost(s, pool))
-        counts, left = Counter(self._summed.counts), self._summed.left
+        counts, left, longest = Counter(self._summed.counts), self._summed.left, 0.0
         for stage_id, running in pool.running.items():
             stage = running.stage
             counts[states[stage_id].state] -= 1
             counts["running"] += 1
             status = read_json(self.tree.stage(stage.kind, stage_id).status) or {}
             self.live[stage_id] = status
-            if status.get("step") and status.get("steps") and not states[stage_id].is_over:
-                left -= self._cost(stage_id, pool) * status["step"] / status["steps"]
+            began = self._began.setdefault((stage_id, running.attempt), time.monotonic())
+            if not states[stage_id].is_over:
+                cost, need = self._cost(stage_id, pool), pool.needs(stage)
+                rest = running_left(cost / need, time.monotonic() - began, status)
+                left += rest * need - cost
+                longest = max(longest, rest)
         self.watch(
             Progress(
                 total=len(states),
@@ -387,7 +394,7 @@ class Driver:
                 bad=self._summed.bad,
                 running=list(pool.running.values()),
                 live={k: v for k, v in self.live.items() if k in pool.running},
-                seconds_left=max(0.0, left) / len(self.machine.slots),
+                seconds_left=max(longest, left / len(self.machine.slots)),
                 started=started,
                 interrupted=self.interrupted,
                 elsewhere=pool.elsewhere,
@@ -395,8 +402,18 @@ class Driver:
         )
 
     def _cost(self, stage_id: str, pool: Pool) -> float:
-        """Estimated seconds of slots."""
-        return self.speeds.seconds(self.stages[stage_id]) * pool.needs(self.stages[stage_id])
+        """Estimated seconds of slots, at the pace of what ended in this submission."""
+        stage = self.stages[stage_id]
+        faster = self._pace.get(stage.kind, self._pace.get("", 1.0))
+        return self.speeds.seconds(stage) * faster * pool.needs(stage)
+
+    def _measured_pace(self, states: dict[str, StageState]) -> dict[str, float]:
+        done = {s: states[s].result for s in self._ran if s in states}
+        return pace(
+            (self.stages[s].kind, result["wall_s"]["total"], self.speeds.seconds(self.stages[s]))
+            for s, result in done.items()
+            if result and "total" in result.get("wall_s", {})
+        )
 
     def _summary(self, states: dict[str, StageState], started: float) -> Summary:
         own = {s: v for s, v in states.items() if v.state in ("failed", "diverged")}

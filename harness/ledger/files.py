@@ -108,13 +108,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole rows. A last line without its newline was torn by a kill and is left out."""
+    """All whole rows. A last line without its newline was torn by a kill and is left out.
+
+    Raises UserError, naming the line, if any other is not a JSON object.
+    """
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return []
     end = raw.rfind(b"\n") + 1
-    return [json.loads(line) for line in raw[:end].splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(raw[:end].split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number}: not JSON ({error}); mend or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object; mend or remove the line")
+        rows.append(row)
+    return rows
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import NotFoundError
+from harness.errors import NotFoundError, UserError
 from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Ablation, Cell, Grid
@@ -49,7 +49,9 @@ def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
 
 def read_ablations(tree: Tree, study: str) -> list[Ablation]:
     """The ablations that were run on a study so far."""
-    rows = read_jsonl(tree.study(study) / "ablations.jsonl")
+    path = tree.study(study) / "ablations.jsonl"
+    rows = read_jsonl(path)
+    _check_keys(path, rows, "parent", "values", "set", "tag")
     return [
         Ablation(
             parent=r["parent"],
@@ -89,7 +91,17 @@ def read_cells(tree: Tree, study: str) -> list[dict[str, Any]]:
     if study not in tree.studies():
         known = ", ".join(tree.studies()) or "none; run `harness grid FILE --submit` first"
         raise NotFoundError(f"no study '{study}' in {tree.root}; known: {known}")
-    return read_jsonl(tree.study(study) / "cells.jsonl")
+    path = tree.study(study) / "cells.jsonl"
+    rows = read_jsonl(path)
+    _check_keys(path, rows, "id", "name", "axes", "stages", "kinds", "upstream")
+    return rows
+
+
+def _check_keys(path: Path, rows: list[dict[str, Any]], *keys: str) -> None:
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise UserError(f"{path}: row {number} has no '{missing[0]}'; submit the study again")
 
 
 def read_stage(folder: StageFolder) -> StageFile:

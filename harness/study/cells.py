@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
 from harness.study.expand import Point, expand, matches, normalise, same
 from harness.study.recipes import Model
+from harness.study.rules import check_datasets, check_rules
 from harness.study.schema import (
     CORE_AXES,
     LoadedStudy,
@@ -29,6 +31,7 @@ from harness.study.sizes import SIZES
 from harness.study.source import Location
 from harness.study.stages import Execution, Images, StageFile
 from harness.study.starting import label_of
+from harness.study.zero_files import checked_name
 from harness.units import format_count, safe_name
 
 
@@ -83,19 +86,31 @@ TUNE = "tune"
 
 def build_grid(loaded: LoadedStudy, ablations: Iterable[Ablation] = ()) -> Grid:
     """Expands and resolves a study. Raises UserError with every problem of every cell, once."""
-    builder = _Builder(loaded)
-    for point in expand(loaded):
-        builder.add(point)
-    for ablation in ablations:
-        builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
+    builder = _build(loaded)
+    builder.add_ablations(ablations)
     return builder.grid()
+
+
+def problems_in(loaded: LoadedStudy) -> list[str]:
+    """Everything that keeps a study from being a grid, each with file:line."""
+    return list(dict.fromkeys(_build(loaded).problems))
+
+
+def _build(loaded: LoadedStudy) -> _Builder:
+    builder = _Builder(loaded)
+    points = expand(loaded, builder.problems)
+    is_complete = not builder.problems
+    for point in points:
+        builder.add(point)
+    check_datasets(builder)
+    check_rules(builder, is_complete)
+    return builder
 
 
 def build_ablations(loaded: LoadedStudy, ablations: Iterable[Ablation]) -> Grid:
     """Cells of these ablations only, in their order. Raises UserError with every problem."""
     builder = _Builder(loaded)
-    for ablation in ablations:
-        builder.add(_ablation_point(ablation, loaded, builder.problems), ablation)
+    builder.add_ablations(ablations)
     return builder.grid()
 
 
@@ -119,7 +134,11 @@ class _Builder:
         self.feeds: dict[str, int] = {}
         self.datasets: dict[str, DatasetMeta] = {}
         self._stages_cache: dict[str, Stages | None] = {}
+        self._origins: dict[int, dict[Location, Location]] = {}
+        """id of recipes -> field -> where in the file it was set, if not in `stages`."""
         self._resources: dict[str, Resources] = {}
+        self.used: set[tuple[str, int]] = set()
+        """Rules that matched something, as (section, place)."""
         self._images: dict[tuple[str, str, int, bool], Images] = {}
         self._models: dict[tuple[str, int, int], Model] = {}
         self._texts: dict[str, str] = {}
@@ -138,26 +157,46 @@ class _Builder:
             datasets=self.datasets,
         )
 
+    def add_ablations(self, ablations: Iterable[Ablation]) -> None:
+        for ablation in ablations:
+            before = len(self.problems)
+            point = _ablation_point(ablation, self.loaded, self.problems)
+            if len(self.problems) == before:
+                self.add(point, ablation)
+
     # -- one cell ---------------------------------------------------------------------------
 
     def add(self, point: Point, ablation: Ablation | None = None) -> None:
-        before = len(self.problems)
+        recipes = self._recipes(point) if self.loaded.has_stages else None
         try:
-            self._add(point, ablation)
+            meta = self.dataset(str(point.values["dataset"]))
+            if recipes is not None:
+                self._add(point, meta, recipes, ablation)
         except UserError as error:
-            if len(self.problems) == before:
-                self.problems += [self._prefix(p) for p in error.problems]
+            self.problems += [self._located(p, point, recipes) for p in error.problems]
 
-    def _prefix(self, problem: str) -> str:
-        located = problem.startswith(("--set", f"{self.loaded.source.path}:"))
-        return problem if located else f"{self.loaded.source.path}: {problem}"
+    def _located(self, problem: str, point: Point, recipes: Stages | None) -> str:
+        """A problem with file:line of the field or the axis that it begins with."""
+        if problem.startswith(("--set", f"{self.loaded.source.path}:")):
+            return problem
+        words = problem.split(" ", 1)[0].rstrip(":,").split(".")
+        if words[0] == "stages" and len(words) > 1:
+            return self.at(self._origin(tuple(words[1:]), recipes)) + problem
+        place = self._where(point, words[0])
+        return f"{place or f'{self.loaded.source.path}: '}{problem}"
 
-    def _add(self, point: Point, ablation: Ablation | None) -> None:
+    def _origin(self, field: Location, recipes: Stages | None) -> Location:
+        """Where a field of the recipes was set, such as (wsp, lr)."""
+        known = self._origins.get(id(recipes), {})
+        found = [
+            p for p in known if field[: len(p)] == p or (field[1:] and p[: len(field)] == field)
+        ]
+        return known[max(found, key=len)] if found else ("stages", *field)
+
+    def _add(
+        self, point: Point, meta: DatasetMeta, recipes: Stages, ablation: Ablation | None
+    ) -> None:
         values = point.values
-        meta = self.dataset(str(values["dataset"]))
-        recipes = self._recipes(point)
-        if recipes is None:
-            return
         if ablation and ablation.until:
             recipes = _cut(recipes, ablation.until)
         available = meta.count("pretrain")
@@ -233,14 +272,15 @@ class _Builder:
         sets += [(k, dotted[k], ("defaults", k)) for k in early]
         for i, rule in enumerate(self.loaded.study.overrides):
             if matches(rule.match, point.values):
+                self.used.add(("overrides", i))
                 sets += [(k, v, ("overrides", i, "set", k)) for k, v in rule.set.items()]
         sets += [(k, v, point.origin.get(k, ())) for k, v in dotted.items() if k not in early]
         key = repr([(k, v) for k, v, _ in sets])
         if key not in self._stages_cache:
-            self._stages_cache[key] = self._validate(sets)
+            self._stages_cache[key] = self.validate(sets)
         return self._stages_cache[key]
 
-    def _validate(self, sets: list[tuple[str, Any, Location]]) -> Stages | None:
+    def validate(self, sets: list[tuple[str, Any, Location]]) -> Stages | None:
         raw = copy.deepcopy(self.loaded.raw_stages)
         origin: dict[Location, Location] = {}
         for path, value, location in sets:
@@ -248,20 +288,22 @@ class _Builder:
             if not _assign(raw, parts, value):
                 known = ", ".join(k for k in raw)
                 self.problems.append(
-                    f"{self._at(location)}'{path}': the study has no such stage; it has: {known}"
+                    f"{self.at(location)}'{path}': the study has no such stage; it has: {known}"
                 )
                 return None
             origin[parts] = location
         try:
-            return Stages.model_validate(raw)
+            stages = Stages.model_validate(raw)
+            self._origins[id(stages)] = origin  # the cache holds the stages: ids stay theirs
+            return stages
         except ValidationError as error:
             for line in problems_of(error, Stages):
                 path = tuple(line.split(": ", 1)[0].split("."))
                 cause = next((o for p, o in origin.items() if path[: len(p)] == p), None)
-                self.problems.append(self._at(cause or ("stages", *path)) + line)
+                self.problems.append(self.at(cause or ("stages", *path)) + line)
             return None
 
-    def _at(self, location: Location) -> str:
+    def at(self, location: Location) -> str:
         if location == ("--set",):
             return "--set: "
         return f"{self.loaded.source.where(location)}: "
@@ -292,19 +334,34 @@ class _Builder:
         asked = {**axes, "stage": stage}
         for i, rule in enumerate(self.loaded.study.resources):
             if matches(rule.match, asked):
-                merged |= rule.set
-                if repr(merged) in self._resources:
-                    continue
-                try:
-                    self._resources[repr(merged)] = Resources.model_validate(merged)
-                except ValidationError as error:
-                    where: Location = ("resources", i, "set")
-                    lines = problems_of(error, Resources, self.loaded.source, where)
-                    raise UserError(*lines) from None
+                self.used.add(("resources", i))
+                merged = self.merged(merged, i)
         found = self._resources.get(repr(merged))
         if found is None:
             found = self._resources[repr(merged)] = Resources.model_validate(merged)
         return found
+
+    def merged(self, merged: dict[str, Any], rule: int) -> dict[str, Any]:
+        """With what a rule sets, if that can be set; what cannot is a problem."""
+        new = merged | self.loaded.study.resources[rule].set
+        if repr(new) in self._resources:
+            return new
+        is_plain = isinstance(self.loaded.source.data.get("resources"), dict)
+        place: Location = ("resources",) if is_plain else ("resources", rule, "set")
+        try:
+            found = Resources.model_validate(new)
+            if found.zero is not None:
+                zero = checked_name(found.zero, self.loaded.bases)
+                found = found.model_copy(update={"zero": zero})
+        except ValidationError as error:
+            self.problems += problems_of(error, Resources, self.loaded.source, place)
+            return merged
+        except UserError as error:
+            where = self.at((*place, "zero"))
+            self.problems += [f"{where}resources: {p}" for p in error.problems]
+            return merged
+        self._resources[repr(new)] = found
+        return new
 
 
 def _cut(recipes: Stages, until: str) -> Stages:
@@ -338,10 +395,13 @@ def _cell_name(axes: dict[str, Any], loaded: LoadedStudy, ablation: Ablation | N
     parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"]))]
     parts.append(f"s{axes['seed']}")
     varied = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
-    for key in sorted(varied - {"size", "data", "init", "seed"}):
+    varied -= {"size", "data", "init", "seed"}
+    last_words = Counter(key.split(".")[-1] for key in varied)
+    for key in sorted(varied):
         # What the study says of all cells does not tell one from another.
         if key in axes and not same(axes[key], loaded.study.defaults.get(key)):
-            parts.append(safe_name(f"{key.split('.')[-1]}={axes[key]}"))
+            word = key.split(".")[-1]
+            parts.append(safe_name(f"{word if last_words[word] == 1 else key}={axes[key]}"))
     if ablation:
         parts.append(
             safe_name(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items()))

@@ -55,6 +55,11 @@ class Surroundings(Protocol):
         ...
 
 
+def path_of(role: str) -> str:
+    """Where the recipe of a role stands in the study file."""
+    return f"stages.{role}" if role in ("mae", "wsp") else f"stages.transfer.{role}"
+
+
 class Chain:
     """The stages of one cell, made in order: mae, wsp, transfers."""
 
@@ -79,13 +84,13 @@ class Chain:
         encoder: str | None = None
         if self.axes["init"] == "mae":
             if recipes.mae is None:
-                raise UserError("init mae needs a recipe: add stages.mae to the study")
+                raise UserError("init mae needs a recipe; add stages.mae to the study")
             encoder = self._mae(recipes.mae)
         if recipes.wsp is not None:
             encoder = self._wsp(recipes.wsp, encoder)
         Transfers(self, recipes.transfer, encoder).build()
         if not self.ids:
-            raise UserError(f"a cell with init {self.axes['init']} has no stage; add stages.wsp")
+            raise UserError(f"init {self.axes['init']}: the cell has no stage; add stages.wsp")
 
     @property
     def start(self) -> str:
@@ -102,12 +107,13 @@ class Chain:
         if images > full:
             raise UserError(
                 f"stages.mae.data {format_count(images)}: dataset {self.meta.name} has"
-                f" {format_count(full)} pretraining images"
+                f" {format_count(full)} pretraining images; use at most that, or full"
             )
         if recipe.decoder_width % recipe.decoder_heads:
             raise UserError(
-                f"stages.mae: decoder_width {recipe.decoder_width} is not a multiple of"
-                f" decoder_heads {recipe.decoder_heads}"
+                f"stages.mae.decoder_width {recipe.decoder_width} is not a multiple of"
+                f" decoder_heads {recipe.decoder_heads}; use"
+                f" {-(-recipe.decoder_width // recipe.decoder_heads) * recipe.decoder_heads}"
             )
         kept = count_flops.num_kept(self.model, recipe.mask_ratio)
         if not 0 < kept < self.model.num_patches:
@@ -134,6 +140,7 @@ class Chain:
         encoder: str | None,
         label: str,
     ) -> str:
+        self.meta.check_count("val", recipe.val_images, f"stages.{kind}.val_images")
         recipe, steps = self.schedule(kind, recipe, images)
         upstream = {"encoder": encoder} if encoder else {}
         config = self.config(kind, recipe, "pretrain", images, classes, steps, upstream)
@@ -174,7 +181,7 @@ class Chain:
         if sum(samples.values()) > total:
             parts = " and ".join(f"{round(n):,} of {name}" for name, n in samples.items())
             raise UserError(
-                f"stages.{role}: {parts} are more than its {total:,} samples; shorten them, or"
+                f"{path_of(role)}: {parts} are more than its {total:,} samples; shorten them, or"
                 " train longer"
             )
         return recipe.model_copy(update=changed) if changed else recipe
@@ -254,9 +261,8 @@ class Chain:
             if batch % chunk:
                 per = f" x micro_batch {wanted.micro_batch}" if wanted.micro_batch else ""
                 near = max(chunk, batch // chunk * chunk)
-                where = self.builder.loaded.source.where(("stages", role, "batch"))
                 raise UserError(
-                    f"{where}: {role}.batch {batch} is not a multiple of {chunk}"
+                    f"{path_of(role)}.batch {batch} is not a multiple of {chunk}"
                     f" ({wanted.ranks} ranks{per}); use batch {near} or other resources"
                 )
             forward = wanted.micro_batch or batch // wanted.ranks
@@ -270,8 +276,8 @@ class Chain:
             mixes = getattr(config.recipe, "mixup", 0) or getattr(config.recipe, "cutmix", 0)
             if mixes and forward % 2:
                 raise UserError(
-                    f"stages.{role}: mixup needs an even number of images in a forward pass, found"
-                    f" {forward}; set an even resources.micro_batch"
+                    f"{path_of(role)}: mixup needs an even number of images in a forward pass,"
+                    f" found {forward}; set an even resources.micro_batch"
                 )
         return Execution(
             ranks=wanted.ranks,

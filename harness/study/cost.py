@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from harness.study.stages import StageFile
 
@@ -51,6 +52,26 @@ class Speeds:
         if same_kind:
             return math.exp(sum(map(math.log, same_kind)) / len(same_kind))
         return None
+
+
+def pace(ended: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Kind -> true seconds by estimated ones, of (kind, true, estimated); '' for all kinds."""
+    sums: dict[str, tuple[float, float]] = {}
+    for kind, true, estimated in ended:
+        for key in (kind, ""):
+            before = sums.get(key, (0.0, 0.0))
+            sums[key] = (before[0] + true, before[1] + estimated)
+    return {key: true / estimated for key, (true, estimated) in sums.items() if estimated > 0}
+
+
+def running_left(estimate: float, elapsed: float, status: Mapping[str, Any]) -> float:
+    """Seconds that a running stage still takes: at its own rate where it tells one."""
+    step, steps = status.get("step") or 0, status.get("steps") or 0
+    rate, seen = status.get("samples_per_s") or 0.0, status.get("samples") or 0
+    if step and steps and rate and seen:
+        return max(0.0, seen * (steps / step - 1) / rate)
+    # Beyond its estimate nobody knows; a little that grows is at least no number that stands.
+    return max(estimate - elapsed, elapsed / 10)
 
 
 def makespan(work: list[tuple[float, int]], slots: int) -> float:

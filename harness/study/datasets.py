@@ -8,6 +8,7 @@ not to run it. No shard is ever read here.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from harness.errors import NotFoundError, UserError
 from harness.study.builtin import BUILTIN, builtin
 from harness.study.locations import is_remote, join_location, read_bytes
 from harness.study.recipes import Frozen
+from harness.units import format_count
 
 ShardEntry = dict[str, str | int]
 """What dataset.json records of a file: file, bytes, sha256; of a shard also samples."""
@@ -83,6 +85,14 @@ class DatasetMeta(Frozen):
         """Number of samples in the split that serves `role`."""
         return self.splits[self.split_for(role)]
 
+    def check_count(self, role: Role, wanted: int | None, field: str) -> None:
+        """Raises UserError, of the `field` that says so, if more are wanted than there are."""
+        if wanted is not None and wanted > (have := self.count(role)):
+            raise UserError(
+                f"{field} {format_count(wanted)}: split '{self.split_for(role)}' of {self.name} has"
+                f" {format_count(have)} images; use at most that, or leave it out for all"
+            )
+
     @property
     def num_hashtags(self) -> int:
         """Outputs of a WSP head; a set without hashtags uses its classes."""
@@ -116,8 +126,11 @@ def describe(spec: str, bases: Sequence[Path] = ()) -> DatasetMeta:
         raw = json.loads(read_bytes(file))
         return DatasetMeta.model_validate({**raw, "is_planned": planned})
     except (FileNotFoundError, NotADirectoryError):
+        kind, _, count = spec.partition("-")
+        near = difflib.get_close_matches(kind, BUILTIN, n=1, cutoff=0.7)
+        hint = f"did you mean '{'-'.join(filter(None, (near[0], count)))}'? " if near else ""
         raise NotFoundError(
-            f"dataset '{spec}': no {file}; expected {', '.join(BUILTIN)}, one of these with a"
+            f"dataset '{spec}': no {file}; {hint}expected {', '.join(BUILTIN)}, one of these with a"
             f" number such as scenes-16k, or a directory"
             " made by `harness data pack SRC --out DIR`"
         ) from None

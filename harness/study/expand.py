@@ -24,16 +24,19 @@ class Point:
     """Where in the study file each value stands."""
 
 
-def expand(loaded: LoadedStudy) -> list[Point]:
+def expand(loaded: LoadedStudy, problems: list[str]) -> list[Point]:
     """All points: product of the axes (zipped groups together), less exclude, plus include.
 
-    Raises UserError with every problem found: unknown axis, unequal zip, a rule matching nothing.
+    What is wrong is added to `problems`: unknown axis, unequal zip, a rule matching nothing, a
+    value nobody knows. The points that are left out for it are those that hold it.
     """
-    study, problems = loaded.study, []
-    problems += _check_axis_names(loaded)
-    problems += _check_zip(loaded)
-    if problems:
-        raise UserError(*problems)
+    study = loaded.study
+    shapeless = _check_axis_names(loaded) + _check_zip(loaded)
+    problems += shapeless + _check_rule_keys(loaded)
+    if shapeless:  # there is no product, but its values can be looked at one by one
+        for point in _single_values(loaded):
+            normalise(point, loaded, problems, is_whole=False)
+        return []
     points = []
     default_origin: dict[str, Location] = {k: ("defaults", k) for k in study.defaults}
     for combination in itertools.product(*_groups(loaded)):
@@ -44,9 +47,9 @@ def expand(loaded: LoadedStudy) -> list[Point]:
         points.append(Point(values=values, origin=origin))
     for i, rule in enumerate(study.exclude):
         kept = [p for p in points if not matches(rule, p.values)]
-        if len(kept) == len(points):
+        if len(kept) == len(points) and not _strange_keys(loaded, rule):
             where = loaded.source.where(("exclude", i))
-            problems.append(f"{where}: exclude {_show(rule)} matches no cell; fix or remove it")
+            problems.append(f"{where}: exclude {show_rule(rule)} matches no cell; fix or remove it")
         points = kept
     for i, extra in enumerate(study.include):
         values = {**study.defaults, **extra}
@@ -55,13 +58,38 @@ def expand(loaded: LoadedStudy) -> list[Point]:
         if missing:
             where = loaded.source.where(("include", i))
             problems.append(f"{where}: include has no value for {', '.join(missing)}")
+            continue
         points.append(Point(values=values, origin=origin))
-    normal = [normalise(p, loaded, problems) for p in points]
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    if not normal:
-        raise UserError(f"{loaded.source.path}: the grid has no cells; check axes and exclude")
-    return normal
+    if not points:
+        problems.append(f"{loaded.source.path}: the grid has no cells; check axes and exclude")
+    for section in ("overrides", "resources"):
+        for i, rule in enumerate(getattr(study, section)):
+            match = {k: v for k, v in rule.match.items() if (section, k) != ("resources", "stage")}
+            idle = not any(matches(match, p.values) for p in points)
+            if points and idle and not _strange_keys(loaded, match):
+                where, shown = loaded.source.where((section, i)), show_rule(rule.match)
+                problems.append(f"{where}: {section} {shown} matches no cell; fix or remove it")
+    good = []
+    for point in points:
+        before = len(problems)
+        normal = normalise(point, loaded, problems)
+        good += [normal] if len(problems) == before else []
+    return good
+
+
+def _single_values(loaded: LoadedStudy) -> list[Point]:
+    """Every value of every axis on its own, as points of that one value."""
+    study = loaded.study
+    found = [
+        ((name, v), ("axes", name, i)) for name, vs in study.axes.items() for i, v in enumerate(vs)
+    ]
+    found += [((name, v), ("defaults", name)) for name, v in study.defaults.items()]
+    found += [
+        ((name, v), ("include", i, name))
+        for i, e in enumerate(study.include)
+        for name, v in e.items()
+    ]
+    return [Point(values={k: v}, origin={k: location}) for (k, v), location in found]
 
 
 def matches(rule: dict[str, Any], values: dict[str, Any]) -> bool:
@@ -132,25 +160,45 @@ def _check_axis_names(loaded: LoadedStudy) -> list[str]:
                 f"{loaded.source.where((section, name))}: {section}.{name}: unknown axis; {hint}"
                 " (a stage field is written like wsp.lr; a label needs an override that matches it)"
             )
-    known = {*study.axes, *study.defaults, *CORE_AXES, *(k for i in study.include for k in i)}
+    return problems
+
+
+def _check_rule_keys(loaded: LoadedStudy) -> list[str]:
+    """Rules match on axes, those of resources also on the stage."""
+    study, problems = loaded.study, []
     for section, found in (
         ("overrides", [o.match for o in study.overrides]),
         ("resources", [r.match for r in study.resources]),
         ("exclude", study.exclude),
     ):
         for i, rule in enumerate(found):
-            for key in rule:
-                if key not in known and not (section == "resources" and key == "stage"):
-                    where = loaded.source.where((section, i))
-                    problems.append(
-                        f"{where}: {section} matches on '{key}', which is not an axis;"
-                        f" axes: {', '.join(study.axes)}"
-                    )
+            for key in _strange_keys(loaded, rule):
+                if section == "resources" and key == "stage":
+                    continue
+                place = (section, i) if section == "exclude" else (section, i, "match", key)
+                near = difflib.get_close_matches(key, study.axes, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"axes: {', '.join(study.axes)}"
+                problems.append(
+                    f"{loaded.source.where(place)}: {section} matches on '{key}', which is not an"
+                    f" axis; {hint}"
+                )
     return problems
 
 
-def normalise(point: Point, loaded: LoadedStudy, problems: list[str]) -> Point:
-    """Core axes checked and spelled one way; what is wrong is added to `problems`."""
+def _strange_keys(loaded: LoadedStudy, rule: dict[str, Any]) -> list[str]:
+    """Keys of a rule that no cell has."""
+    study = loaded.study
+    known = {*study.axes, *study.defaults, *CORE_AXES, *(k for i in study.include for k in i)}
+    return [key for key in rule if key not in known]
+
+
+def normalise(
+    point: Point, loaded: LoadedStudy, problems: list[str], is_whole: bool = True
+) -> Point:
+    """Core axes checked and spelled one way; what is wrong is added to `problems`.
+
+    `is_whole`: the point has a value of every axis.
+    """
     values = dict(point.values)
 
     def bad(axis: str, message: str) -> None:
@@ -161,15 +209,15 @@ def normalise(point: Point, loaded: LoadedStudy, problems: list[str]) -> Point:
     values.setdefault("seed", 0)
     values.setdefault("dataset", "scenes")
     for axis in ("size", "data", "init"):
-        if axis not in values:
+        if axis not in values and is_whole:
             problems.append(
                 f"{loaded.source.path}: no value for '{axis}'; add it to axes or defaults"
             )
     size = str(values.get("size", "b")).lower()
     if size not in SIZES:
         near = difflib.get_close_matches(size, SIZES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        bad("size", f"unknown{hint} known sizes: {', '.join(SIZES)}")
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        bad("size", f"unknown; {hint}known sizes: {', '.join(SIZES)}")
     values["size"] = size
     init = str(values.get("init", "random"))
     if is_checkpoint(init):
@@ -178,7 +226,9 @@ def normalise(point: Point, loaded: LoadedStudy, problems: list[str]) -> Point:
         except UserError as error:
             bad("init", str(error))
     elif init not in INITS:
-        bad("init", f"unknown; known: {', '.join(INITS)}, checkpoint:PATH")
+        near = difflib.get_close_matches(init, INITS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        bad("init", f"unknown; {hint}known: {', '.join(INITS)}, checkpoint:PATH")
     if values.get("data", "full") != "full":
         values["data"] = _whole(values["data"], "data", bad)
     for axis in ("image_size", "patch"):
@@ -198,5 +248,6 @@ def _whole(value: Any, axis: str, bad: Any) -> Any:
         return value
 
 
-def _show(rule: dict[str, Any]) -> str:
+def show_rule(rule: dict[str, Any]) -> str:
+    """A rule as the study file writes it."""
     return "{" + ", ".join(f"{k}: {v}" for k, v in rule.items()) + "}"

@@ -12,7 +12,7 @@ from harness.study.cost import Speeds, checkpoint_bytes, makespan
 from harness.units import format_seconds, format_si
 
 # The first of these that any stage of a cell is in is the state of the cell.
-_CELL_STATES = (
+CELL_STATES = (
     "failed",
     "diverged",
     "blocked",
@@ -23,6 +23,7 @@ _CELL_STATES = (
     "timeout",
     "cancelled",
 )
+"""All states but planned, waiting and done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def cell_state(states: list[str]) -> str:
     """One word for a cell: done when all its stages are, else the worst thing that happened."""
     if all(s == "done" for s in states):
         return "done"
-    for state in _CELL_STATES:
+    for state in CELL_STATES:
         if state in states:
             return state
     return "waiting" if "done" in states else "planned"

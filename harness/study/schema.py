@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import types
@@ -54,6 +55,26 @@ def _seconds(value: Any) -> float:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+def _flops(value: Any) -> Any:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kKMGTPEZ])", str(value))
+    power = 3 * "kMGTPEZ".index(match[2].replace("K", "k")) + 3 if match else 0
+    try:
+        return float(match[1]) * 10.0**power if match else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{value!r} is not a number of FLOPs; expected for example 3e18 or 3E"
+        ) from None
+
+
+def _hours(value: Any) -> Any:
+    is_time = isinstance(value, str) and value.strip()[-1:] in ("s", "m", "h", "d")
+    return _seconds(value) / 3600 if is_time else value
+
+
+Flops = Annotated[float, BeforeValidator(_flops), Field(gt=0)]
+Hours = Annotated[float, BeforeValidator(_hours), Field(gt=0)]
 
 
 class Stages(Frozen):
@@ -145,8 +166,10 @@ class Retry(Frozen):
 class Budget(Frozen):
     """`--submit` refuses a study whose remaining work exceeds any of these."""
 
-    flops: Positive | None = None
-    hours: Positive | None = None
+    flops: Flops | None = None
+    """A number, or with a decimal multiple: 3e18, 3E, 500T."""
+    hours: Hours | None = None
+    """A number of hours, or a time such as 90m, 10h or 2d."""
 
 
 class Study(Frozen):
@@ -178,6 +201,8 @@ class LoadedStudy(Frozen):
     bases: tuple[Path, ...]
     """Where relative dataset paths are looked for: where the command runs, beside the file."""
     source: study_source.Source
+    has_stages: bool = True
+    """False where `stages` is wrong: what is left of it shows further problems, but no cells."""
 
 
 def load_study(path: Path, bases: Sequence[Path] | None = None) -> LoadedStudy:
@@ -187,12 +212,60 @@ def load_study(path: Path, bases: Sequence[Path] | None = None) -> LoadedStudy:
     if isinstance(data.get("resources"), dict):
         # `resources: {ranks: 2}` is the common case; the list form is for rules.
         data["resources"] = [{"set": data["resources"]}]
+    found = tuple(bases or (Path.cwd(), path.absolute().parent))
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
-        raise UserError(*problems_of(error, Study, source)) from None
-    found = tuple(bases or (Path.cwd(), path.absolute().parent))
+        problems = problems_of(error, Study, source)
+        raise UserError(*problems, *_further(data, error, found, source, problems)) from None
     return LoadedStudy(study=study, raw_stages=data["stages"], bases=found, source=source)
+
+
+def _further(
+    data: dict[str, Any],
+    error: ValidationError,
+    bases: tuple[Path, ...],
+    source: study_source.Source,
+    told: list[str],
+) -> list[str]:
+    """The problems of the rest of a file, without the values that are wrong already."""
+    from harness.study.cells import problems_in  # it needs this module
+
+    data, has_stages = copy.deepcopy(data), True
+    for _ in range(9):  # what is left of a value may be wrong in its turn
+        found = {_in_file(item["loc"]): item for item in error.errors(include_url=False)}
+        for location, item in found.items():
+            in_stages = location[0] == "stages"
+            has_stages = has_stages and not in_stages
+            if item["type"] == "missing" or not _remove(data, location):
+                if not in_stages:
+                    return []
+                data["stages"] = {}
+        try:
+            study = Study.model_validate(data)
+        except ValidationError as another:
+            error = another
+            continue
+        raw = data["stages"]
+        loaded = LoadedStudy(
+            study=study, raw_stages=raw, bases=bases, source=source, has_stages=has_stages
+        )
+        return [p for p in problems_in(loaded) if p not in told]
+    return []
+
+
+def _remove(data: Any, location: study_source.Location) -> bool:
+    """Takes the value at a place out of data; False if there is none, or a list would shift."""
+    node: Any = data
+    try:
+        for part in location[:-1]:
+            node = node[part]
+        if isinstance(node, dict):
+            del node[location[-1]]
+            return True
+    except (KeyError, IndexError, TypeError):
+        pass
+    return False
 
 
 def problems_of(
@@ -202,14 +275,35 @@ def problems_of(
     prefix: study_source.Location = (),
 ) -> list[str]:
     """One line per problem: `file:line: path: what was found, what was expected`."""
-    lines: list[str] = []
+    at: dict[study_source.Location, list[Any]] = {}
     for item in error.errors(include_url=False):
         # Tags of unions ("linear_probe", "int") are in pydantic's path but not in the file.
-        location = _in_file(item["loc"])
+        at.setdefault(_in_file(item["loc"]), []).append(item)
+    lines: list[str] = []
+    for location, items in at.items():
+        if items[0]["type"] == "union_tag_invalid":
+            location = (*location, str(items[0]["ctx"]["discriminator"]).strip("'"))
         where = f"{source.where((*prefix, *location))}: " if source else ""
         name = ".".join(str(p) for p in (*prefix, *location))
-        lines.append(f"{where}{name}: {_describe(item, model, item['loc'])}")
+        # A value that fits no member of a union has an item of each member.
+        words = [i for i in items if i["type"] == "literal_error"]
+        others = [i for i in items if i not in words]
+        said = [_describe(i, model, i["loc"]) for i in others or words[:1]]
+        if words and others and str(words[0]["input"])[:1].isalpha():  # not a wrong number
+            said = [_choices(words[0], "or a number")]
+        lines += [f"{where}{name}: {text}" for text in said]
     return list(dict.fromkeys(lines))
+
+
+def _choices(item: Any, more: str = "") -> str:
+    """'expected ...' of a closed set of words, and the one that was probably meant."""
+    expected = re.findall(
+        r"'([^']*)'", item["ctx"].get("expected_tags", item["ctx"].get("expected"))
+    )
+    found = item["ctx"].get("tag", item.get("input"))
+    near = difflib.get_close_matches(str(found), expected, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"expected {', '.join(expected)}{f' {more}' if more else ''}; found {found!r}{hint}"
 
 
 def _in_file(location: study_source.Location) -> study_source.Location:
@@ -229,6 +323,10 @@ def _describe(item: Any, model: type[BaseModel], location: tuple[str | int, ...]
         return unknown_key(str(location[-1]), _fields_at(model, location[:-1]))
     if kind == "missing":
         return "is missing"
+    if kind in ("literal_error", "union_tag_invalid") and "'" in str(item.get("ctx")):
+        return _choices(item)
+    if kind == "union_tag_not_found":
+        return "protocol is missing; expected for example protocol: linear_probe"
     message = item["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if repr(found) in message or isinstance(found, (dict, list)):

@@ -7,39 +7,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import NotFoundError, UserError
-from harness.study.cells import Cell
+from harness.study.cells import TUNE, Cell
 from harness.study.expand import same
+from harness.study.plan import CELL_STATES
+from harness.units import safe_name
+
+STATES = ("planned", "waiting", *CELL_STATES, "done")
 
 
-def parse_filter(text: str) -> dict[str, list[str]]:
-    """'a=1|2,b=x' -> {'a': ['1', '2'], 'b': ['x']}. Raises UserError for other shapes."""
+def parse_filter(text: str, what: str = "--only") -> dict[str, list[str]]:
+    """'a=1|2,b=x' -> {'a': ['1', '2'], 'b': ['x']}. Raises UserError for other shapes.
+
+    `what`: where the text was given, for messages.
+    """
     rule: dict[str, list[str]] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
-            raise UserError(f"--only {text!r}: '{part}' is not axis=value[|value]")
+            raise UserError(f"{what} {text!r}: '{part}' is not axis=value[|value]")
         rule.setdefault(key.strip(), []).extend(v.strip() for v in value.split("|"))
     if not rule:
-        raise UserError("--only is empty; expected axis=value[|value],axis=value")
+        raise UserError(f"{what} is empty; expected axis=value[|value],axis=value")
     return rule
 
 
-def select(cells: list[Cell], text: str | None) -> list[Cell]:
+def select(cells: list[Cell], text: str | None, what: str = "--only") -> list[Cell]:
     """The cells a filter matches. Raises NotFoundError if it matches none."""
     if text is None:
         return cells
-    rule = parse_filter(text)
+    rule = parse_filter(text, what)
     known = {k for c in cells for k in c.axes}
     for key in rule:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"axes: {', '.join(sorted(known))}"
-            raise UserError(f"--only: no axis '{key}'; {hint}")
+            raise UserError(f"{what}: no axis '{key}'; {hint}")
     found = [c for c in cells if all(_matches(c, k, v) for k, v in rule.items())]
     if not found:
         values = {k: sorted({str(c.axes.get(k)) for c in cells}) for k in rule}
         shown = "; ".join(f"{k} has {', '.join(v)}" for k, v in values.items())
-        raise NotFoundError(f"--only {text!r} matches no cell; {shown}")
+        raise NotFoundError(f"{what} {text!r} matches no cell; {shown}")
     return found
 
 
@@ -50,7 +57,7 @@ def find_cell(cells: list[dict[str, Any]], text: str) -> dict[str, Any]:
     """
     if not text.strip():
         raise UserError("the cell's name is empty; expected a name or the beginning of an id")
-    exact = [c for c in cells if text in (c["id"], c["name"])]
+    exact = [c for c in cells if text in (c["id"], c["name"], *spellings(c["name"], c.get("tag")))]
     found = exact or [c for c in cells if c["id"].startswith(text)]
     if not found:
         near = difflib.get_close_matches(text, [c["name"] for c in cells], n=3)
@@ -60,6 +67,11 @@ def find_cell(cells: list[dict[str, Any]], text: str) -> dict[str, Any]:
         shown = ", ".join(c["id"] for c in found[:4]) + (" ..." if len(found) > 4 else "")
         raise UserError(f"'{text}' means {len(found)} cells: {shown}; give more of the id")
     return found[0]
+
+
+def spellings(name: str, tag: str | None) -> tuple[str, ...]:
+    """What else an ablation's cell may be called: its tag as it was given, alone or in the name."""
+    return (tag, name.removesuffix(safe_name(tag)) + tag) if tag and tag != TUNE else ()
 
 
 def choose(cells: Sequence[Cell], states: Mapping[str, str], words: Sequence[str]) -> list[str]:
@@ -83,17 +95,22 @@ def choose(cells: Sequence[Cell], states: Mapping[str, str], words: Sequence[str
 
 
 def _by_name(cells: Sequence[Cell], word: str) -> list[str]:
-    exact = [c for c in cells if word in (c.id, c.name)]
+    exact = [c for c in cells if word in (c.id, c.name, *spellings(c.name, c.tag))]
     chosen = exact or [c for c in cells if c.id.startswith(word)]
     stages = [s for c in chosen for s in c.stages.values()]
     return stages or [s for c in cells for s in c.stages.values() if s.startswith(word)]
 
 
 def _by_filter(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> list[str]:
-    rule = parse_filter(word)
+    rule = parse_filter(word, "selector")
     roles, wanted = rule.pop("stage", None), rule.pop("state", None)
     axes = ",".join(f"{k}={'|'.join(v)}" for k, v in rule.items())
-    chosen = select(list(cells), axes or None)
+    for state in wanted or ():
+        if state not in STATES:
+            near = difflib.get_close_matches(state, STATES, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"{word!r}: no state '{state}'; {hint}states: {', '.join(STATES)}")
+    chosen = select(list(cells), axes or None, "selector")
     known = {r for c in cells for r in c.stages}
     for role in roles or ():
         if role not in known:

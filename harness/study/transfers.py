@@ -35,7 +35,7 @@ class Transfers:
         if task in ("mae", "wsp"):
             raise UserError(f"stages.transfer.{task}: a task cannot be called mae or wsp")
         recipe = self.tasks[task]
-        meta = self._dataset(recipe)
+        meta = self._dataset(task, recipe)
         model = self._model(task, recipe)
         try:
             recipe = recipe.resolved(self.chain.builder.loaded.bases, meta)
@@ -43,6 +43,15 @@ class Transfers:
             train, test = recipe.num_train(meta), recipe.num_test(meta)
         except UserError as error:
             raise UserError(f"stages.transfer.{task}: {error}") from None
+        if train:
+            field = f"stages.transfer.{task}.train_images"
+            meta.check_count("train", vars(recipe).get("train_images"), field)
+        most = max(vars(recipe).get("shots", ()), default=0)
+        if most > 1 and most * outputs > train:
+            raise UserError(
+                f"stages.transfer.{task}.shots {most}: {outputs} classes need"
+                f" {format_count(most * outputs)} labelled images; there are {format_count(train)}"
+            )
         reads_encoder = True
         if isinstance(recipe, OfTask):
             reads_encoder = recipe.uses_encoder
@@ -74,8 +83,13 @@ class Transfers:
         flops = recipe.flops(model, config.samples, train, test, outputs)
         return self.chain.put(task, config, flops, self._label(task))
 
-    def _dataset(self, recipe: Task) -> DatasetMeta:
-        return self.chain.builder.dataset(recipe.dataset) if recipe.dataset else self.chain.meta
+    def _dataset(self, task: str, recipe: Task) -> DatasetMeta:
+        if not recipe.dataset:
+            return self.chain.meta
+        try:
+            return self.chain.builder.dataset(recipe.dataset)
+        except UserError as error:
+            raise UserError(f"stages.transfer.{task}.dataset: {error}") from None
 
     def _model(self, task: str, recipe: Task) -> Model:
         """The encoder at the resolution of the task."""

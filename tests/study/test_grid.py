@@ -9,12 +9,12 @@ import pytest
 
 from harness.errors import NotFoundError, UserError
 from harness.study.cells import Ablation, Grid, build_grid
-from harness.study.cost import Speeds, makespan
+from harness.study.cost import Speeds, makespan, pace, running_left
 from harness.study.flops import mae_train, vit_forward, vit_train
 from harness.study.plan import cell_state, check_budget, make_plan
 from harness.study.recipes import MaeRecipe
 from harness.study.schema import load_study
-from harness.study.select import find_cell, parse_filter, select
+from harness.study.select import choose, find_cell, parse_filter, select
 from tests.conftest import SMALL
 
 Write = Callable[..., Path]
@@ -308,6 +308,48 @@ def test_an_ablation_reuses_what_it_does_not_touch(study_file: Write) -> None:
     assert child.stages["probe"] != parent.stages["probe"]
 
 
+def test_axes_of_one_last_word_are_told_apart_in_names(study_file: Write) -> None:
+    text = SMALL.replace("init: [random, mae]", "init: [mae]\n  wsp.lr: [1e-3]\n  mae.lr: [2e-3]")
+    names = {c.name for c in grid_of(study_file, text).cells}
+    assert "d16x2-1k-mae-s0-mae.lr=0.002-wsp.lr=0.001" in names
+    # One alone keeps its short name, and with it the ids there are.
+    text = SMALL.replace("init: [random, mae]", "init: [mae]\n  wsp.lr: [1e-3]")
+    assert "d16x2-1k-mae-s0-lr=0.001" in {c.name for c in grid_of(study_file, text).cells}
+
+
+def test_an_ablation_is_found_by_its_tag_as_it_was_given(study_file: Write) -> None:
+    loaded = load_study(study_file())
+    parent = build_grid(loaded).cells[0]
+    ablation = Ablation(parent=parent.id, values=parent.axes, set={"wsp.lr": 3e-4}, tag="low-lr")
+    cells = build_grid(loaded, [ablation]).cells
+    rows = [{"id": c.id, "name": c.name, "tag": c.tag} for c in cells]
+    for text in ("low-lr", f"{parent.name}-low-lr", f"{parent.name}-low_lr"):
+        assert find_cell(rows, text) == rows[-1]
+        assert choose(cells, {}, [text]) == list(cells[-1].stages.values())
+
+
+@pytest.mark.parametrize(
+    ("budget", "flops", "hours"),
+    [
+        ("{flops: 1G}", 1e9, None),
+        ("{flops: 2.5E, hours: 90m}", 2.5e18, 1.5),
+        ("{flops: 3e20, hours: 2d}", 3e20, 48),
+        ("{hours: 10}", None, 10),
+    ],
+)
+def test_a_budget_is_written_as_other_numbers_are(
+    study_file: Write, budget: str, flops: float | None, hours: float | None
+) -> None:
+    found = load_study(study_file(SMALL + f"budget: {budget}\n")).study.budget
+    assert (found.flops, found.hours) == (flops, hours)
+
+
+@pytest.mark.parametrize("budget", ["{flops: 1x}", "{flops: -1}", "{hours: soon}", "{hours: 0}"])
+def test_a_wrong_budget_is_a_line(study_file: Write, budget: str) -> None:
+    with pytest.raises(UserError, match=r"study.yaml:19: budget\.(flops|hours): "):
+        load_study(study_file(SMALL + f"budget: {budget}\n"))
+
+
 def test_only_selects_by_axes_and_says_what_there_is(study_file: Write) -> None:
     cells = grid_of(study_file).cells
     assert len(select(cells, "size=d32x3,init=mae")) == 2
@@ -354,6 +396,20 @@ def test_makespan_is_bounded_by_the_longest_and_by_the_area() -> None:
     assert makespan([(10, 1), (3, 1)], 2) == 10
     assert makespan([(4, 8), (4, 8)], 8) == 8
     assert makespan([], 2) == 0
+
+
+def test_time_left_follows_what_is_measured_not_the_plan() -> None:
+    """A running stage at its own rate: 40 of 100 steps are 4000 samples in 20 s, 60 take 30 s."""
+    status = {"step": 40, "steps": 100, "samples": 4000, "samples_per_s": 200.0}
+    assert running_left(5.0, 1000.0, status) == pytest.approx(30.0)
+    assert running_left(5.0, 1000.0, status | {"step": 100, "samples": 10_000}) == 0
+    # Without steps the plan's estimate runs down, and does not stand still where it was too low.
+    left = [running_left(10.0, elapsed, {}) for elapsed in (0.0, 4.0, 60.0, 120.0)]
+    assert left == pytest.approx([10.0, 6.0, 6.0, 12.0])
+    # Stages that ended took twice as long (mae) and half as long (wsp) as they were planned.
+    found = pace([("mae", 20.0, 10.0), ("mae", 40.0, 20.0), ("wsp", 5.0, 10.0)])
+    assert found == pytest.approx({"mae": 2.0, "wsp": 0.5, "": 65 / 40})
+    assert pace([]) == {}
 
 
 def test_guessed_times_count_steps_on_a_cpu_and_the_slower_of_two_on_a_gpu(

@@ -169,3 +169,117 @@ def test_interpolation_keeps_types_and_reads_the_environment(
     assert loaded.study.stages.wsp.duration.samples == 2000
     assert loaded.study.defaults["image_size"] == 32
     assert loaded.study.name == "s7"
+
+
+def test_mistakes_of_every_phase_are_listed_at_once(study_file: Write) -> None:
+    """Of keys, axes, rules, datasets and recipes: one round, a line of the file each."""
+    text = SMALL.replace("d16x2, d32x3", "d16x2, d32x9").replace("random, mae", "random, mea")
+    text = text.replace("scenes-4k", "scenez-4k")
+    text += (
+        "overrides:\n"
+        "- {match: {siz: d16x2}, set: {wsp.lr: 1e-3}}\n"
+        "- {match: {size: d16x2}, set: {wsp.lrr: 1e-3}}\n"
+        "resources: {rank: 2}\n"
+        "retry: {ooom: 3}\n"
+    )
+    path = study_file(text)
+    found = {p.removeprefix(f"{path}:").split(":")[0]: p for p in problems(path)}
+    expected = {
+        "3": "size 'd32x9': unknown; did you mean 'd32x3'?",
+        "5": "init 'mea': unknown; did you mean 'mae'?",
+        "7": "did you mean 'scenes-4k'?",
+        "20": "overrides matches on 'siz', which is not an axis; did you mean 'size'?",
+        "21": "wsp.lrr: unknown key; did you mean 'lr'?",
+        "22": "resources.rank: unknown key; did you mean 'ranks'?",
+        "23": "retry.ooom: unknown key; did you mean 'oom'?",
+    }
+    assert found.keys() == expected.keys(), found
+    for line, message in expected.items():
+        assert message in found[line], found[line]
+
+
+def test_mistakes_in_recipes_hide_no_others(study_file: Write) -> None:
+    text = SMALL.replace("  wsp:\n", "  wsp:\n    lrr: 1\n").replace("d32x3", "d32x9")
+    found = problems(study_file(text + "overrides: [{match: {}, set: {mae.clap: 1}}]\n"))
+    assert len(found) == 3, found
+    assert all(any(w in p for p in found) for w in ("wsp.lrr", "'d32x9'", "mae.clap")), found
+    # Nothing is said of what follows from a mistake: the batch of a stage that was left out.
+    lost = problems(study_file(SMALL.replace("    duration: {samples: 2k}\n", "", 1)))
+    assert len(lost) == 1 and "stages.mae.duration: is missing" in lost[0], lost
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("overrides: [{match: {data: 5k}, set: {wsp.lr: 1}}]", "overrides {data: 5k} matches no"),
+        ("overrides: [{match: {data: 5k}, set: {wsp.lr: x}}]", "wsp.lr: input should be a valid"),
+        ("resources: [{match: {size: b}, set: {}}]", "resources {size: b} matches no cell"),
+        ("resources: [{match: {size: b}, set: {ranks: x}}]", "resources.0.set.ranks: 'x' is not"),
+        ("resources: [{match: {stage: prob}, set: {}}]", "no stage 'prob'; did you mean 'probe'?"),
+        (
+            "resources: [{match: {stage: mae, init: random}, set: {}}]",
+            "resources {stage: mae, init: random} matches no stage of a cell",
+        ),
+        ("resources: {zero: zero3_fp23}", "zero 'zero3_fp23': unknown; did you mean 'zero3_fp32'?"),
+        ("resources: {zero: mine.json}", "mine.json: no such DeepSpeed config"),
+    ],
+)
+def test_a_rule_that_does_nothing_or_cannot_is_a_mistake(
+    study_file: Write, rule: str, message: str
+) -> None:
+    path = study_file(SMALL + rule + "\n")
+    found = problems(path)
+    assert any(p.startswith(f"{path}:19: ") and message in p for p in found), found
+
+
+def test_a_deepspeed_config_is_looked_for_beside_the_study_and_read(study_file: Write) -> None:
+    path = study_file(SMALL + "resources: {zero: mine.json}\n")
+    file = path.parent / "mine.json"
+    file.write_text('{"train_batch_size": 4}')
+    (found,) = problems(path)
+    assert f"{path}:19: resources: {file}: sets train_batch_size; the harness owns it" in found
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    stages = build_grid(load_study(path)).stages.values()
+    assert {s.execution.zero_config for s in stages} == {str(file)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("  mae:\n", "  mae:\n    data: 9k\n", 11, "stages.mae.data 9k: dataset scenes-4k has 4k"),
+        ("  mae:\n", "  mae:\n    data: sane\n", 11, "expected full, same or a number"),
+        ("  mae:\n", "  mae:\n    data: -3\n", 11, "-3 is not a count; expected a whole number"),
+        ("decoder_heads: 2", "decoder_heads: 5", 12, "decoder_width 32 is not a multiple of"),
+        ("  mae:\n", "  mae:\n    mask_ratio: 0.99\n", 11, "mask_ratio 0.99 keeps 0 of 36"),
+        (
+            "  mae:\n",
+            "  mae:\n    val_images: 99M\n",
+            11,
+            "val_images 99M: split 'val' of scenes-4k",
+        ),
+        ("linear_probe", "linear_probe, train_images: 99M", 18, "train_images 99M: split 'train'"),
+        ("linear_probe", "few_shot, shots: [1, 100000]", 18, "shots 100000: "),
+        ("linear_probe", "linear_prob", 18, "found 'linear_prob'; did you mean 'linear_probe'?"),
+        ("linear_probe", "linear_probe, dataset: scenez", 18, "did you mean 'scenes'?"),
+        ("linear_probe", "linear_probe, pool: meen", 18, "did you mean 'mean'?"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line_with_its_place(
+    study_file: Write, old: str, new: str, line: int, message: str
+) -> None:
+    path = study_file(SMALL.replace(old, new, 1))
+    (found,) = problems(path)
+    assert found.startswith(f"{path}:{line}: ") and message in found, found
+
+
+def test_mae_without_a_recipe_is_told_at_the_init_that_asks_for_it(study_file: Write) -> None:
+    start, end = SMALL.index("  mae:\n"), SMALL.index("  wsp:\n")
+    path = study_file(SMALL[:start] + SMALL[end:])
+    assert problems(path) == [f"{path}:5: init mae needs a recipe; add stages.mae to the study"]
+
+
+def test_a_problem_is_told_where_an_override_made_it(study_file: Write) -> None:
+    rule = "overrides: [{match: {size: d16x2}, set: {mae.mask_ratio: 0.99}}]\n"
+    path = study_file(SMALL + rule)
+    (found,) = problems(path)
+    assert found.startswith(f"{path}:19: stages.mae.mask_ratio 0.99 keeps 0"), found

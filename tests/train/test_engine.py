@@ -8,6 +8,7 @@ import deepspeed
 import pytest
 import tiny
 import torch
+from deepspeed.utils import z3_leaf_module
 from timm.models.vision_transformer import VisionTransformer
 
 from harness.errors import UserError
@@ -37,6 +38,14 @@ def small_engine(**execution: object) -> tuple[Engine, dict[str, torch.Tensor]]:
         ranks=1,
     )
     return engine, before
+
+
+def test_every_block_is_a_leaf_and_nothing_else_is() -> None:
+    """A Block of another class would get hooks on every Linear, and nobody would be told."""
+    engine, _ = small_engine()
+    modules = dict(engine._engine.module.named_modules())
+    leaves = {name for name, module in modules.items() if z3_leaf_module(module)}
+    assert leaves == {f"encoder.blocks.{i}" for i in range(tiny.MODEL.depth)}
 
 
 @pytest.mark.parametrize("name", ["zero3_fp32", "zero3_bf16", "zero3_offload"])
