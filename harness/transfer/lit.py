@@ -83,6 +83,10 @@ class LitObjective:
         self._captions, self._test_captions = Captions(self.split), Captions(test)
         self._tokenizer = make_tokenizer(recipe.text, recipe.context, None)
 
+    def allows(self, micro_batch: int) -> bool:
+        """A rank's whole share: a text is told from all others of the batch."""
+        return micro_batch * self.ctx.ranks >= self.recipe.batch
+
     def blueprint(self) -> Blueprint:
         """Both towers' new parts; the text tower's own weights where it comes from a folder."""
         return Blueprint(
