@@ -26,18 +26,22 @@ class Interval:
     low: float = math.nan
     high: float = math.nan
     samples: int = 0
-    """Test samples, or replicates of a number that is no mean over samples."""
+    """Test samples, groups of them where they come in groups, or replicates of a number that is no
+    mean over samples."""
 
 
 def read_samples(folder: Path, metric: str) -> pd.Series | None:
-    """Values by key of a stage's samples.parquet, or by replicate; None if it left none."""
+    """Values by key of a stage's samples.parquet, by (group, key) where it has groups, or by
+    replicate; None if it left none.
+    """
     for name, key in (("samples.parquet", "key"), ("replicates.parquet", "replicate")):
         path = folder / name
         if not path.is_file():
             continue
         rows = pd.read_parquet(path, filters=[("metric", "==", metric)])
         if len(rows):
-            values = rows.groupby(key, sort=True, observed=True)["value"].mean()
+            by = ["group", key] if "group" in rows else key
+            values = rows.groupby(by, sort=True, observed=True)["value"].mean()
             return values.rename("replicate" if key == "replicate" else "sample")
     return None
 
@@ -70,13 +74,17 @@ def _joined(runs: Sequence[pd.Series | None]) -> pd.Series | None:
 
 
 def _interval(value: float, values: pd.Series) -> Interval:
-    array = values.to_numpy(float)
+    array, num = values.to_numpy(float), len(values)
     if values.name == "replicate":  # drawn already, where the samples were
         means = array
     else:
+        counts = np.ones(num)
+        if values.index.nlevels > 1:  # samples of a group are alike: groups are drawn
+            groups = values.groupby(level="group", sort=True)
+            array, counts = groups.sum().to_numpy(float), groups.size().to_numpy(float)
+            num = len(array)
         rng = np.random.default_rng(0)
-        means = np.array(
-            [array[rng.integers(0, len(array), len(array))].mean() for _ in range(RESAMPLES)]
-        )
+        drawn = (rng.integers(0, num, num) for _ in range(RESAMPLES))
+        means = np.array([array[rows].sum() / counts[rows].sum() for rows in drawn])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value=value, low=float(low), high=float(high), samples=len(array))
+    return Interval(value=value, low=float(low), high=float(high), samples=num)

@@ -111,12 +111,14 @@ class OutOfMemoryError(HarnessError):
         advice = (
             f"next: {smaller}"
             if smaller
-            else "use more ranks, activation_checkpointing or zero: zero3_offload"
+            else "no smaller one will do; use more ranks, activation_checkpointing or zero:"
+            " zero3_offload"
         )
         super().__init__(f"out of memory with micro_batch {micro_batch}; {advice} ({cause})")
         self.micro_batch = micro_batch
         self.smaller = smaller
-        """The largest smaller one that divides a rank's share of the batch; None at 1."""
+        """The largest smaller one that divides a rank's share of the batch and that the recipe
+        allows; None if there is none."""
 
 
 class LeaseLostError(HarnessError):

@@ -100,10 +100,15 @@ def _posterize(plain: Any, image: Image.Image, bits: int, **settings: Any) -> Im
 def rand_augment(spec: str, side: int) -> Any:
     """timm's RandAugment of PIL images of `side` pixels; call it inside `drawing`.
 
-    The bound of absolute shifts and the fill colour are those of timm's training transforms.
+    The bound of absolute shifts, the fill colour and the bicubic interpolation are those of timm's
+    training transforms as MAE calls them.
     Raises AssertionError or ValueError for what is no such spec.
     """
-    hparams = {"translate_const": int(side * 0.45), "img_mean": _FILL}
+    hparams = {
+        "translate_const": int(side * 0.45),
+        "img_mean": _FILL,
+        "interpolation": Image.Resampling.BICUBIC,
+    }
     return timm_module("auto_augment").rand_augment_transform(spec, hparams)
 
 

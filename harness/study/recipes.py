@@ -123,6 +123,21 @@ class Augmentation(Frozen):
     flip: bool = True
 
 
+def over(default: Augmentation) -> BeforeValidator:
+    """For a recipe whose augmentation has a default of its own: fields that a study leaves out are
+    those of this default.
+    """
+
+    def merge(value: Any) -> Any:
+        return {**default.model_dump(), **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(merge)
+
+
+LABELLED_VIEWS = Augmentation(crop_scale=(0.4, 1.0))
+"""Where an image has to show what it is labelled with (ours)."""
+
+
 class MaeRecipe(Optimization):
     """Masked autoencoder pre-pretraining (He et al. 2022, sec. 3)."""
 
@@ -149,7 +164,7 @@ class WspRecipe(Optimization):
     drop_path: Fraction = 0.0
     pool: Pool = "cls"
     resize: Resize = "timm"
-    augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+    augment: Annotated[Augmentation, over(LABELLED_VIEWS)] = LABELLED_VIEWS
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Images 2i and 2i + 1 of a batch, and their targets, are mixed with a share drawn from
     Beta(mixup, mixup) (Zhang et al. 2018, arXiv 1710.09412); 0 mixes nothing."""

@@ -117,7 +117,7 @@ def run(
             engine.set_lr(lr_at(recipe, step, steps))
             share = batch // ctx.ranks
             losses = []
-            with memory_checked(engine):
+            with memory_checked(engine, objective.allows):
                 for start in range(0, share, engine.micro_batch):
                     first = ctx.rank * share + start
                     torch.manual_seed(seed_of(config.seed, "forward", step, first))

@@ -52,6 +52,10 @@ class Objective(Protocol):
         """Draws a rank's share of a step, where views with their labels are not enough."""
         ...
 
+    def allows(self, micro_batch: int) -> bool:
+        """Whether a forward pass may have so many images."""
+        ...
+
     def blueprint(self) -> Blueprint:
         """The model, its initial weights and its optimizer groups."""
         ...
@@ -85,6 +89,10 @@ class MaeObjective:
         self.num_patches = config.model.num_patches
         self.val = _validation(config, data, self.recipe.val_images)
         self._noise: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def allows(self, micro_batch: int) -> bool:
+        """Any number."""
+        return True
 
     def blueprint(self) -> Blueprint:
         """Encoder with fixed positions, and decoder."""
@@ -173,6 +181,10 @@ class WspObjective:
         self.recipe, self.config, self.ctx = config.recipe, config, ctx
         self.augment = self.recipe.augment
         self.val = _validation(config, data, self.recipe.val_images)
+
+    def allows(self, micro_batch: int) -> bool:
+        """Whole pairs, where mixup mixes them."""
+        return not self.recipe.mixup or micro_batch % 2 == 0
 
     def blueprint(self) -> Blueprint:
         """Encoder from `upstream_weights` or initial weights, and a head of zeros."""

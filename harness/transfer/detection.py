@@ -89,6 +89,10 @@ class DetectionObjective:
         self._found: list[dict[str, Any]] = []
         self._precision: Precision | None = None
 
+    def allows(self, micro_batch: int) -> bool:
+        """Any number."""
+        return True
+
     def blueprint(self) -> Blueprint:
         """Encoder from `upstream_weights` or initial weights; the rest from initial ones."""
         return Blueprint(

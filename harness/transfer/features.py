@@ -48,6 +48,28 @@ class Features:
     keys: list[str]
 
 
+class MappedFeatures:
+    """Pooled encoder outputs that stay in their files; of a step only its rows are read."""
+
+    def __init__(self, chunks_CD: list[Tensor]) -> None:
+        self._chunks_CD = chunks_CD
+        self._ends = np.cumsum([len(chunk_CD) for chunk_CD in chunks_CD])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def rows(self, places: np.ndarray) -> Tensor:
+        """float32 [len(places), D], a copy."""
+        chunk_B = np.searchsorted(self._ends, places, side="right")
+        found_BD = torch.empty(len(places), self._chunks_CD[0].shape[1])
+        for chunk in np.unique(chunk_B).tolist():
+            here = np.flatnonzero(chunk_B == chunk)
+            chunk_CD = self._chunks_CD[chunk]
+            inside = places[here] - (self._ends[chunk] - len(chunk_CD))
+            found_BD[torch.from_numpy(here)] = chunk_CD[torch.from_numpy(inside)]
+        return found_BD
+
+
 Choice = Callable[[Tensor], Tensor]
 """Classes of the training images -> places of those that are needed, ascending."""
 
@@ -102,6 +124,15 @@ def read_features(
     return tuple(  # type: ignore[return-value]  # two splits, two elements
         _read(folder, name, split, rows, needed if name == "train" else None)
         for name, (split, rows) in splits_of(stage, ctx).items()
+    )
+
+
+def map_features(stage: StageFile, ctx: StageContext) -> tuple[MappedFeatures, MappedFeatures]:
+    """As `read_features`, but left where they are: any number, on every rank."""
+    folder = ctx.upstream["features"]
+    return tuple(  # type: ignore[return-value]  # two splits, two elements
+        MappedFeatures([found["values"] for found, _ in _files(folder, name, rows)])
+        for name, (_, rows) in splits_of(stage, ctx).items()
     )
 
 
@@ -186,12 +217,7 @@ def _read(
         chosen = needed(torch.from_numpy(split.class_ids[rows].astype(np.int64))).numpy()
     values, classes = [], []
     first = 0
-    for path, expected in chunks(folder / "features", name, rows):
-        found = _load(path)
-        if not np.array_equal(found["rows"].numpy(), expected):
-            raise DataError(
-                f"{path}: holds the features of other images; remove its stage's folder"
-            )
+    for found, expected in _files(folder, name, rows):
         here = chosen[(first <= chosen) & (chosen < first + len(expected))] - first
         # The file is mapped: what is not needed is not read.
         values.append(found["values"][torch.from_numpy(here)])
@@ -202,6 +228,19 @@ def _read(
         class_M=torch.cat(classes),
         keys=[str(split.keys[row]) for row in rows[chosen]],
     )
+
+
+def _files(
+    folder: Path, name: str, rows: np.ndarray
+) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
+    """Each file's tensors, mapped, and the rows that it is about."""
+    for path, expected in chunks(folder / "features", name, rows):
+        found = _load(path)
+        if not np.array_equal(found["rows"].numpy(), expected):
+            raise DataError(
+                f"{path}: holds the features of other images; remove its stage's folder"
+            )
+        yield found, expected
 
 
 def _load(path: Path) -> dict[str, Tensor]:

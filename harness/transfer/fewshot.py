@@ -28,7 +28,9 @@ Runs = Mapping[tuple[int, int], Tensor]
 
 
 def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
-    """acc1_<K>shot, mean over the splits, and its standard deviation acc1_<K>shot_std."""
+    """acc1_<K>shot, mean over the splits, its standard deviation acc1_<K>shot_std, and how far the
+    fits converged.
+    """
     started = time.perf_counter()
     recipe = stage.config.recipe
     assert isinstance(recipe, FewShot), f"{recipe} is no few-shot protocol"
@@ -43,10 +45,10 @@ def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
 
     train, test = read_features(stage, ctx, needed)
     places_M = torch.cat(list(chosen.values())).unique()
-    predictions = {}
+    predictions, fits = {}, []
     for run, chosen_S in chosen.items():
         stop_if_asked(ctx)
-        predictions[run] = _predict(
+        predictions[run], fit = _predict(
             train,
             test,
             torch.searchsorted(places_M, chosen_S),
@@ -54,7 +56,9 @@ def few_shot(stage: StageFile, ctx: StageContext) -> StageResult:
             recipe.penalty,
             torch.device(stage.execution.device),
         )
-    return solved(stage, judge(ctx, test.keys, test.class_M, predictions), started)
+        fits.append(fit)
+    metrics = judge(ctx, test.keys, test.class_M, predictions)
+    return solved(stage, metrics | logistic.summary(fits, "few_shot"), started)
 
 
 def choices(class_M: Tensor, shots: Sequence[int], splits: int) -> dict[tuple[int, int], Tensor]:
@@ -124,14 +128,14 @@ def _predict(
     num_classes: int,
     penalty: float,
     device: torch.device,
-) -> Tensor:
-    """Test classes by a model fitted on the chosen images.
+) -> tuple[Tensor, logistic.Fit]:
+    """Test classes by a model fitted on the chosen images, and the fit.
 
     Features are centred on the chosen images and brought to unit length, as few images do not
     tell the deviation of a feature (Assran et al. 2022, arXiv 2204.07141, appendix).
     """
     shots_SD, class_S = train.values_MD[chosen_S].to(device), train.class_M[chosen_S].to(device)
     centre_D = shots_SD.mean(dim=0)
-    weights = logistic.fit(F.normalize(shots_SD - centre_D, dim=1), class_S, num_classes, penalty)
+    fit = logistic.fit(F.normalize(shots_SD - centre_D, dim=1), class_S, num_classes, penalty)
     test_MD = F.normalize(test.values_MD.to(device) - centre_D, dim=1)
-    return logistic.logits(weights, test_MD).argmax(dim=1).cpu()
+    return logistic.logits(fit.weights, test_MD).argmax(dim=1).cpu(), fit

@@ -68,6 +68,10 @@ class FineTuneObjective:
         self._pred_M = torch.zeros(self.test.num_images, dtype=torch.int64)
         self._loss_M = torch.zeros(self.test.num_images, dtype=torch.float64)
 
+    def allows(self, micro_batch: int) -> bool:
+        """Whole pairs, where they are mixed."""
+        return not self.recipe.mixes or micro_batch % 2 == 0
+
     def blueprint(self) -> Blueprint:
         """Encoder from `upstream_weights` or initial weights, zero head, layer-wise scales."""
         return classifier(self.config, self.ctx.upstream_weights)

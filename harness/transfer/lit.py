@@ -35,7 +35,7 @@ from harness.train.engine import Engine
 from harness.train.groups import parameter_groups
 from harness.train.loop import run
 from harness.transfer.captions import Captions
-from harness.transfer.features import read_features, splits_of
+from harness.transfer.features import map_features, splits_of
 
 
 def lit(stage: StageFile, ctx: StageContext) -> StageResult:
@@ -77,11 +77,15 @@ class LitObjective:
         splits = splits_of(stage, ctx)
         self.split, rows = splits["train"]
         test, self._test_rows = splits["test"]
-        self.train, self.test = read_features(stage, ctx)
+        self.train, self.test = map_features(stage, ctx)
         self._place_of_row = np.full(self.split.num_samples, -1)
         self._place_of_row[rows] = np.arange(len(rows))
         self._captions, self._test_captions = Captions(self.split), Captions(test)
         self._tokenizer = make_tokenizer(recipe.text, recipe.context, None)
+
+    def allows(self, micro_batch: int) -> bool:
+        """A rank's whole share: a text is told from all others of the batch."""
+        return micro_batch * self.ctx.ranks >= self.recipe.batch
 
     def blueprint(self) -> Blueprint:
         """Both towers' new parts; the text tower's own weights where it comes from a folder."""
@@ -107,7 +111,7 @@ class LitObjective:
         seed = self.config.seed
         texts = [self._captions.one(row, (seed, *key)) for row, *key in drawn]
         tokens_BT, mask_BT = self._tokenizer(texts)
-        features_BD = self.train.values_MD[torch.from_numpy(self._place_of_row[places.rows])]
+        features_BD = self.train.rows(self._place_of_row[places.rows])
         num = len(texts)
         return Batch(
             images=torch.empty(num, 0, dtype=torch.uint8),
@@ -134,8 +138,7 @@ class LitObjective:
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """val_loss on the test images, each with its first caption, in batches as in training."""
-        features_MD = self.test.values_MD
-        num, size = len(features_MD), min(self.recipe.batch, len(features_MD))
+        num, size = len(self.test), min(self.recipe.batch, len(self.test))
         shared = self.recipe.embed or self.config.model.width
         both_M2E = torch.zeros(num, 2, shared, device=engine.device)
         log_scale_1 = torch.zeros(1)
@@ -145,7 +148,7 @@ class LitObjective:
                 texts = [self._test_captions.of(row)[0] for row in rows]
                 tokens_BT, mask_BT = self._tokenizer(texts)
                 image_BE, text_BE, log_scale_1 = engine.forward(
-                    features_MD[place_B].to(engine.device),
+                    self.test.rows(place_B.numpy()).to(engine.device),
                     tokens_BT.to(engine.device),
                     mask_BT.to(engine.device),
                 )
@@ -168,7 +171,7 @@ class LitObjective:
         """Places, and which of them are this rank's share; as many batches on every rank, as
         ZeRO-3 needs: where its share is at an end a rank helps with the last image.
         """
-        num, step = len(self.test.values_MD), engine.ranks * engine.micro_batch
+        num, step = len(self.test), engine.ranks * engine.micro_batch
         for first in range(0, num, step):
             place_B = torch.arange(first + engine.rank, first + step, engine.ranks)
             yield place_B.clamp(max=num - 1), place_B < num

@@ -26,7 +26,7 @@ HELD_OUT = 5
 
 
 def linear_probe(stage: StageFile, ctx: StageContext) -> StageResult:
-    """acc1 on the test split, and the penalty that was chosen."""
+    """acc1 on the test split, the penalty that was chosen, and how far the fits converged."""
     started = time.perf_counter()
     recipe = stage.config.recipe
     assert isinstance(recipe, LinearProbe), f"{recipe} is no linear probe"
@@ -35,17 +35,19 @@ def linear_probe(stage: StageFile, ctx: StageContext) -> StageResult:
     num_classes, device = stage.config.num_classes, torch.device(stage.execution.device)
     train, test = read_features(stage, ctx)
 
-    values_MD, class_M = train.values_MD.to(device), train.class_M.to(device)
-    shift_D, scale_D = values_MD.mean(dim=0), values_MD.std(dim=0) + 1e-6
-    train_MD = (values_MD - shift_D) / scale_D
-    test_MD = (test.values_MD.to(device) - shift_D) / scale_D
-    penalty, weights = choose_penalty(
+    train_MD, class_M = train.values_MD.to(device), train.class_M.to(device)
+    shift_D, scale_D = train_MD.mean(dim=0), train_MD.std(dim=0) + 1e-6
+    # In place: the features of a million images are gigabytes.
+    train_MD.sub_(shift_D).div_(scale_D)
+    test_MD = test.values_MD.to(device).sub_(shift_D).div_(scale_D)
+    penalty, fits = choose_penalty(
         train_MD, class_M, num_classes, recipe.penalties, lambda: stop_if_asked(ctx)
     )
-    weights = logistic.fit(train_MD, class_M, num_classes, penalty, start=weights)
-    pred_M = logistic.logits(weights, test_MD).argmax(dim=1).cpu()
+    last = logistic.fit(train_MD, class_M, num_classes, penalty, start=fits[penalty].weights)
+    pred_M = logistic.logits(last.weights, test_MD).argmax(dim=1).cpu()
     metrics = judge(ctx, test.keys, test.class_M, pred_M)
-    return solved(stage, {**metrics, "penalty": penalty}, started)
+    solver = logistic.summary([*fits.values(), last], "linear_probe")
+    return solved(stage, {**metrics, "penalty": penalty, **solver}, started)
 
 
 def choose_penalty(
@@ -54,8 +56,8 @@ def choose_penalty(
     num_classes: int,
     penalties: tuple[float, ...],
     before_fit: Callable[[], None] = lambda: None,
-) -> tuple[float, Tensor]:
-    """The penalty with the best accuracy on held-out images, and its weights.
+) -> tuple[float, dict[float, logistic.Fit]]:
+    """The penalty with the best accuracy on held-out images, and penalty -> fit of those tried.
 
     The path is walked from strong to weak, each fit starting where the last one ended. Of equal
     accuracies the lower held-out loss decides.
@@ -63,20 +65,22 @@ def choose_penalty(
     held_M = held_out(class_M)
     fit_MD, fit_class_M = features_MD[~held_M], class_M[~held_M]
     held_MD, held_class_M = features_MD[held_M], class_M[held_M]
-    best: tuple[tuple[float, float], float, Tensor] | None = None
+    best: tuple[tuple[float, float], float] | None = None
+    fits: dict[float, logistic.Fit] = {}
     weights: Tensor | None = None
     for penalty in sorted(penalties, reverse=True):
         before_fit()
-        weights = logistic.fit(fit_MD, fit_class_M, num_classes, penalty, start=weights)
+        fits[penalty] = logistic.fit(fit_MD, fit_class_M, num_classes, penalty, start=weights)
         if len(held_MD) == 0:  # one image a class: nothing to choose on, so the strongest
-            return penalty, weights
+            return penalty, fits
+        weights = fits[penalty].weights
         logits_MQ = logistic.logits(weights, held_MD)
         accuracy = (logits_MQ.argmax(dim=1) == held_class_M).double().mean().item()
         loss = F.cross_entropy(logits_MQ, held_class_M).item()
         if best is None or (accuracy, -loss) > best[0]:
-            best = (accuracy, -loss), penalty, weights
+            best = (accuracy, -loss), penalty
     assert best is not None, "no penalties to choose from"
-    return best[1], best[2]
+    return best[1], fits
 
 
 def held_out(class_M: Tensor) -> Tensor:

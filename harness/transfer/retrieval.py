@@ -38,7 +38,8 @@ def retrieval(stage: StageFile, ctx: StageContext) -> StageResult:
     keys = judged.keys
     nth = torch.arange(len(image_P)) - torch.searchsorted(image_P, image_P)
     of_image = zip(image_P.tolist(), nth.tolist(), strict=True)
-    text_keys = [f"{keys[image]}#{number}" for image, number in of_image]
+    image_of = {f"{keys[image]}#{number}": keys[image] for image, number in of_image}
+    text_keys = list(image_of)
     found = {
         f"{name}_recall{k}": (own_keys, (rank < k).double())
         for name, own_keys, rank in (("i2t", keys, rank_M), ("t2i", text_keys, rank_P))
@@ -54,7 +55,7 @@ def retrieval(stage: StageFile, ctx: StageContext) -> StageResult:
                 "rank": torch.cat([rank_M, rank_P]),
             },
         )
-        write_samples(ctx.folder, found)
+        write_samples(ctx.folder, found, image_of)
     metrics: dict[str, float | None] = {name: own.mean().item() for name, (_, own) in found.items()}
     sizes = {"n_test": float(len(keys)), "n_captions": float(len(texts))}
     return solved(stage, metrics | sizes, started)

@@ -1,6 +1,8 @@
 """What a task measured sample by sample, so that two encoders can be compared on the same ones.
 
-samples.parquet: metric, key, value; the mean of a metric's values is the result's number.
+samples.parquet: metric, key, value; the mean of a metric's values is the result's number. Where
+samples come in groups, such as the captions of an image, a column `group` says whose they are:
+groups are drawn with replacement, not samples, as those of one group are alike.
 replicates.parquet: metric, replicate, value; for numbers that are no mean over samples, such as
 average precision: the number again, on samples drawn with replacement. Replicate r of one task
 draws the same samples for every encoder, so differences of replicates are paired.
@@ -27,8 +29,12 @@ def resample(num: int, replicate: int) -> np.ndarray:
     return np.random.default_rng((0xB007, replicate)).integers(0, num, num)
 
 
-def write_samples(folder: Path, metrics: Mapping[str, tuple[Sequence[str], Values]]) -> None:
-    """samples.parquet: metric -> (keys, values), float64."""
+def write_samples(
+    folder: Path,
+    metrics: Mapping[str, tuple[Sequence[str], Values]],
+    groups: Mapping[str, str] | None = None,
+) -> None:
+    """samples.parquet: metric -> (keys, values), float64; key -> group, if not each its own."""
     names, keys, values = [], [], []
     for name, (own_keys, own) in metrics.items():
         array = np.asarray(own, dtype=np.float64)
@@ -37,10 +43,10 @@ def write_samples(folder: Path, metrics: Mapping[str, tuple[Sequence[str], Value
         names += [name] * len(array)
         keys += own_keys
         values.append(array)
-    write_table(
-        folder / "samples.parquet",
-        {"metric": names, "key": keys, "value": np.concatenate(values)},
-    )
+    columns: dict[str, Any] = {"metric": names, "key": keys, "value": np.concatenate(values)}
+    if groups is not None:
+        columns["group"] = [groups.get(key, key) for key in keys]
+    write_table(folder / "samples.parquet", columns)
 
 
 def write_replicates(folder: Path, metrics: Mapping[str, Values]) -> None:

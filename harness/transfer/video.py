@@ -68,6 +68,10 @@ class VideoObjective:
         self._loss_M = torch.zeros(num, dtype=torch.float64)
         self._rank_M = torch.zeros(num, dtype=torch.int64)
 
+    def allows(self, micro_batch: int) -> bool:
+        """Any number."""
+        return True
+
     def blueprint(self) -> Blueprint:
         """Image encoder from `upstream_weights` or initial weights, inflated; zero head."""
         return Blueprint(

@@ -220,6 +220,18 @@ def test_objectnet_loses_its_border_and_the_classes_imagenet_lacks(tmp_path: Pat
         "images/air_freshener": "1 images: not a class of ImageNet-1k"
     }
     assert "border cut off 2" in read.report.summary()
+    assert "1 classes are mapped to ImageNet's; ObjectNet's own files map 113" in (
+        read.report.summary()
+    )
+    text(
+        mappings / "imagenet_to_label_2012_v2",
+        "one more",
+        "kit fox",
+        "digital clock",
+        "analog clock",
+    )
+    with pytest.raises(UserError, match=r"has 4 lines and .* 3 classes, expected as many, 1000"):
+        pack(str(src), tmp_path / "again")
 
 
 # --- Food-101, iNaturalist ---------------------------------------------------------------------

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 
 from harness.errors import OutOfMemoryError
 from harness.ledger.files import read_json
+from harness.study.protocols import FineTune, Lit
+from harness.study.recipes import Duration, WspRecipe
 from harness.train.memory import memory_checked, smaller_micro_batch
+from harness.train.objectives import WspObjective
+from harness.transfer.finetune import FineTuneObjective
+from harness.transfer.lit import LitObjective
 from tests.conftest import Harness
+
+Kind = TypeVar("Kind", FineTuneObjective, LitObjective, WspObjective)
 
 STUDY = """\
 name: large
@@ -40,6 +49,41 @@ def test_the_next_micro_batch_is_the_largest_that_still_divides(
     share: int, micro: int, smaller: int | None
 ) -> None:
     assert smaller_micro_batch(share, micro) == smaller
+
+
+def test_a_recipe_that_mixes_pairs_goes_on_with_whole_pairs_or_not_at_all() -> None:
+    recipe = FineTune(duration=Duration(steps=1), batch=12, mixup=0.8)
+    mixing = objective(FineTuneObjective, recipe=recipe)
+    assert [smaller_micro_batch(12, size, mixing.allows) for size in (12, 6, 4, 2)] == [
+        6,
+        4,
+        2,
+        None,
+    ]
+    wsp = objective(WspObjective, recipe=WspRecipe(duration=Duration(steps=1), mixup=0.2))
+    assert smaller_micro_batch(9, 9, wsp.allows) is None and wsp.allows(6)
+    plain = objective(WspObjective, recipe=WspRecipe(duration=Duration(steps=1)))
+    assert smaller_micro_batch(9, 9, plain.allows) == 3
+    with pytest.raises(OutOfMemoryError, match="micro_batch 2; no smaller one will do") as error:
+        engine = Batches()
+        engine.micro_batch = 2
+        with memory_checked(engine, mixing.allows):
+            raise MemoryError
+    assert error.value.smaller is None
+
+
+def test_the_batch_of_a_text_tower_is_never_cut() -> None:
+    recipe = Lit(duration=Duration(steps=1), batch=64)
+    lit = objective(LitObjective, recipe=recipe, ctx=SimpleNamespace(ranks=2))
+    assert lit.allows(32)
+    assert smaller_micro_batch(32, 32, lit.allows) is None
+
+
+def objective(kind: type[Kind], **fields: object) -> Kind:
+    """An objective that has only what decides its forward passes."""
+    made = kind.__new__(kind)
+    vars(made).update(fields)
+    return made
 
 
 def test_other_errors_come_out_as_they_are() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -22,7 +23,7 @@ from harness.models.vit import VisionEncoder
 from harness.study.protocols import Features, FewShot, LinearProbe
 from harness.study.recipes import Pool
 from harness.transfer import features as module
-from harness.transfer.features import read_features
+from harness.transfer.features import map_features, read_features
 from harness.transfer.fewshot import choices
 
 
@@ -184,3 +185,19 @@ def test_only_what_is_needed_is_read_and_it_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(some.class_M, whole.class_M[places])
     assert some.keys == [whole.keys[place] for place in places.tolist()]
     assert torch.equal(same.values_MD, test.values_MD)
+
+
+def test_mapped_features_are_the_same_in_any_order_and_stay_in_their_files(tmp_path: Path) -> None:
+    folder = run(tmp_path / "stage")
+    context = replace(tiny.context(tmp_path / "lit"), upstream={"features": folder.parent})
+    stage = tiny.stage(LinearProbe())
+    both = zip(read_features(stage, context), map_features(stage, context), strict=True)
+    for whole, mapped in both:
+        assert len(mapped) == len(whole.values_MD)
+        places = np.random.default_rng(0).integers(0, len(mapped), 300)
+        assert torch.equal(mapped.rows(places), whole.values_MD[torch.from_numpy(places)])
+        everything = np.arange(len(mapped))
+        assert torch.equal(mapped.rows(everything), whole.values_MD)
+        assert mapped.rows(places[:0]).shape == (0, tiny.MODEL.width)
+        opened = Path("/proc/self/maps")
+        assert not opened.exists() or str(folder) in opened.read_text()

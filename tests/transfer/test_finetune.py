@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import auto_augment
 from timm.data.mixup import Mixup
+from timm.data.transforms_factory import create_transform
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -50,9 +52,10 @@ def noise(side: int = 16, seed: int = 0) -> np.ndarray:
 
 def test_rand_augment_is_timms_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's own module, whose global generators are put where the keyed ones are."""
-    timms = auto_augment.rand_augment_transform(
-        SPEC, {"translate_const": 7, "img_mean": (124, 116, 104)}
+    training: Any = create_transform(
+        16, is_training=True, auto_augment=SPEC, interpolation="bicubic"
     )
+    timms = next(t for t in training.transforms if isinstance(t, auto_augment.RandAugment))
     changed = 0
     for key in range(40):
         with timm_parts.drawing(3, key):

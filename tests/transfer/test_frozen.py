@@ -90,10 +90,10 @@ def test_logits_in_blocks_lead_to_the_same_weights(monkeypatch: pytest.MonkeyPat
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(300, 8, generator=generator)
     class_M = torch.randint(0, 4, (300,), generator=generator)
-    whole = logistic.fit(features, class_M, 4, 1e-2, tolerance=1e-9)
+    whole = logistic.fit(features, class_M, 4, 1e-2, tolerance=1e-9).weights
     monkeypatch.setattr(logistic, "BLOCK", 4 * 70)  # five blocks, the last is short
     torch.testing.assert_close(
-        logistic.fit(features, class_M, 4, 1e-2, tolerance=1e-9), whole, atol=1e-6, rtol=0
+        logistic.fit(features, class_M, 4, 1e-2, tolerance=1e-9).weights, whole, atol=1e-6, rtol=0
     )
 
 

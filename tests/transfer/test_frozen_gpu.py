@@ -34,7 +34,7 @@ def test_logistic_regression_finds_the_minimum_of_the_cpu() -> None:
     found, _ = choose_penalty(features.cuda(), class_M.cuda(), 20, penalties)
     assert found == wanted
     one, other = (
-        logistic.fit(*values, 20, 1e-3, tolerance=1e-9)
+        logistic.fit(*values, 20, 1e-3, tolerance=1e-9).weights
         for values in ((features, class_M), (features.cuda(), class_M.cuda()))
     )
     assert other.dtype == torch.float64

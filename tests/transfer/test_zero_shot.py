@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import lit_jobs
-import numpy as np
 import pyarrow.parquet
 import pytest
 import tiny
@@ -17,6 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.retrieval import RetrievalHitRate
 
+from analysis.bootstrap import of_difference, read_samples
 from harness import transfer
 from harness.models.lit import read_lit
 from harness.study import scenes_spec
@@ -153,19 +152,11 @@ BUDGET = Lit(
 )
 
 
-def resampled_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean difference over images drawn with replacement, paired."""
-    gain = np.asarray(one) - np.asarray(other)
-    rng = np.random.default_rng(0)
-    means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(2000)]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 @pytest.mark.long
 def test_words_find_more_in_what_a_trained_encoder_sees(
     trained_encoder: Path, random_encoder: Path, data_root: Path, tmp_path: Path
 ) -> None:
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, Path] = {}
     for name, encoder in (("trained", trained_encoder), ("random", random_encoder)):
 
         def run(
@@ -190,11 +181,13 @@ def test_words_find_more_in_what_a_trained_encoder_sees(
         run(BUDGET, "captions", "features")
         for recipe, dataset in ((ZERO_SHOT, "scenes-16000"), (RETRIEVAL, "captions")):
             folder = run(recipe, dataset, "lit")
-            samples = pyarrow.parquet.read_table(folder / "samples.parquet").to_pandas()
-            for metric, own in samples.groupby("metric", observed=True):
-                found.setdefault(str(metric), {})[name] = own.sort_values("key").value.to_list()
+            found[f"{name} {recipe.protocol}"] = folder
     for metric in ("acc1", "i2t_recall10", "t2i_recall10"):
-        one, other = found[metric]["trained"], found[metric]["random"]
-        low, high = resampled_difference(one, other)  # type: ignore[arg-type]
-        print(f"{metric}: {np.mean(one):.3f} against {np.mean(other):.3f}, {low:.3f} to {high:.3f}")
-        assert low > 0, metric
+        protocol = "zero_shot" if metric == "acc1" else "retrieval"
+        one, other = (
+            read_samples(found[f"{name} {protocol}"], metric) for name in ("trained", "random")
+        )
+        assert one is not None and other is not None
+        gain = of_difference(one.mean() - other.mean(), [one], [other])
+        print(f"{metric}: {one.mean():.3f} against {other.mean():.3f}, {gain}")
+        assert gain.low > 0, metric

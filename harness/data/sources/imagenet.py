@@ -30,6 +30,8 @@ _WNID = re.compile(r"n\d{8}")
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+OBJECTNET_SHARED = 113
+"""Classes of ObjectNet that ImageNet-1k has (Barbu et al. 2019)."""
 OBJECTNET_BORDER = 2
 """Pixels of red that ObjectNet's authors put around each image, to be cut off before use."""
 
@@ -221,6 +223,11 @@ def read_objectnet(folder: Path) -> Source:
     source = Source("objectnet", place, classes=imagenet_wnids(), crop_border=OBJECTNET_BORDER)
     label_of = read_json_file(place / "mappings" / "folder_to_objectnet_label.json", dict)
     classes_of = _objectnet_classes(place / "mappings")
+    if len(classes_of) != OBJECTNET_SHARED:
+        source.remarks.append(
+            f"{len(classes_of)} classes are mapped to ImageNet's; ObjectNet's own files map"
+            f" {OBJECTNET_SHARED}: results are not comparable with published ones"
+        )
     others: dict[str, int] = {}
     for file in walk(source, "images"):
         parts = file.name.split("/")
@@ -254,6 +261,12 @@ def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
     class_of_line = {int(line): int(class_id) for class_id, line in id_of.items()}
     lines = read_lines(mappings / "imagenet_to_label_2012_v2")
     line_of = {name: number for number, name in enumerate(lines)}
+    if len(class_of_line) != len(lines):  # a thousand each; a line too many shifts all names
+        raise UserError(
+            f"{mappings}: imagenet_to_label_2012_v2 has {len(lines)} lines and"
+            f" pytorch_to_imagenet_2012_id.json {len(class_of_line)} classes, expected as many,"
+            " 1000; unpack ObjectNet again"
+        )
     try:
         return {
             label: sorted(class_of_line[line_of[name]] for name in joined.split("; "))

@@ -13,6 +13,7 @@ from harness.study import flops as count_flops
 from harness.study.datasets import DatasetMeta
 from harness.study.protocols.common import OfTask, Task
 from harness.study.recipes import (
+    LABELLED_VIEWS,
     Augmentation,
     Count,
     Fraction,
@@ -21,6 +22,7 @@ from harness.study.recipes import (
     Pool,
     Positive,
     Resize,
+    over,
 )
 from harness.study.words import check_known, listed, read_names
 
@@ -45,7 +47,7 @@ class FineTune(Optimization, Task):
     label_smoothing: Fraction = 0.1
     pool: Pool = "cls"
     resize: Resize = "timm"
-    augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0))
+    augment: Annotated[Augmentation, over(LABELLED_VIEWS)] = LABELLED_VIEWS
     rand_augment: str | None = None
     """RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1 (MAE); none draws nothing."""
     erase: Fraction = 0.0

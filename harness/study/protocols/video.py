@@ -17,7 +17,10 @@ from harness.study.recipes import (
     Pool,
     Positive,
     Resize,
+    over,
 )
+
+_VIEWS = Augmentation(crop_scale=(0.4, 1.0), flip=False)
 
 
 class Video(Optimization, Task):
@@ -39,7 +42,7 @@ class Video(Optimization, Task):
     label_smoothing: Fraction = 0.1
     pool: Pool = "cls"
     resize: Resize = "timm"
-    augment: Augmentation = Augmentation(crop_scale=(0.4, 1.0), flip=False)
+    augment: Annotated[Augmentation, over(_VIEWS)] = _VIEWS
     """One crop and flip for all frames of a clip. No flips: where direction is the class they would
     change it."""
 
