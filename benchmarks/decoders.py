@@ -13,10 +13,8 @@ Decoders take turns, in an order that is reversed every time. Rates count the pr
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader import SCALE, SIDE, SIZES, photos, processor
+from loader import SCALE, SIDE, SIZES, photos
+from machine import machine
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -86,11 +85,7 @@ def main() -> None:
         }
         print(name, json.dumps(report[name], indent=1))
     names = ("torch", "torchvision", "pillow", "simplejpeg")
-    report["machine"] = {
-        "processor": processor(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
+    report["machine"] = machine(*names)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -13,13 +13,13 @@ import argparse
 import copy
 import gc
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -142,8 +142,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     about = {
         "benchmark": "engine_tax",
-        "machine": f"{platform.processor() or platform.machine()}, one thread",
-        "torch": torch.__version__,
+        "machine": machine("torch", "deepspeed"),
+        "threads": 1,
         "rows": rows,
     }
     if given.out:

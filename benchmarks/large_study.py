@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import signal
 import subprocess
@@ -24,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 from harness.ledger import store
 from harness.ledger.files import write_json
@@ -164,7 +165,7 @@ def main() -> None:
         "repeats": given.repeats,
         "shown": "best of the repeats",
         "results": results,
-        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "machine": machine(),
     }
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -218,13 +219,6 @@ def _without_index(results: dict[str, Any], root: Path, repeats: int) -> None:
             path.unlink()
         found.append(cost(root, "status", "large", repeats=1))
     results["half done: status, no index"] = min(found, key=lambda f: f["wall_s"])
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ busy machine does not count; the wall clock's are in the file too.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from machine import machine
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -178,19 +177,9 @@ def main() -> None:
             }
             print(name, json.dumps(report[name], indent=1))
     names = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset")
-    report["machine"] = {
-        "processor": processor(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
+    report["machine"] = machine(*names)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import socket
 import subprocess
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loader import processor
+from machine import machine
 
 
 def one_rank(arguments: argparse.Namespace) -> None:
@@ -121,7 +120,7 @@ def main() -> None:
     way = "whole" if arguments.whole else "shard by shard"
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     report[f"{arguments.size}, {arguments.ranks} ranks, {way}"] = found
-    report["machine"] = {"processor": processor(), "python": platform.python_version()}
+    report["machine"] = machine()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

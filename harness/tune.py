@@ -337,7 +337,11 @@ def _storage(tree: Tree, name: str, url: str | None) -> BaseStorage:
         return RDBStorage(url)
     except Exception as error:  # a driver's own errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--storage {url.split('@')[-1]}: cannot be used: {lines[0]}") from error
+        hint = ""
+        if isinstance(error, ImportError) and url.startswith("postgres"):
+            hint = "; pip install 'vision-scaling-harness[postgresql]'"
+        place = url.split("@")[-1]
+        raise UserError(f"--storage {place}: cannot be used: {lines[0]}{hint}") from error
 
 
 def _pruner(tune: Tune, points: int) -> BasePruner:

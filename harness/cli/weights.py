@@ -12,8 +12,15 @@ from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 
 if TYPE_CHECKING:
     from harness.models.interchange import Weights
+    from harness.study.recipes import Pool
 
 _CLOSE_TO_SINCOS = 1e-5
+_POOLING: dict[Pool | None, str] = {
+    "cls": "class token",
+    "mean": "mean of the patches",
+    "mean_fc_norm": "mean of the patches, then the norm",
+    None: "not said",
+}
 Drop = Annotated[
     list[str] | None,
     typer.Option(help="Leave out tensors whose names begin so; repeatable.", show_default=False),
@@ -203,8 +210,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if "head" in count:
         rows.append(("head", f"{count['head']:,} parameters: {found['classes']} classes"))
     rows.append(("total", f"{count['total']:,} parameters, {', '.join(found['dtypes'])}"))
-    pool = {"cls": "class token", "mean": "mean of the patches", None: "not said"}[found["pool"]]
-    rows.append(("pooling", f"{pool}; ends in {' and '.join(found['norm']) or 'no norm'}"))
+    ends = " and ".join(found["norm"]) or "no norm"
+    rows.append(("pooling", f"{_POOLING[found['pool']]}; ends in {ends}"))
     eps = found["config"].get("layer_norm_eps", 1e-6)
     if eps != 1e-6:
         rows.append(("note", f"config.json: layer_norm_eps is {eps}; the encoder here has 1e-06"))

@@ -197,6 +197,7 @@ def parse(
         problems += _shape_problems("decoder", decoder, sizes)
     if head:
         problems += _shape_problems("head", head, sizes)
+    problems += _not_finite(tensors)
     heads, decoder_heads = _count(said, "heads"), _count(said, "decoder_heads")
     heads = heads or _count(config, "num_attention_heads") or _HEADS_BY_WIDTH.get(width)
     decoder_heads = decoder_heads or _count(config, "decoder_num_attention_heads")
@@ -288,6 +289,12 @@ def _shape_problems(
             kind = str(tensor.dtype).removeprefix("torch.")
             problems.append(f"{place}{name} is {kind}, expected floating point")
     return problems
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Weights of a run that diverged, or a damaged file."""
+    names = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    return [f"not finite: {', '.join(sorted(names))}"] if names else []
 
 
 def _count(said: Mapping[str, Any], key: str) -> int | None:

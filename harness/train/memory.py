@@ -18,6 +18,18 @@ class _Batches(Protocol):
     def accumulation(self) -> int: ...
 
 
+# What allocators without an error class of their own say, in lower case: torch's on the CPU, C++'s,
+# the CUDA driver's and its libraries'.
+_SAID = (
+    "can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "std::bad_alloc",
+    "cuda error: out of memory",
+    "cuda out of memory",
+    "status_alloc_failed",  # CUBLAS_, CUDNN_, CUSPARSE_, CUSOLVER_
+)
+
+
 @contextmanager
 def memory_checked(
     engine: _Batches, allowed: Callable[[int], bool] = lambda size: True
@@ -32,13 +44,22 @@ def memory_checked(
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # torch has no class of its own for what its CPU allocator does not get.
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         share = engine.micro_batch * engine.accumulation
         smaller = smaller_micro_batch(share, engine.micro_batch, allowed)
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutOfMemoryError(engine.micro_batch, smaller, cause) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """By class, or by text; never a collective's: its cause is another rank's to tell."""
+    if isinstance(error, torch.distributed.DistError):
+        return False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _SAID)
 
 
 def smaller_micro_batch(

@@ -79,6 +79,30 @@ def test_inspect_lists_what_is_wrong_and_fails(here: Here, tmp_path: Path) -> No
     assert not (tmp_path / "x.pth").exists()
 
 
+@pytest.mark.parametrize("layout", ["timm", "mae", "harness"])
+def test_weights_that_end_in_fc_norm_are_named_and_converted(
+    layout: str, here: Here, tmp_path: Path
+) -> None:
+    """What fine-tuning of an MAE leaves, and timm's global_pool="avg"."""
+    write_weights(cases.finetuned(), tmp_path / "tuned.safetensors", "timm")
+    done = here("weights", "inspect", "tuned.safetensors")
+    assert "pooling    mean of the patches, then the norm; ends in fc_norm" in done.stdout
+    done = here("weights", "convert", "tuned.safetensors", "out.safetensors", "--to", layout)
+    assert f"out.safetensors: {layout}" in done.stdout and "ends in fc_norm" in done.stdout
+    cases.assert_same(read_weights(tmp_path / "out.safetensors"), cases.finetuned())
+
+
+def test_tensors_that_are_not_finite_are_a_problem(here: Here, tmp_path: Path) -> None:
+    state = tensors_in("timm", cases.weights_of(cases.classifier()))
+    state["blocks.1.norm1.bias"][3] = float("nan")
+    state["head.weight"][0, 0] = float("-inf")
+    save_file(state, tmp_path / "odd.safetensors")
+    done = here("weights", "inspect", "odd.safetensors", check=1)
+    assert "problem    not finite: blocks.1.norm1.bias, head.weight" in done.stdout
+    done = here("weights", "convert", "odd.safetensors", "x.pth", "--to", "mae", check=2)
+    assert done.stderr == ("odd.safetensors: not finite: blocks.1.norm1.bias, head.weight\n")
+
+
 def test_convert_there_and_back_keeps_every_bit(here: Here, mae_file: Path, tmp_path: Path) -> None:
     # Heads of width 32 and of the decoder are not told by a .pth file of the reference.
     refused = here("weights", "convert", mae_file, "hf", "--to", "hf", check=2)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
+import torch
+from torch.distributed import DistBackendError, DistError, DistNetworkError
 
 from harness.errors import OutOfMemoryError
 from harness.ledger.files import read_json
@@ -16,6 +18,7 @@ from harness.train.memory import memory_checked, smaller_micro_batch
 from harness.train.objectives import WspObjective
 from harness.transfer.finetune import FineTuneObjective
 from harness.transfer.lit import LitObjective
+from harness.worker import _is_lost_rank
 from tests.conftest import Harness
 
 Kind = TypeVar("Kind", FineTuneObjective, LitObjective, WspObjective)
@@ -95,6 +98,50 @@ def test_other_errors_come_out_as_they_are() -> None:
     ):
         raise MemoryError
     assert error.value.smaller == 24
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"),  # noqa: E501
+        RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),  # noqa: E501
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),  # noqa: E501
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=lambda error: str(error)[-28:],
+)  # fmt: skip
+def test_every_way_in_which_memory_ends_is_out_of_memory(error: Exception) -> None:
+    with pytest.raises(OutOfMemoryError), memory_checked(Batches()):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DistBackendError("NCCL error: ncclRemoteError: remote process exited"),
+        DistBackendError("ncclUnhandledCudaError: CUDA error: out of memory"),
+        DistNetworkError("connection reset by peer"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
+        torch.linalg.LinAlgError("the input matrix is singular"),
+        NotImplementedError("no kernel for this type"),
+        RecursionError("maximum recursion depth exceeded"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 9x2)"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {str(error)[:24]}",
+)
+def test_no_other_failure_of_a_step_is_taken_for_want_of_memory(error: Exception) -> None:
+    """A smaller micro-batch would help none of them; what ends another rank, it ends here too."""
+    with pytest.raises(type(error)) as caught, memory_checked(Batches()):
+        raise error
+    assert caught.value is error
+    is_of_ranks = isinstance(error, DistError) or "gloo" in str(error)
+    assert _is_lost_rank(caught.value) == is_of_ranks
 
 
 @pytest.mark.long

@@ -206,15 +206,20 @@ def test_activation_checkpointing_keeps_a_block_s_input_only(tmp_path: Path) -> 
     assert kept(True) < kept(False) / 3
 
 
-def test_offload_to_the_host_trains_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mae", "wsp", "fine_tune"])
+def test_offload_to_the_host_trains_the_same(kind: str, tmp_path: Path) -> None:
     shipped = json.loads((Path(__file__).parents[2] / "ds_configs/zero3_offload.json").read_text())
     assert shipped.pop("bf16") == {"enabled": True}  # emulated on a CPU, and far too slow
     for part in ("offload_optimizer", "offload_param"):
         assert shipped["zero_optimization"][part].pop("pin_memory")
     (tmp_path / "offload.json").write_text(json.dumps(shipped))
     rows = {"without": tiny.Rows(), "with": tiny.Rows()}
-    run(WSP, tmp_path / "without", rows["without"])
-    run(WSP, tmp_path / "with", rows["with"], zero_config=str(tmp_path / "offload.json"))
+    tuned = FineTune(duration=Duration(steps=12), batch=16)
+    recipe = {"mae": MAE, "wsp": WSP, "fine_tune": tuned}[kind]
+    judged = tiny.judge if kind == "fine_tune" else train
+    for name, found in rows.items():
+        config = {"zero_config": str(tmp_path / "offload.json")} if name == "with" else {}
+        judged(tiny.stage(recipe, **config), tiny.context(tmp_path / name, metrics=found))
     losses = {name: [row["loss"] for row in found.rows] for name, found in rows.items()}
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-5)
 

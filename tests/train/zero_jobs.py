@@ -67,7 +67,7 @@ def main(jobs: list[dict[str, object]]) -> None:
 
 
 def keep_initial_weights(job: dict[str, object], rank: int, ranks: int) -> None:
-    """The weights that an engine starts with, and what timm's own construction would have left."""
+    """The weights that an engine starts with, whole, as initial.safetensors in the job's folder."""
     recipe, folder = RECIPES[str(job["weights"])], Path(str(job["folder"]))
     upstream = Path(str(job["upstream"])) if job.get("upstream") else None
     context = tiny.context(folder, upstream=upstream, rank=rank, ranks=ranks)
