@@ -94,7 +94,7 @@ def fit(
     Fits minimise the sum of Huber losses of ln y. A law that the rows cannot identify is refused,
     with the reason and no number; that ends with exit code 0, as an answer.
 
-    Examples:
+    Example:
 
       harness fit runs.csv --law chinchilla --n params --d images --loss loss --run run_id
 
