@@ -72,12 +72,12 @@ def chain(
     """
     kept = np.asarray(largest_out(CHINCHILLA, {"N": n}) if train is None else train, dtype=bool)
     out = ~kept
-    facts = {"rows": int(out.sum()), "rows_fitted": int(kept.sum())}
+    facts: dict[str, Any] = {"rows": int(out.sum()), "rows_fitted": int(kept.sum())}
     if not out.any() or not kept.any():
         return ChainError(status="refused", reason="nothing to hold out, or nothing left", **facts)
     names = None if groups is None else [g for g, k in zip(groups, kept, strict=True) if k]
     inputs = {"N": n[kept], "D": d[kept]}
-    options = {"bootstrap": bootstrap, "seed": seed}
+    options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
     first = loss_law or fit(CHINCHILLA, inputs, loss[kept], groups=names, delta=delta, **options)
     tests = None if num_tests is None else num_tests[kept]
     second = fit_loss_to_error(loss[kept], error[kept], chance=chance, num_tests=tests, **options)
