@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from analysis.fit import DELTA, Fit, fit
 from analysis.forms import CHINCHILLA, Array
 from analysis.holdout import largest_out
 from analysis.loss_to_error import LossToError, fit_loss_to_error, observed
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ def chain(
     chance: float,
     num_tests: Array | None = None,
     groups: Sequence[Any] | None = None,
-    train: Array | None = None,
+    train: Mask | None = None,
     delta: float = DELTA,
     bootstrap: int = 400,
     seed: int = 0,
@@ -67,14 +70,14 @@ def chain(
     rest. Rows are runs, (P,) each: parameters, images, loss, error, number of test samples.
     `loss_law` may bring stage 1 of the train rows.
     """
-    kept = largest_out(CHINCHILLA, {"N": n}) if train is None else np.asarray(train, bool)
+    kept = np.asarray(largest_out(CHINCHILLA, {"N": n}) if train is None else train, dtype=bool)
     out = ~kept
-    facts = {"rows": int(out.sum()), "rows_fitted": int(kept.sum())}
+    facts: dict[str, Any] = {"rows": int(out.sum()), "rows_fitted": int(kept.sum())}
     if not out.any() or not kept.any():
         return ChainError(status="refused", reason="nothing to hold out, or nothing left", **facts)
     names = None if groups is None else [g for g, k in zip(groups, kept, strict=True) if k]
     inputs = {"N": n[kept], "D": d[kept]}
-    options = {"bootstrap": bootstrap, "seed": seed}
+    options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
     first = loss_law or fit(CHINCHILLA, inputs, loss[kept], groups=names, delta=delta, **options)
     tests = None if num_tests is None else num_tests[kept]
     second = fit_loss_to_error(loss[kept], error[kept], chance=chance, num_tests=tests, **options)
@@ -128,7 +131,7 @@ def _spread(
     }
 
 
-def _nearest(n: Array, d: Array, error: Array, kept: Array) -> Array:
+def _nearest(n: Array, d: Array, error: Array, kept: Mask) -> Array:
     """Mean error of the nearest fitted rows in log sizes, for every row held out."""
     sizes = np.log(np.stack([n, d], axis=1))
     far = np.abs(sizes[~kept][:, None] - sizes[kept][None]).sum(axis=2)

@@ -110,11 +110,12 @@ def fit_loss_to_error(
     refusal = _why_not(x, y)
     if refusal:
         return LossToError(status="refused", reason=refusal, **facts)
-    rho, p = stats.spearmanr(x, y, alternative="greater")
+    ranks: Any = stats.spearmanr(x, y, alternative="greater")
+    rho, p = float(ranks.statistic), float(ranks.pvalue)
     facts |= {
         "loss_range": (float(x.min()), float(x.max())),
-        "spearman": float(rho),
-        "spearman_p": float(p),
+        "spearman": rho,
+        "spearman_p": p,
     }
     if not p < _LEVEL:
         return LossToError(

@@ -135,7 +135,7 @@ def _law(
     options |= {"bootstrap": laws.bootstrap, "seed": laws.seed}
     held = ChainError(status="refused", reason="no finished rows")
     if len(n):
-        kept = largest_out(CHINCHILLA, {"N": n})
+        kept = np.asarray(largest_out(CHINCHILLA, {"N": n}), dtype=bool)
         known = laws.of(cells[kept], n[kept], d[kept], loss[kept])
         held = chain(n, d, loss, error, train=kept, loss_law=known, **options)
     return TaskLaw(
