@@ -177,9 +177,10 @@ def verify(
     with shown_progress("opening", "checking") as progress:
         found = verify_set(dataset, shared.tree(root).root, quick=quick, progress=progress)
     if as_json:
-        print(json.dumps(_verdict_json(found, quick), ensure_ascii=False))
+        print(json.dumps(_verdict_json(found, quick)))
     else:
-        print("\n".join([*_verdict_lines(dataset, found, quick), *found.damage]))
+        lines = [*_verdict_lines(dataset, found, quick), *found.damage]
+        print("\n".join(map(shared.one_line, lines)))
     if found.damage:
         print(f"{dataset}: {len(found.damage)} problems found", file=sys.stderr)
     return EXIT_FAILED if found.damage else EXIT_OK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from harness.cli import (
     logs,
     report,
     run,
+    shared,
     status,
     steer,
     tune,
@@ -37,11 +37,6 @@ app = typer.Typer(
 )
 
 
-def _printable(text: str) -> str:
-    """Without what a name from elsewhere could tell the terminal to do."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m[0])[1:-1], text)
-
-
 def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
     """A verb that ends the process with the code it returns, a user's mistake in one line each."""
 
@@ -51,7 +46,7 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
             code = verb(*args, **kwargs)
             sys.stdout.flush()
         except HarnessError as error:
-            print(_printable(str(error)), file=sys.stderr)
+            print(shared.printable(str(error)), file=sys.stderr)
             code = error.exit_code
         except BrokenPipeError:
             # `harness status | head`: the reader has what it wanted. Nothing more can be said.
@@ -61,7 +56,7 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
             known = storage_error(error)
             if known is None:
                 raise
-            print(_printable(str(known)), file=sys.stderr)
+            print(shared.printable(str(known)), file=sys.stderr)
             code = known.exit_code
         raise typer.Exit(code)
 

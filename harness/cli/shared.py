@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,23 @@ from harness.ledger import states, store
 from harness.ledger.tree import Tree, default_root
 from harness.study.cells import Ablation, Grid
 from harness.study.plan import Plan, make_plan
+
+_CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
+
+
+def printable(text: str) -> str:
+    """Without what a name from elsewhere could tell the terminal to do; tabs and lines stay."""
+    return re.sub(f"[{_CONTROLS}]", _escaped, text)
+
+
+def one_line(text: str) -> str:
+    """The same of a name, which is no place for tabs and lines either."""
+    return re.sub(rf"[{_CONTROLS}\t\n\u2028\u2029]", _escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
+
 
 Root = Annotated[
     Path | None,
