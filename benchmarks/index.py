@@ -1,15 +1,15 @@
 """An index of many samples: time to open it, to the first batch, and memory; `--help` for options.
 
 Each measurement is a fresh process, as a worker is. The index is written once to a folder and read
-from the page cache. Memory: what the process holds for itself (anonymous pages) and in all (mapped
-pages of the file too, which processes share), from the kernel's own count.
+from the page cache; so is the order of a subset or a resampled set, which the first run that needs
+it sorts (`first_run_s`). Memory: what the process holds for itself (anonymous pages) and in all
+(mapped pages of the file too, which processes share), from the kernel's own count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import machine
 
 SHARD = 10_000
 
@@ -36,7 +37,7 @@ def build(path: Path, num: int) -> None:
         crcs=np.zeros(num, np.uint32),
         class_ids=np.full(num, -1, np.int32),
         label_offsets=np.arange(num + 1, dtype=np.int64) * 3,
-        label_ids=np.zeros(3 * num, np.int32),
+        label_ids=(mix(np.arange(3 * num, dtype=np.uint64)) % np.uint64(28_000)).astype(np.int32),
         key_offsets=np.arange(num + 1, dtype=np.int64) * 12,
         key_bytes=digits.astype(np.uint8).reshape(-1),
         key_hashes=mix(np.arange(num, dtype=np.uint64)),
@@ -49,10 +50,14 @@ def entries(num: int) -> list[dict[str, str | int]]:
     return [{"file": f"{k}.tar", "sha256": f"{k:064d}"} for k in range(-(-num // SHARD))]
 
 
-def measure(path: Path, num: int, position: int, subset: int | None) -> dict[str, float]:
+def measure(
+    path: Path, num: int, position: int, subset: int, resample: float | None
+) -> dict[str, float]:
     """Seconds and bytes of one process that opens the index and draws a batch of 256."""
     from harness.data.index import load_index
-    from harness.data.order import Stream
+    from harness.data.kept_order import kept
+    from harness.data.order import Arrangement, Stream, arrange
+    from harness.data.resample import expected_counts
 
     shards = entries(num)
     before = _memory()
@@ -60,7 +65,18 @@ def measure(path: Path, num: int, position: int, subset: int | None) -> dict[str
     index = load_index(path, shards)
     assert index is not None
     opened = time.perf_counter()
-    stream = Stream(index.by_hash, index.shard_rows, subset or num, 0)
+
+    def make() -> Arrangement:
+        repeats = None
+        if resample:
+            repeats = expected_counts(index, index.by_hash[:subset], round(subset * resample))
+        return arrange(index.by_hash, index.shard_rows, subset, repeats)
+
+    if subset == num and not resample:
+        arrangement = make()
+    else:
+        arrangement = kept(path.parent / "order", [subset, resample], make)
+    stream = Stream(index.by_hash, index.shard_rows, subset, 0, arrangement=arrangement)
     rows = stream.at(position, 256).rows
     keys = [index.keys[row] for row in rows.tolist()]
     done = time.perf_counter()
@@ -85,26 +101,35 @@ def main() -> None:
     parser.add_argument("--position", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/index.json"))
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     num, position = arguments.samples, arguments.position
     if arguments.child:
-        subset = int(arguments.child[1]) or None
-        print(json.dumps(measure(Path(arguments.child[0]), num, position, subset)))
+        path, subset, resample = arguments.child
+        found = measure(Path(path), num, position, int(subset), float(resample) or None)
+        print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index.safetensors"
         build(path, num)
         size = path.stat().st_size
         results: dict[str, object] = {}
-        for name, subset in (("all", 0), ("subset of half", num // 2)):
+        for name, subset, resample in (
+            ("all", num, 0),
+            ("subset of half", num // 2, 0),
+            ("subset of 99 %", num * 99 // 100, 0),
+            ("resampled by 5/3", num, 5 / 3),
+        ):
             options = ["--samples", str(num), "--position", str(position)]
             command = [sys.executable, __file__, *options, "--child", str(path), str(subset)]
+            command.append(str(resample))
             runs = [
                 json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                for _ in range(arguments.repeats)
+                for _ in range(1 + arguments.repeats)
             ]
-            results[name] = {key: max(run[key] for run in runs) for key in runs[0]}
+            first = runs.pop(0)["first_batch_s"]
+            worst = {key: max(run[key] for run in runs) for key in runs[0]}
+            results[name] = {**worst, "first_run_s": first}
     report = {
         "samples": num,
         "position": position,
@@ -112,17 +137,12 @@ def main() -> None:
         "shown": "worst of the repeats",
         "file_bytes": size,
         "results": results,
-        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "machine": machine(),
     }
     text = json.dumps(report, indent=1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text + "\n")
     print(text)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,11 @@ class DataError(HarnessError):
 class DivergedError(HarnessError):
     """The loss, or the norm of its gradient, became non-finite. A result, not a crash."""
 
-    def __init__(self, step: int, samples: int, loss: float, norm: float | None = None) -> None:
-        what = f"gradient norm became {norm}" if math.isfinite(loss) else f"loss became {loss}"
+    def __init__(
+        self, step: int, samples: int, loss: float, norm: float | None = None, name: str = "loss"
+    ) -> None:
+        """`loss`: the training loss, or what else `name` says, such as a held-out one."""
+        what = f"gradient norm became {norm}" if math.isfinite(loss) else f"{name} became {loss}"
         super().__init__(f"{what} at step {step} ({samples} samples seen)")
         self.step = step
         self.samples = samples

@@ -11,6 +11,7 @@ import typer
 
 from harness.cli import shared
 from harness.cli.data import shown_progress
+from harness.cli.show import one_line
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -177,9 +178,10 @@ def verify(
     with shown_progress("opening", "checking") as progress:
         found = verify_set(dataset, shared.tree(root).root, quick=quick, progress=progress)
     if as_json:
-        print(json.dumps(_verdict_json(found, quick), ensure_ascii=False))
+        print(json.dumps(_verdict_json(found, quick)))
     else:
-        print("\n".join([*_verdict_lines(dataset, found, quick), *found.damage]))
+        lines = [*_verdict_lines(dataset, found, quick), *found.damage]
+        print("\n".join(map(one_line, lines)))
     if found.damage:
         print(f"{dataset}: {len(found.damage)} problems found", file=sys.stderr)
     return EXIT_FAILED if found.damage else EXIT_OK

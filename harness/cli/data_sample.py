@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated
 
 import typer
 
 from harness.cli import shared
+from harness.cli.show import one_line
 from harness.errors import EXIT_OK, UserError
 
 
@@ -26,7 +28,8 @@ def sample(
         str | None, typer.Option(help="Split. Default: the one pretraining reads.")
     ] = None,
     resample: Annotated[
-        float | None, typer.Option(min=1, help="Samples per image of an epoch, as in stages.wsp.")
+        float | None,
+        typer.Option(min=1, max=1000, help="Samples per image of an epoch, as in stages.wsp."),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to read with; changes nothing.")] = 1,
     workers: Annotated[
@@ -45,6 +48,8 @@ def sample(
     from harness.data.dataset import open_dataset
     from harness.data.loader import sample_rows
 
+    if resample is not None and math.isnan(resample):
+        raise UserError("--resample nan: expected 1 to 1000")
     data = open_dataset(dataset, shared.tree(root).root)
     opened = data.split(split or data.meta.split_for("pretrain"))
     stream = opened.stream(subset or opened.num_samples, seed, resample)
@@ -72,5 +77,5 @@ def sample(
     places = stream.at(first, count)
     for place, key in enumerate(keys):
         position = (first + place) % stream.num_samples
-        print(f"epoch {places.epochs[place]}  position {position:>8}  {key}")
+        print(f"epoch {places.epochs[place]}  position {position:>8}  {one_line(key)}")
     return EXIT_OK

@@ -51,7 +51,16 @@ def console(*, error: bool = False) -> Console:
 
 def printable(text: str) -> str:
     """Without what a name or message from elsewhere could tell the terminal to do."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: ascii(m[0])[1:-1], text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", _escaped, text)
+
+
+def one_line(text: str) -> str:
+    """The same of a name, which is no place for tabs and lines either."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", _escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
 
 
 def plain(text: str) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from harness.data.index import (
     sha256_of,
     write_index,
 )
-from harness.data.order import Stream
+from harness.data.kept_order import kept
+from harness.data.order import Arrangement, Stream, arrange
 from harness.data.ready import ready
 from harness.data.relabel import rebuilt_index
 from harness.data.resample import expected_counts
@@ -36,7 +39,7 @@ from harness.data.storage import Reader, Storage
 from harness.errors import DataError, NotFoundError, UserError
 from harness.ledger.files import read_json, write_json
 from harness.study.builtin import builtin
-from harness.study.datasets import DatasetMeta, describe, locate
+from harness.study.datasets import ORDER_WINDOW, DatasetMeta, describe, locate
 from harness.study.locations import is_remote
 
 
@@ -102,6 +105,10 @@ class Split:
             len(self._entries), lambda shard: self.storage.local(self._entries[shard])
         )
         self.cache = cache
+        # Shards, and labels: of some sets the fingerprint tells neither cut nor order.
+        self._made_of = [meta.fingerprint, *(str(entry["sha256"]) for entry in self._entries)]
+        if name in meta.indexes:
+            self._made_of.append(str(meta.indexes[name]["sha256"]))
         # Decoded pixels are in the order of the shards, which the fingerprint does not tell.
         layout = meta.layout.get(name)
         self._cache_file = cache / (f"{name}-{layout}.npy" if layout else f"{name}.npy")
@@ -127,13 +134,24 @@ class Split:
         With `resample`, an epoch has round(num * resample) samples: images with rare labels are
         repeated, see `harness.data.resample`. Raises UserError if the split has fewer images.
         """
-        repeats = None
-        if resample is not None:
-            repeats = expected_counts(self.index, self.subset(num), round(num * resample))
-        elif not 1 <= num <= self.num_samples:
+        if not 1 <= num <= self.num_samples:
             self.subset(num)  # says what is wrong
+        index, total = self.index, num if resample is None else round(num * resample)
+
+        def make() -> Arrangement:
+            repeats = None
+            if resample is not None:
+                repeats = expected_counts(index, self.subset(num), total)
+            return arrange(index.by_hash, index.shard_rows, num, repeats)
+
+        is_large = total > ORDER_WINDOW and (resample is not None or num < self.num_samples)
+        if is_large:
+            made_of = [*self._made_of, num, resample]
+            arrangement = kept(self.cache / "order" / self.name, made_of, make)
+        else:
+            arrangement = make()
         return Stream(
-            self.index.by_hash, self.index.shard_rows, num, seed, repeats=repeats, views=views
+            index.by_hash, index.shard_rows, num, seed, views=views, arrangement=arrangement
         )
 
     def decode(self, row: int) -> np.ndarray:
@@ -251,8 +269,16 @@ def _verified_index(split: str, meta: DatasetMeta, storage: Storage, cache: Path
     ]
     for place, path, entry in local:
         check_size(path, entry, place, index)
-        if not known.passed(path, entry):
-            check_content(path, entry, place, index)
+    new = [shard for shard in local if not known.passed(*shard[1:])]
+    # Hashing lets other threads run: the first time, a set is read as fast as disk and cores can.
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="checksum") as pool:
+        checks = [pool.submit(check_content, path, e, place, index) for place, path, e in new]
+        try:
+            for check in checks:  # in the order of the shards: the first damage is named
+                check.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for _, path, entry in local:
         known.add(path, entry)
     known.save()
     if index is None:

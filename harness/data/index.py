@@ -245,12 +245,13 @@ def load_index(path: Path, entries: Sequence[ShardEntry]) -> Index | None:
         header = json.loads(view[8:begin])
         if header["__metadata__"] != _metadata(entries):
             return None
-        return Index(**{field.name: _mapped(view, begin, header[field.name]) for field in _COLUMNS})
+        return Index(**{field.name: mapped(view, begin, header[field.name]) for field in _COLUMNS})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # it can be rebuilt
 
 
-def _mapped(view: mmap.mmap, begin: int, entry: dict[str, object]) -> np.ndarray:
+def mapped(view: mmap.mmap, begin: int, entry: dict[str, object]) -> np.ndarray:
+    """An array of a mapped safetensors file whose arrays `begin` there. Raises ValueError."""
     shape, (start, stop) = entry["shape"], entry["data_offsets"]  # type: ignore[misc]
     dtype = np.dtype(_DTYPES[str(entry["dtype"])])
     count = math.prod(shape)  # type: ignore[arg-type]

@@ -38,6 +38,46 @@ class Places:
     """int64: how often the image is in the same epoch's list before; 0 where it is there once."""
 
 
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """What a stream asks of its images whatever the seed: O(images) to make, so it can be kept."""
+
+    rows: np.ndarray | None
+    """Rows of the split's index by place; None where place and row are the same."""
+    bounds: np.ndarray
+    """int64 [shards + 1]: shard s holds places [bounds[s], bounds[s + 1])."""
+    ends: np.ndarray | None
+    """int64 by place: the image there owns the points up to this one, from the end before it, of a
+    line of N * ONE points; None without resampling."""
+
+
+def arrange(
+    by_hash: np.ndarray,
+    shard_rows: np.ndarray,
+    num: int,
+    repeats: np.ndarray | None = None,
+    window: int = ORDER_WINDOW,
+) -> Arrangement:
+    """The arrangement of a stream; arguments as in `Stream`."""
+    if num < 1:
+        raise ValueError(f"an order needs at least one sample, found {num}")
+    num_samples = num if repeats is None else int(repeats.sum()) // ONE
+    rows: np.ndarray | None = by_hash[:num]
+    if num_samples > window:  # places follow the order of the shards, not of the hashes
+        is_whole = num == len(by_hash)
+        if repeats is not None:
+            by_row = np.argsort(rows, kind="stable")
+            repeats, rows = repeats[by_row], by_hash[:num][by_row]
+        elif not is_whole:
+            rows = np.sort(by_hash[:num])
+        if is_whole:
+            rows = None
+        else:
+            shard_rows = np.searchsorted(rows, shard_rows)
+    ends = None if repeats is None else np.cumsum(repeats.astype(np.int64))
+    return Arrangement(rows, np.asarray(shard_rows, dtype=np.int64), ends)
+
+
 class Stream:
     """The endless sequence of samples of one training run, addressed by position.
 
@@ -46,7 +86,8 @@ class Stream:
     the first of `by_hash`. `repeats` uint64 [M], in the order of `by_hash`: each image's expected
     count in an epoch, times ONE, adding up to a multiple of ONE. `views`: how many positions in a
     row every sample then stands at (repeated augmentation: Hoffer et al. 2020, "Augment your
-    batch", arXiv 1901.09335); an epoch is that much longer.
+    batch", arXiv 1901.09335); an epoch is that much longer. `arrangement`: that of these images
+    and counts, where it was kept; `repeats` is then not looked at.
     """
 
     def __init__(
@@ -59,27 +100,13 @@ class Stream:
         repeats: np.ndarray | None = None,
         views: int = 1,
         window: int = ORDER_WINDOW,
+        arrangement: Arrangement | None = None,
     ) -> None:
-        if num < 1:
-            raise ValueError(f"an order needs at least one sample, found {num}")
+        found = arrangement or arrange(by_hash, shard_rows, num, repeats, window)
+        self._rows, self._bounds, self._ends = found.rows, found.bounds, found.ends
         self.seed, self.num_unique, self.views, self._window = seed, num, views, window
-        self.num_samples = num if repeats is None else int(repeats.sum()) // ONE
+        self.num_samples = num if self._ends is None else int(self._ends[-1]) // ONE
         self._has_windows = self.num_samples > window
-        self._rows: np.ndarray | None = by_hash[:num]
-        if self._has_windows:  # places follow the order of the shards, not of the hashes
-            is_whole = num == len(by_hash)
-            if repeats is not None:
-                by_row = np.argsort(self._rows, kind="stable")
-                repeats, self._rows = repeats[by_row], self._rows[by_row]
-            elif not is_whole:
-                self._rows = np.sort(self._rows)
-            if is_whole:
-                self._rows = None  # place and row are the same
-            else:
-                shard_rows = np.searchsorted(self._rows, shard_rows)
-        self._bounds = np.asarray(shard_rows, dtype=np.int64)
-        # Image i owns the points [ends[i] - repeats[i], ends[i]) of a line of N * ONE points.
-        self._ends = None if repeats is None else np.cumsum(repeats.astype(np.int64))
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def at(self, start: int, count: int) -> Places:
@@ -143,7 +170,7 @@ class Stream:
             return known[1:]
         bounds = self._bounds
         if self._ends is not None:
-            points = np.concatenate([[0], self._ends])[bounds]
+            points = np.where(bounds > 0, self._ends[bounds - 1], 0)
             bounds = _teeth_before(points, self._offset(epoch))
         num = len(bounds) - 1
         key = fold(self.seed, epoch, _OF_SHARDS)

@@ -15,13 +15,21 @@ from harness.data.index import Index
 from harness.data.order import ONE
 from harness.errors import UserError
 
+# Positions on the line of N * ONE points are int64; one bit is left for sums.
+_MOST_SAMPLES = (1 << 62) // ONE
+
 
 def expected_counts(index: Index, rows: np.ndarray, epoch_samples: int) -> np.ndarray:
     """uint64 [M]: expected count of each of `rows` in an epoch, times ONE; they add up exactly.
 
     Frequencies are counted over `rows`. An image without labels counts 1. Raises UserError if no
-    image has a label.
+    image has a label, or for more samples than the fixed-point numbers hold.
     """
+    if epoch_samples > _MOST_SAMPLES:
+        raise UserError(
+            f"resample: an epoch of {epoch_samples} samples; expected {_MOST_SAMPLES} at most:"
+            " choose a smaller resample"
+        )
     counts = np.diff(index.label_offsets)
     is_chosen = np.zeros(index.num_samples, dtype=bool)
     is_chosen[rows] = True

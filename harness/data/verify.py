@@ -158,7 +158,9 @@ class _Check:
                 raise DataError(f"{shown}: byte offset 0: not an index of these shards")
         except DataError as error:
             text = str(error).partition("; restore it")[0]
-            self._add(f"{text}; delete it: it is made again from the shards")
+            is_there = self._storage.is_remote or Path(shown).exists()
+            first = "delete it: it is" if is_there else "it is"
+            self._add(f"{text}; {first} made again from the shards when the set is next opened")
             return None
         columns = {name: value for name, value in vars(index).items() if name != "by_hash"}
         if not np.array_equal(finish_index(**columns).by_hash, index.by_hash):

@@ -29,20 +29,13 @@ from harness.models import interchange
 from harness.models.convert import hf_config, tensors_in
 from harness.models.interchange import Weights
 from harness.models.layouts import Layout
+from harness.study.starting import FOLDER_FILES, SUFFIXES
 
 METADATA_KEY = "vision_scaling_harness"
 """Our one entry in a safetensors header. One, as a header's entries are in random order, and the
 same weights should be the same bytes."""
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+TORCH_SUFFIXES = SUFFIXES[1:]
 _STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")
-_FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "weights.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # How torch says that a pickle names a function or class that it does not know.
 _FOREIGN = re.compile(r"\bGLOBAL (\S+)")
 
@@ -93,9 +86,9 @@ def inspect_weights(path: Path, drop: Sequence[str] = ()) -> Weights:
 def read_file(path: Path) -> RawFile:
     """A file's or folder's tensors. NotFoundError, or UserError in one line if unreadable."""
     if path.is_dir():
-        found = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path}: a folder without weights; expected {_FOLDER_FILES[0]} in it")
+            raise UserError(f"{path}: a folder without weights; expected {FOLDER_FILES[0]} in it")
         path = found[0]
     if not path.is_file():
         raise NotFoundError(f"{path}: no such weight file")

@@ -20,7 +20,7 @@ from harness.study.recipes import (
 )
 from harness.study.schema import LoadedStudy, Resources, Stages
 from harness.study.stages import Execution, Images, Kind, StageConfig, StageFile
-from harness.study.starting import content_hash, find, is_checkpoint
+from harness.study.starting import check_file, content_hash, find, is_checkpoint
 from harness.study.transfers import Transfers
 from harness.units import format_count, steps_of
 
@@ -78,6 +78,7 @@ class Chain:
         """Weights from elsewhere that the cell starts from."""
         if is_checkpoint(axes["init"]):
             self.weights = find(axes["init"], builder.loaded.bases)
+            check_file(self.weights, model.width)
 
     def build(self, recipes: Stages) -> None:
         """Makes every stage of the cell; `ids` then holds role -> stage id."""

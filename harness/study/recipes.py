@@ -168,7 +168,7 @@ class WspRecipe(Optimization):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Images 2i and 2i + 1 of a batch, and their targets, are mixed with a share drawn from
     Beta(mixup, mixup) (Zhang et al. 2018, arXiv 1710.09412); 0 mixes nothing."""
-    resample: Annotated[float, Field(ge=1)] | None = None
+    resample: Annotated[float, Field(ge=1, le=1000)] | None = None
     """Samples of an epoch, as a multiple of its unique images; more than 1 repeats images with rare
     hashtags, by the inverse square root of the frequency (after Mahajan et al. 2018; the paper's
     3 billion images make 5 billion samples). None shows every image once."""

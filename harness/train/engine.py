@@ -213,12 +213,11 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def norm_is_bad(self) -> Tensor:
-        """1 if that norm is not finite, else 0; on the device, without waiting for it."""
+    def norm_on_device(self) -> Tensor | None:
+        """The same, on the device and without waiting for it; a copy, which no later step writes
+        to."""
         norm = self._engine.get_global_grad_norm()
-        if norm is None:
-            return torch.zeros((), device=self.device)
-        return (~torch.as_tensor(norm, device=self.device).isfinite()).float()
+        return None if norm is None else torch.as_tensor(norm, device=self.device).detach().clone()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -96,6 +96,7 @@ def run(
             getattr(recipe, "resample", None),
             getattr(recipe, "repeats", 1),
         )
+        on_exit.enter_context(_naming_samples(split, stream, batch))
         batches = loader.train_batches(
             split,
             stream,
@@ -133,11 +134,7 @@ def run(
             done = step + 1
             wishes = {"stop": ctx.should_stop(), "save": due and ctx.rank == 0}
             ctx.whereabouts.at = (step, "reduce")
-            try:
-                signals = reader.put(done, torch.stack(losses), **wishes)
-            except DivergedError as error:
-                error.keys = _keys_of(split, stream, error, batch)
-                raise
+            signals = reader.put(done, torch.stack(losses), **wishes)
             progress.step = done
 
             # --- metrics row, with held-out metrics at the evaluation points ---
@@ -155,10 +152,11 @@ def run(
                     with _timed(progress, "eval") as eval_time:
                         last_row |= objective.evaluate(engine)
                     other_s += eval_time.seconds
-                for value in last_row.values():
-                    # The loss can be finite while its gradient or the held-out loss no longer is.
+                for name, value in last_row.items():
+                    # Loss and gradient can be finite while the held-out loss no longer is.
                     if value is not None and not math.isfinite(value):
-                        raise DivergedError(done, done * batch, value)
+                        norm = last_row["grad_norm"]
+                        raise DivergedError(done, done * batch, value, norm, name)
                 wall_s = train_before_s + time.perf_counter() - train_started - other_s
                 row = {"step": done, "samples": done * batch, "wall_s": wall_s, **last_row}
                 ctx.metrics.append(row)
@@ -214,7 +212,7 @@ class _LossReader:
     def __init__(self, engine: Engine, progress: Progress, batch: int, lag: int) -> None:
         self.engine, self.progress, self.batch, self.lag = engine, progress, batch, lag
         self.last_loss = math.nan
-        self._pending: deque[tuple[int, Tensor, Tensor]] = deque()
+        self._pending: deque[tuple[int, Tensor, Tensor, Tensor | None]] = deque()
 
     def put(self, step: int, losses: Tensor, *, stop: bool, save: bool) -> _Signals:
         """Queue a rank's losses of `step` (counted from 1) and its wishes; all must call.
@@ -223,9 +221,11 @@ class _LossReader:
         """
         flags = torch.tensor([stop, save], dtype=torch.float32)
         flags = flags.to(losses.device, non_blocking=True)
+        norm = self.engine.norm_on_device()
+        is_bad = flags[:1] * 0 if norm is None else (~norm.isfinite()).float().reshape(1)
         # One small reduction a step carries all four.
-        own = torch.cat([losses.float().mean()[None], flags, self.engine.norm_is_bad()[None]])
-        self._pending.append((step, self.engine.total(own), losses))
+        own = torch.cat([losses.float().mean()[None], flags, is_bad])
+        self._pending.append((step, self.engine.total(own), losses, norm))
         return self._read() if len(self._pending) > self.lag else _Signals(False, False)
 
     def drain(self) -> None:
@@ -234,20 +234,23 @@ class _LossReader:
             self._read()
 
     def _read(self) -> _Signals:
-        step, values, losses = self._pending.popleft()
+        step, values, losses, norm = self._pending.popleft()
         loss, stop, save, bad_norm = values.tolist()
         loss /= self.engine.ranks
         if bad_norm or not math.isfinite(loss):
-            raise self._diverged(step, loss, losses)
+            raise self._diverged(step, loss, losses, norm)
         self.last_loss = loss
         self.progress.loss_sum += loss
         self.progress.loss_count += 1
         return _Signals(stop > 0, save > 0)
 
-    def _diverged(self, step: int, loss: float, losses: Tensor) -> DivergedError:
+    def _diverged(
+        self, step: int, loss: float, losses: Tensor, norm: Tensor | None
+    ) -> DivergedError:
         """All ranks get here in the same step: they may speak to each other."""
         engine = self.engine
-        error = DivergedError(step, step * self.batch, loss, engine.grad_norm())
+        measured = None if norm is None else norm.item()
+        error = DivergedError(step, step * self.batch, loss, measured)
         share = self.batch // engine.ranks
         bad_S = torch.zeros(self.batch, device=losses.device)
         own_S = (~losses.isfinite()).float().repeat_interleave(engine.micro_batch)
@@ -260,10 +263,15 @@ def _leave(ctx: StageContext) -> None:
     ctx.whereabouts.at = None
 
 
-def _keys_of(split: Split, stream: Stream, error: DivergedError, batch: int) -> list[str]:
-    """Keys of the samples that an error is about: see DivergedError.keys."""
-    rows = stream.at((error.step - 1) * batch, batch).rows
-    return [str(split.keys[row]) for row in (rows[error.places] if error.places else rows)]
+@contextmanager
+def _naming_samples(split: Split, stream: Stream, batch: int) -> Iterator[None]:
+    """Puts the keys of the samples into a DivergedError, whatever part of a step finds it."""
+    try:
+        yield
+    except DivergedError as error:
+        rows = stream.at((error.step - 1) * batch, batch).rows
+        error.keys = [str(split.keys[k]) for k in (rows[error.places] if error.places else rows)]
+        raise
 
 
 class _Elapsed:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from harness.data.dataset import Dataset, Split, open_dataset
+from harness.data.pack import pack
 from harness.data.scenes import draw
 from harness.errors import DataError, NotFoundError, UserError
 from harness.study import scenes_spec as spec
@@ -127,6 +129,28 @@ def test_a_flipped_byte_is_named_with_its_sample(copied: Path, tmp_path: Path) -
     )
     with pytest.raises(DataError, match=expected):
         open_dataset(str(copied), tmp_path).split("pretrain")
+
+
+def test_of_several_damaged_shards_the_first_is_named_and_none_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checksums are taken in threads, in whatever order they end."""
+    monkeypatch.setattr("harness.data.pack.SHARD_SAMPLES", 4)
+    (tmp_path / "src" / "class").mkdir(parents=True)
+    for number in range(24):
+        Image.new("RGB", (8, 8), (9 * number, 0, 0)).save(tmp_path / "src/class" / f"{number}.png")
+    pack(str(tmp_path / "src"), tmp_path / "set", split="train")
+    shards = sorted((tmp_path / "set" / "train").glob("*.tar"))
+    assert len(shards) == 6
+    good = {path: path.read_bytes() for path in (shards[2], shards[5])}
+    for path, raw in good.items():
+        path.write_bytes(raw.replace(b"IDAT", b"IDAX", 1))
+    for first in (shards[2], shards[5]):
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"{first.name}: .* is damaged"):
+                open_dataset(str(tmp_path / "set"), tmp_path).split("train")
+        first.write_bytes(good[first])
+    assert open_dataset(str(tmp_path / "set"), tmp_path).split("train").num_samples == 24
 
 
 def test_a_missing_shard_is_named(copied: Path, tmp_path: Path) -> None:

@@ -87,3 +87,11 @@ def test_a_set_without_labels_cannot_be_resampled(scenes: Dataset, scenes_root: 
     object.__setattr__(split.index, "label_offsets", np.zeros(81, np.int64))
     with pytest.raises(UserError, match="have no labels"):
         split.stream(10, 0, 2.0)
+
+
+def test_an_epoch_has_no_more_samples_than_its_positions_can_tell_apart(scenes: Dataset) -> None:
+    split = scenes.split("pretrain")
+    with pytest.raises(UserError, match="an epoch of 600000000000000 samples; expected"):
+        split.stream(600, 0, 1e12)
+    most = split.stream(600, 0, 1000.0)
+    assert most.num_samples == 600_000 and most.at(10**12, 3).rows.max() < split.num_samples

@@ -162,7 +162,8 @@ def test_a_lost_or_damaged_index_is_named_and_the_rest_is_checked(
         flip(file, file.stat().st_size - 5)
     found = check(packed)
     (line,) = found.damage
-    assert line.startswith(f"{file}: byte offset ") and "delete it: it is made again" in line
+    assert line.startswith(f"{file}: byte offset ") and "it is made again from the shards" in line
+    assert ("delete it" in line) == (damage != "gone")
     assert found.splits["test"].images == 8
 
 

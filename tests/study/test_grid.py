@@ -82,8 +82,9 @@ def test_weights_from_elsewhere_enter_an_identity_by_content_not_by_path(
         text = SMALL.replace("init: [random, mae]", f"init: [random, 'checkpoint:{name}']")
         return grid_of(study_file, text)
 
-    (tmp_path / "a-1.safetensors").write_bytes(b"weights")
-    (tmp_path / "b.pth").write_bytes(b"weights")
+    empty = (2).to_bytes(8, "little") + b"{}"  # the header of a file without tensors
+    (tmp_path / "a-1.safetensors").write_bytes(empty)
+    (tmp_path / "b.pth").write_bytes(empty)
     (tmp_path / "c.bin").write_bytes(b"others")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"weights")
@@ -99,7 +100,7 @@ def test_weights_from_elsewhere_enter_an_identity_by_content_not_by_path(
         for name in ("c.bin", "hf"):
             assert hashes(name, kind) & hashes("b.pth", kind) == random
     stage = next(s for s in found["a-1.safetensors"].stages.values() if s.config.weights)
-    assert stage.config.weights == hashlib.sha256(b"weights").hexdigest()
+    assert stage.config.weights == hashlib.sha256(empty).hexdigest()
     assert stage.execution.weights_path == str(tmp_path / "a-1.safetensors")
     names = {c.name for c in found["a-1.safetensors"].cells}
     assert "d16x2-1k-a_1-s0" in names and "d16x2-1k-random-s0" in names

@@ -50,7 +50,8 @@ def losses_of(recipe: Optimization, blueprint: Blueprint, *, is_mae: bool) -> li
             loss = engine.forward(batch, own, None).mean()
         engine.backward(loss)
         engine.step()
-        assert not engine.norm_is_bad().item(), step
+        norm = engine.norm_on_device()
+        assert norm is not None and norm.isfinite().item(), step
         losses.append(loss.item())
     engine.close()
     return losses

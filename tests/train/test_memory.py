@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from torch._C import _LinAlgError as LinAlgError
 from torch.distributed import DistBackendError, DistError, DistNetworkError
 
 from harness.errors import OutOfMemoryError
@@ -105,16 +106,16 @@ def test_other_errors_come_out_as_they_are() -> None:
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"),  # noqa: E501
-        RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),  # noqa: E501
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8"),
         RuntimeError("std::bad_alloc"),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),  # noqa: E501
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronous"),
         torch.AcceleratorError("CUDA error: out of memory", 2),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
     ids=lambda error: str(error)[-28:],
-)  # fmt: skip
+)
 def test_every_way_in_which_memory_ends_is_out_of_memory(error: Exception) -> None:
     with pytest.raises(OutOfMemoryError), memory_checked(Batches()):
         raise error
@@ -127,7 +128,7 @@ def test_every_way_in_which_memory_ends_is_out_of_memory(error: Exception) -> No
         DistBackendError("ncclUnhandledCudaError: CUDA error: out of memory"),
         DistNetworkError("connection reset by peer"),
         torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
-        torch.linalg.LinAlgError("the input matrix is singular"),
+        LinAlgError("the input matrix is singular"),
         NotImplementedError("no kernel for this type"),
         RecursionError("maximum recursion depth exceeded"),
         RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"),

@@ -12,12 +12,17 @@ from plain import plain_loop
 from safetensors.torch import load_file
 from torch import Tensor
 
+from harness.data.dataset import open_dataset
 from harness.data.loader import Batch
 from harness.errors import DivergedError
+from harness.ledger.files import read_json
 from harness.study.recipes import Duration, MaeRecipe, WspRecipe
+from harness.train import loop
+from harness.train.checkpoint import Progress
 from harness.train.engine import Engine
-from harness.train.loop import train
+from harness.train.loop import _LossReader, train
 from harness.train.objectives import WspObjective
+from tests.conftest import Harness
 
 
 def mae_recipe(steps: int = 8, **fields: object) -> MaeRecipe:
@@ -167,6 +172,86 @@ def test_a_gradient_that_is_not_finite_is_found_in_its_own_step(
         train(tiny.stage(wsp_recipe()), tiny.context(tmp_path))
     assert error.value.norm is not None and not math.isfinite(error.value.norm)
     assert len(error.value.keys) == 16
+
+
+def test_a_held_out_loss_that_is_not_finite_is_named_with_step_norm_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WspObjective, "evaluate", lambda self, engine: {"val_loss": math.inf})
+    with pytest.raises(DivergedError, match=r"^val_loss became inf at step \d") as error:
+        train(tiny.stage(wsp_recipe()), tiny.context(tmp_path))
+    assert error.value.norm is not None and 0 < error.value.norm < math.inf
+    split = tiny.opened(tmp_path).split("pretrain")
+    rows = split.stream(200, 0).at((error.value.step - 1) * 16, 16).rows
+    assert error.value.keys == [split.keys[row] for row in rows]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_loss_that_is_read_late_comes_with_the_norm_of_its_own_step(lag: int) -> None:
+    """As on CUDA, where a step is read while the next one is under way."""
+
+    class NextStep:
+        ranks, rank, micro_batch = 1, 0, 2
+        norm = torch.tensor(0.0)
+
+        def norm_on_device(self) -> Tensor:
+            return self.norm.clone()
+
+        def total(self, values: Tensor) -> Tensor:
+            return values
+
+    engine = NextStep()
+    reader = _LossReader(engine, Progress(), 4, lag)  # type: ignore[arg-type]  # all it uses of one
+    with pytest.raises(DivergedError, match="loss became nan at step 2") as error:
+        for step in range(1, 5):
+            engine.norm.fill_(10.0 * step)  # in place, as an optimizer may
+            losses = torch.tensor([1.0, math.nan if step == 2 else 1.0])
+            reader.put(step, losses, stop=False, save=False)
+    assert (error.value.norm, error.value.places) == (20.0, [2, 3])
+
+
+def test_a_checkpoint_due_at_a_bad_step_names_its_samples_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the queue of losses first."""
+    fails_with(monkeypatch, (7, 0), lambda loss: loss * math.nan)
+
+    def late(engine: Engine, progress: Progress, batch: int, lag: int) -> _LossReader:
+        return _LossReader(engine, progress, batch, 1)
+
+    monkeypatch.setattr(loop, "_LossReader", late)
+    with pytest.raises(DivergedError, match="at step 8") as error:  # the last: a row drains it
+        train(tiny.stage(wsp_recipe()), tiny.context(tmp_path))
+    assert len(error.value.keys) == 16
+
+
+STUDY = """\
+name: hot
+axes: {size: [d16x2], data: [256], init: [random]}
+defaults: {dataset: scenes-2k, image_size: 16}
+stages:
+  wsp: {duration: {steps: 6}, batch: 16, val_images: 16, lr: 1.0e+30, warmup: 0}
+resources: {threads: 1}
+"""
+
+
+@pytest.mark.slow
+def test_the_record_of_a_diverged_attempt_has_step_samples_and_norm(
+    harness: Harness, tmp_path: Path
+) -> None:
+    study = tmp_path / "hot.yaml"
+    study.write_text(STUDY)
+    harness("grid", study, "--submit", check=1)
+    (attempt,) = (tmp_path / "runs").glob("stages/wsp/*/attempts/*/attempt.json")
+    row = read_json(attempt)
+    assert row and row["end"] == "diverged"
+    found = row["diverged"]
+    assert 1 <= found["step"] <= 6 and found["samples"] == 16 * found["step"]
+    assert found["loss"] in ("nan", "inf") or found["grad_norm"] in ("nan", "inf")
+    assert found["grad_norm"] is not None
+    data = open_dataset("scenes-2k", tmp_path / "runs").split("pretrain")
+    rows = data.stream(256, 0).at(16 * (found["step"] - 1), 16).rows
+    assert set(found["keys"]) <= {data.keys[row] for row in rows} and found["keys"]
 
 
 def test_masks_depend_on_seed_and_step_not_on_the_micro_batch(tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def _read(src: str, layout: str, split: str | None) -> Source:
     if path.is_file() and path.suffix.lower() in SUFFIXES and layout in ("auto", "manifest"):
         return read_manifest(path, split)
     if not path.is_dir() or layout == "manifest":
+        if not path.exists() and (src in PUBLISHED or src.startswith(TORCHVISION)):
+            raise NotFoundError(
+                f"{src}: is a layout, not a folder; give the folder that holds it:"
+                f" harness data pack FOLDER --layout {src}"
+            )
         what = "does not exist"
         if path.exists():
             what = "is a folder, not a manifest" if path.is_dir() else "is a file"
