@@ -93,7 +93,7 @@ def read_cells(tree: Tree, study: str) -> list[dict[str, Any]]:
         raise NotFoundError(f"no study '{study}' in {tree.root}; known: {known}")
     path = tree.study(study) / "cells.jsonl"
     rows = read_jsonl(path)
-    _check_keys(path, rows, "id", "name", "axes", "stages", "kinds", "upstream")
+    _check_keys(path, rows, "id", "name", "axes", "stages", "kinds")
     return rows
 
 
