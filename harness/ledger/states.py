@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from harness.errors import UserError
 from harness.ledger.files import read_json
 from harness.ledger.index import results
 from harness.ledger.lease import owner_is_dead, read_lease
@@ -137,6 +138,11 @@ def graph_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Node]:
     for row in rows:
         for stage in row["stages"].values():
             if stage not in graph:
+                if "upstream" not in row:
+                    raise UserError(
+                        f"cells.jsonl: row of {row['id']} has no 'upstream', an older version wrote"
+                        " it; submit the study again"
+                    )
                 upstream = tuple(row["upstream"][stage])
                 graph[stage] = Node(kind=row["kinds"][stage], upstream=upstream)
     return graph
