@@ -30,7 +30,7 @@ def test_the_time_left_follows_rates_and_ended_stages_not_the_plan(
     done = StageState(state="done", status={}, result={})
     states = dict.fromkeys(grid.stages, done) | {wsp.id: StageState(state="running", status={})}
     running = {wsp.id: Running(stage=wsp, attempt=1, places=())}
-    pool = cast(Pool, SimpleNamespace(running=running, needs=lambda stage: 1.0))
+    pool = cast(Pool, SimpleNamespace(running=running, needs=lambda stage: 1.0, elsewhere=[]))
 
     def left(states: dict[str, StageState], **status: Any) -> float:
         write_json(tree.stage("wsp", wsp.id).status, {"state": "running", **status})

@@ -1,0 +1,182 @@
+"""Laws over model size and data: fits by init, forms compared, frontiers, what MAE is worth.
+
+Rows are finished runs of the study's main setting: N model parameters, D distinct pretraining
+images, C the FLOPs of pretraining with the MAE stage charged in full. Points before the end of a
+schedule are never among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import gain
+from analysis.approaches import ApproachesTable, approaches_table
+from analysis.costs import cost_of_rows
+from analysis.envelope import fit_envelope
+from analysis.fit import Fit, fit
+from analysis.forms import CHINCHILLA, Array
+from analysis.frontier import Frontier, frontier
+from analysis.holdout import compare, held_out
+from analysis.isoflop import fit_isoflop
+from analysis.laws import DELTA
+from analysis.load import StudyData
+from analysis.metrics import Metric
+from analysis.optimum import OptimumFit
+from analysis.worth import WhichParameter, WorthTable, arms, which_parameter, worth
+
+TWO_AXES = ("chinchilla", "tied", "kaplan")
+ONE_AXIS = ("power", "power_irreducible", "shifted", "m4", "broken")
+_NO_ENDS = 9
+"""Points of a frontier between the cheapest and the dearest run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """L(N, D) of one metric and init."""
+
+    metric: Metric
+    init: str
+    rows: pd.DataFrame
+    """params, data, y, cell, flops_pretrain of the rows used."""
+    dropped: tuple[tuple[str, str], ...]
+    fit: Fit
+    held_out: dict[str, Any]
+    forms: list[dict[str, Any]]
+    """Forms over two axes by held-out error."""
+    size_forms: list[dict[str, Any]]
+    """Forms over model size at the largest data, by held-out error."""
+    optima: Mapping[str, OptimumFit | Frontier]
+    approaches: ApproachesTable
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in fits.json."""
+        return {
+            "y": self.metric.error_label,
+            "task": self.metric.task,
+            "metric": self.metric.name,
+            "init": self.init,
+            **self.fit.to_json(),
+            "cells_used": list(self.rows["cell"]),
+            "rows_dropped": [{"cell": c, "reason": r} for c, r in self.dropped],
+            "heldout": self.held_out,
+            "forms": self.forms,
+            "forms_over_size": self.size_forms,
+            "approaches": self.approaches.to_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitWorth:
+    """What MAE is worth in one metric."""
+
+    metric: Metric
+    which: WhichParameter
+    table: WorthTable
+
+
+def surfaces(study: StudyData, metrics: list[Metric], bootstrap: int = 400) -> list[Surface]:
+    """A surface per metric and init of the main setting; refused ones included."""
+    found = []
+    for metric in metrics:
+        rows = _main_rows(study, metric)
+        for init, group in rows.groupby("init", sort=False):
+            found.append(_surface(metric, str(init), group, bootstrap))
+    return found
+
+
+def _main_rows(study: StudyData, metric: Metric) -> pd.DataFrame:
+    """Rows of the metric in the study's main setting, with y and cost."""
+    rows = metric.rows(study.grid_results)
+    if not len(rows):
+        return rows.assign(y=[])
+    main = study.grid["variant"].iloc[0]
+    rows = rows[rows["variant"] == main]
+    return rows.assign(y=metric.error(rows["value"]))
+
+
+def _surface(metric: Metric, init: str, rows: pd.DataFrame, bootstrap: int) -> Surface:
+    y = rows["y"].to_numpy(float)
+    usable = np.isfinite(y) & (y > 0)
+    dropped = tuple(
+        (str(cell), "value is 0: no logarithm" if np.isfinite(value) else str(state))
+        for cell, state, value, good in zip(rows["cell"], rows["state"], y, usable, strict=True)
+        if not good
+    )
+    used = rows[usable].sort_values(["params", "data", "seed"])
+    n, d, y = (used[k].to_numpy(float) for k in ("params", "data", "y"))
+    inputs = {"N": n, "D": d}
+    cells = tuple(map(str, used["cell"]))
+    common: dict[str, Any] = {"groups": cells, "delta": DELTA, "bootstrap": bootstrap}
+    fitted = fit(CHINCHILLA, inputs, y, **common)
+    common["bootstrap"] = bootstrap // 2
+    at_largest = d == d.max() if len(d) else np.zeros(0, bool)
+    optima = _optima(fitted, n, d, y, used["flops_pretrain"].to_numpy(float), cells, bootstrap)
+    return Surface(
+        metric=metric,
+        init=init,
+        rows=used,
+        dropped=dropped,
+        fit=fitted,
+        held_out=held_out(CHINCHILLA, inputs, y, **common) if len(y) else {},
+        forms=compare(TWO_AXES, inputs, y, **common) if len(y) else [],
+        size_forms=_size_forms(n[at_largest], y[at_largest], bootstrap) if len(y) else [],
+        optima=optima,
+        approaches=approaches_table(optima),
+    )
+
+
+def _size_forms(n: Array, y: Array, bootstrap: int) -> list[dict[str, Any]]:
+    return compare(ONE_AXIS, {"x": n}, y, delta=DELTA, bootstrap=bootstrap // 2)
+
+
+def _optima(
+    fitted: Fit, n: Array, d: Array, y: Array, c: Array, cells: tuple[str, ...], bootstrap: int
+) -> dict[str, OptimumFit | Frontier]:
+    """Approaches 1 to 3 at the study's own cost."""
+    good = np.isfinite(c) & (c > 0)
+    n, d, y, c = n[good], d[good], y[good], c[good]
+    runs = [cell for cell, g in zip(cells, good, strict=True) if g]
+    out: dict[str, OptimumFit | Frontier] = {
+        "envelope": fit_envelope(n, d, y, c, runs, bootstrap=bootstrap),
+        "isoflop": fit_isoflop(n, d, y, c, runs, bootstrap=bootstrap),
+    }
+    if fitted.status != "converged":
+        reason = f"L(N, D) {fitted.status.replace('_', ' ')}: {fitted.reason}"
+        out["surface"] = Frontier(status="refused", reason=reason)
+        return out
+    cost = cost_of_rows(n, d, c)
+    if isinstance(cost, str):
+        out["surface"] = Frontier(status="refused", reason=f"cost over N and D: {cost}")
+        return out
+    between = np.geomspace(c.min(), c.max(), _NO_ENDS)
+    out["surface"] = frontier(
+        fitted.params,
+        between,
+        fitted.draws,
+        cost=cost,
+        cost_name="FLOPs of pretraining, fitted to the cells",
+        fitted_c=(float(c.min()), float(c.max())),
+    )
+    return out
+
+
+def init_worth(study: StudyData, metric: Metric, bootstrap: int = 400) -> InitWorth:
+    """Which parameter MAE changes, and its data and compute multiplier at every grid point."""
+    rows = _main_rows(study, metric).to_dict("records")
+    random, mae = arms(rows, gain.WITH, gain.WITHOUT)
+    flops, grid = {}, study.grid[study.grid["variant"] == study.grid["variant"].iloc[0]]
+    for init in (gain.WITHOUT, gain.WITH):  # the MAE stage of a grid point is the MAE cell's
+        for r in grid[grid["init"] == init].to_dict("records"):
+            point = float(r["params"]), float(r["data"])
+            flops[point] = float(r["flops_wsp"]), float(r["flops_mae"])
+    return InitWorth(
+        metric=metric,
+        which=which_parameter(random, mae, delta=DELTA, bootstrap=bootstrap // 2),
+        table=worth(random, mae, flops, delta=DELTA, bootstrap=bootstrap),
+    )
+
