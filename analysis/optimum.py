@@ -33,6 +33,8 @@ NAMES = ("G", "a", "H", "b", "K", "gamma")
 DRAW_COLUMNS = ("ln G", "a", "ln H", "b", "ln K", "gamma")
 MIN_SIZES = 3
 MIN_DECADES = 1.0
+SAME_SIZE = 0.01
+"""N that differ by less are one size: counted with another head, or read off a figure."""
 MIN_USED = 0.5
 """Share of draws that must give a law; with fewer, what is left is no sample of the estimator."""
 _QUANTITIES = {"n": (0, 1), "d": (2, 3), "loss": (4, 5)}
@@ -173,6 +175,19 @@ def _numbers(name: str, values: Sequence[float] | Array) -> Array:
     if array.ndim != 1:
         raise UserError(f"{name}: {array.ndim} dimensions; expected one value per row")
     return array
+
+
+def sizes_of(n: Array) -> tuple[Array, Ints]:
+    """Distinct sizes, ascending, by their smallest N, and which of them each n is."""
+    distinct, place = np.unique(n, return_inverse=True)
+    starts: list[float] = []
+    size_of_distinct = np.zeros(len(distinct), np.int64)
+    for i, value in enumerate(distinct):
+        # From the size's smallest N, so that a dense row of N does not become one size.
+        if not starts or value > starts[-1] * (1 + SAME_SIZE):
+            starts.append(float(value))
+        size_of_distinct[i] = len(starts) - 1
+    return np.array(starts), size_of_distinct[place]
 
 
 # -- lines ----------------------------------------------------------------------------------
