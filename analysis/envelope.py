@@ -118,6 +118,7 @@ def fit_envelope(
     draws, ci95, counts, more = intervals(
         bootstrap_laws(laws_of, strata, rows.num_units, bootstrap, seed, len(curves.x)),
         rows.unit_kind,
+        rows.num_units,
         f"had fewer than {MIN_SIZES} sizes on the envelope that count",
     )
     params = named(theta)

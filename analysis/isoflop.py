@@ -121,6 +121,7 @@ def fit_isoflop(
     draws, ci95, counts, more = intervals(
         bootstrap_laws(laws_of, strata, rows.num_units, bootstrap, seed, len(rows.n)),
         rows.unit_kind,
+        sum(map(len, strata)),
         f"had a minimum in fewer than {MIN_CLASSES} classes",
     )
     used = [valley for valley in valleys if valley["used"]]

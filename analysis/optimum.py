@@ -31,6 +31,7 @@ Status = Literal["converged", "not_converged", "at_bound", "refused"]
 
 NAMES = ("G", "a", "H", "b", "K", "gamma")
 DRAW_COLUMNS = ("ln G", "a", "ln H", "b", "ln K", "gamma")
+FORMULA = "N* = G * C**a, D* = H * C**b, L* = K * C**-gamma"
 MIN_SIZES = 3
 MIN_DECADES = 1.0
 SAME_SIZE = 0.01
@@ -86,7 +87,7 @@ class OptimumFit:
         """Everything but the draws."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del out["draws"]
-        return {**out, "heldout": None}
+        return {"formula": FORMULA, **out, "heldout": None}
 
 
 # -- rows -----------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def _draws(strata: list[Ints], num_units: int, num: int, seed: int, size: int) -
 
 
 def intervals(
-    draws_B6: Array, unit: str, why_failed: str
+    draws_B6: Array, unit: str, num_units: int, why_failed: str
 ) -> tuple[Array, dict[str, tuple[float, float]], dict[str, Any], list[str]]:
     """Usable draws, 95 % percentile intervals, counts, warnings.
 
@@ -269,7 +270,13 @@ def intervals(
     """
     num = len(draws_B6)
     usable = draws_B6[np.isfinite(draws_B6).all(axis=1)]
-    counts = {"unit": unit, "draws": num, "used": len(usable), "not_identified": num - len(usable)}
+    counts = {
+        "unit": unit,
+        "units": num_units,
+        "draws": num,
+        "used": len(usable),
+        "not_identified": num - len(usable),
+    }
     warnings = []
     ci95: dict[str, tuple[float, float]] = {}
     if len(usable) >= max(20, MIN_USED * num):
