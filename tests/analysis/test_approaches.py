@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from surfaces import BESIROGLU, HOFFMANN, STEEP_D, Study, curves, exponent, valleys
 
+from analysis import style
 from analysis.approaches import approaches_table, conventions_table
 from analysis.envelope import fit_envelope
 from analysis.frontier import Frontier, frontier
@@ -173,6 +175,15 @@ def test_refused_fits_are_drawn_without_a_law(runs: Study, tmp_path: Path) -> No
     save(figure, tmp_path)
     assert frontiers({"envelope": fit}) is None
     assert isoflop_valleys(replace(fit, law="isoflop", points=()), runs.n, runs.loss) is None
+
+
+def test_a_wide_loss_axis_has_numbers_and_no_source_of_formulas() -> None:
+    with style.apply():
+        ax = plt.figure().add_subplot()
+        style.log_y(ax, np.array([0.01, 10.0]))
+        labels = [label.get_text() for label in ax.get_yticklabels()]
+        plt.close(ax.figure)  # type: ignore[arg-type]
+    assert {"0.01", "0.1", "1", "10"} <= set(labels)
 
 
 @pytest.mark.slow
