@@ -151,10 +151,10 @@ def conventions_table(
     """The exponents under 6 N D and under each cost of `costs` (exact FLOPs, GPU-hours, ...).
 
     A cost is a column of the rows; None or a reason in words where there is none. Approaches 1
-    and 2 are fitted anew on each; rows of equal 6 N D are rarely of equal cost otherwise, and
-    approach 2 then refuses. Approach 3, given the `surface` and its `draws`, minimises it at each
-    cost, over the range the rows have: a function of `exact` by that name, or else a smooth one
-    fitted to the column.
+    and 2 are fitted anew on each; rows planned for equal 6 N D are rarely of equal cost
+    otherwise, and approach 2 then has only what classes come about. Approach 3, given the
+    `surface` and its `draws`, minimises it at each cost, over the range the rows have: a function
+    of `exact` by that name, or else a smooth one fitted to the column.
     """
     size, samples = np.asarray(n, dtype=float), np.asarray(d, dtype=float)
     out = []

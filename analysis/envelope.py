@@ -13,6 +13,10 @@ beaten from both sides (points="interior"), and each counts once, at the geometr
 points: between optima N stands still while C grows, and m such equal steps, a vote per point,
 make a slope too small by 1/m^2. points="all" is the published rule.
 
+Intervals are wide: a draw of runs lacks a third of the sizes. Over simulated studies of 12 runs
+with 0.1 to 0.5 % of noise the 95 % interval held the truth in all that had one. Noise bends a
+itself, too small by 0.012 at 0.5 %, for the envelope takes runs of good luck.
+
 Shapes: P points of the curves, R units (runs or rows), S sizes, B bootstrap draws.
 """
 
@@ -36,6 +40,7 @@ from analysis.optimum import (
     intervals,
     named,
     read_rows,
+    sizes_of,
     span_decades,
 )
 from harness.errors import UserError
@@ -113,6 +118,7 @@ def fit_envelope(
     draws, ci95, counts, more = intervals(
         bootstrap_laws(laws_of, strata, rows.num_units, bootstrap, seed, len(curves.x)),
         rows.unit_kind,
+        rows.num_units,
         f"had fewer than {MIN_SIZES} sizes on the envelope that count",
     )
     params = named(theta)
@@ -151,7 +157,7 @@ def _why_not(rows: Rows, done: Bools | None) -> str | None:
             f"mixed schedules: {int(done.sum())} rows of finished runs and"
             f" {int((~done).sum())} from before the end of a schedule; give one kind"
         )
-    sizes = len(np.unique(rows.n))
+    sizes = len(sizes_of(rows.n)[0])
     if sizes < MIN_SIZES:
         return f"{sizes} distinct N; at least {MIN_SIZES} needed"
     return None
@@ -210,7 +216,7 @@ def _about_shape(curves: Curves, on: Ints, used: Ints, rule: Rule) -> list[str]:
             f"{', ...' if len(ended) > 6 else ''}): how long they would stay there is not known"
         )
     if np.array_equal(on, used):
-        ends = int(np.isin(curves.n[on], curves.sizes[[0, -1]]).sum())
+        ends = int(np.isin(curves.size[on], [0, len(curves.sizes) - 1]).sum())
         found.append(
             "every point of the envelope counts, also where no smaller or larger model, no shorter"
             " or longer run was there to win: a is usually too small"

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.optimum import MIN_USED, Array, Bools, Status, power_laws
+from analysis.optimum import MIN_USED, Array, Status, power_laws
 from harness.errors import UserError
 
 Cost = Callable[[Array, Array], Array]
@@ -101,9 +101,9 @@ def frontier(
         reason = f"no optimum: {', '.join(bad) or 'a parameter'} not finite and above 0"
         return Frontier(status="refused", reason=reason, cost=name)
     points_1J3 = _points(theta_15, c_J, cost, None)
+    if callable(cost):
+        points_1J3 = _lowest(theta_15, points_1J3, c_J, cost)
     lost = ~np.isfinite(points_1J3[0]).all(axis=1)
-    if not lost.any() and callable(cost):
-        lost = ~_is_minimum(theta_15[0], points_1J3[0], cost)
     if lost.any():
         reason = f"no smallest loss found at C = {c_J[lost][0]:.4g}: is the cost smooth and rising?"
         return Frontier(status="not_converged", reason=reason, cost=name)
@@ -267,15 +267,30 @@ def _newton(theta_B5: Array, c_J: Array, cost: Cost, start_BJ3: Array) -> Array:
     return np.stack([np.exp(n), np.exp(d), _loss(theta_B5, n, d)], axis=-1)
 
 
-def _is_minimum(theta_5: Array, points_J3: Array, cost: Cost) -> Bools:
-    """Whether loss rises to both sides along equal cost, 5 % in N away [J]."""
-    log_n, log_d = np.log(points_J3[:, 0]), np.log(points_J3[:, 1])
-    log_c = _log_cost(cost, log_n, log_d)
-    out = np.ones(len(log_n), bool)
-    for side in (-0.05, 0.05):
-        d = log_d.copy()
-        for _ in range(_ITERATIONS):
-            _, e_d = _elasticities(cost, log_n + side, d)
-            d -= (_log_cost(cost, log_n + side, d) - log_c) / e_d
-        out &= _loss(theta_5[None], (log_n + side)[None], d[None])[0] > points_J3[:, 2]
-    return out
+def _lowest(theta_15: Array, points_1J3: Array, c_J: Array, cost: Cost) -> Array:
+    """The points, or lower ones up to a factor 33 in N away; NaN where Newton does not reach them.
+
+    A cost that bends has several stationary points along one C, a maximum between two minima.
+    """
+    lower = np.ones(len(c_J), bool)
+    for _ in range(3):
+        log_n = np.log(points_1J3[0, :, 0])
+        n = log_n + np.linspace(-3.5, 3.5, 211)[:, None]
+        low, high = np.full(n.shape, -50.0), np.full(n.shape, 100.0)
+        for _ in range(50):
+            middle = (low + high) / 2
+            dear = _log_cost(cost, n, middle) > np.log(c_J)
+            low, high = np.where(dear, low, middle), np.where(dear, middle, high)
+        # From below: where a run costs more than C without any data, D stays next to nothing.
+        loss = _loss(np.broadcast_to(theta_15, (len(n), 5)), n, low)
+        best, every = loss.argmin(axis=0), np.arange(len(c_J))
+        scanned = np.stack([n[best, every], low[best, every]], axis=1)
+        # False also where there is no point to compare with.
+        lower = loss[best, every] < points_1J3[0, :, 2] * (1 - 1e-9)
+        if not lower.any():
+            break
+        start = np.where(lower[:, None], np.exp(scanned), points_1J3[0, :, :2])
+        points_1J3 = _newton(theta_15, c_J, cost, start[None])
+    else:
+        points_1J3[0, lower] = np.nan
+    return points_1J3

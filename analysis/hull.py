@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from analysis.optimum import MIN_SIZES, Array, Bools, Ints, Rows, power_laws
+from analysis.optimum import MIN_SIZES, Array, Bools, Ints, Rows, power_laws, sizes_of
 from harness.errors import UserError
 
 # A point that 40 other units beat is on the envelope of a resample only if that has none of them:
@@ -32,14 +32,14 @@ class Curves:
     def __init__(self, rows: Rows, bins: int) -> None:
         self.bins = bins
         self.bins_skipped = 0
-        self.sizes, size_of_row = np.unique(rows.n, return_inverse=True)
+        self.sizes, size_of_row = sizes_of(rows.n)
         x, y = np.log(rows.c), np.log(rows.loss)
         self._describe_units(rows, size_of_row, x)
         picked = self._binned(rows, size_of_row, x, y) if bins else self._on_own_hull(rows, x, y)
         self.x, self.y = x[picked], y[picked]
         self.n, self.d = rows.n[picked], rows.d[picked]
         self.row, self.unit = rows.row[picked], rows.unit[picked]
-        self.size = size_of_row[picked].astype(np.int64)
+        self.size = size_of_row[picked]
 
     def _describe_units(self, rows: Rows, size_of_row: Ints, x: Array) -> None:
         """Size, shortest and longest point of each unit, and units by size."""
@@ -48,7 +48,7 @@ class Curves:
         self.unit_size[rows.unit] = size_of_row
         mixed = np.flatnonzero(self.unit_size[rows.unit] != size_of_row)
         if len(mixed):
-            one, other = rows.n[mixed[0]], self.sizes[self.unit_size[rows.unit[mixed[0]]]]
+            one, other = (self.sizes[i[mixed[0]]] for i in (size_of_row, self.unit_size[rows.unit]))
             raise UserError(
                 f"row {rows.row[mixed[0]]}: N is {one:.6g}, and {other:.6g} in another row of its"
                 " run; name runs so that each has one N"

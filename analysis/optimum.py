@@ -31,8 +31,11 @@ Status = Literal["converged", "not_converged", "at_bound", "refused"]
 
 NAMES = ("G", "a", "H", "b", "K", "gamma")
 DRAW_COLUMNS = ("ln G", "a", "ln H", "b", "ln K", "gamma")
+FORMULA = "N* = G * C**a, D* = H * C**b, L* = K * C**-gamma"
 MIN_SIZES = 3
 MIN_DECADES = 1.0
+SAME_SIZE = 0.01
+"""N that differ by less are one size: counted with another head, or read off a figure."""
 MIN_USED = 0.5
 """Share of draws that must give a law; with fewer, what is left is no sample of the estimator."""
 _QUANTITIES = {"n": (0, 1), "d": (2, 3), "loss": (4, 5)}
@@ -84,7 +87,7 @@ class OptimumFit:
         """Everything but the draws."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del out["draws"]
-        return {**out, "heldout": None}
+        return {"formula": FORMULA, **out, "heldout": None}
 
 
 # -- rows -----------------------------------------------------------------------------------
@@ -175,6 +178,19 @@ def _numbers(name: str, values: Sequence[float] | Array) -> Array:
     return array
 
 
+def sizes_of(n: Array) -> tuple[Array, Ints]:
+    """Distinct sizes, ascending, by their smallest N, and which of them each n is."""
+    distinct, place = np.unique(n, return_inverse=True)
+    starts: list[float] = []
+    size_of_distinct = np.zeros(len(distinct), np.int64)
+    for i, value in enumerate(distinct):
+        # From the size's smallest N, so that a dense row of N does not become one size.
+        if not starts or value > starts[-1] * (1 + SAME_SIZE):
+            starts.append(float(value))
+        size_of_distinct[i] = len(starts) - 1
+    return np.array(starts), size_of_distinct[place]
+
+
 # -- lines ----------------------------------------------------------------------------------
 
 
@@ -246,7 +262,7 @@ def _draws(strata: list[Ints], num_units: int, num: int, seed: int, size: int) -
 
 
 def intervals(
-    draws_B6: Array, unit: str, why_failed: str
+    draws_B6: Array, unit: str, num_units: int, why_failed: str
 ) -> tuple[Array, dict[str, tuple[float, float]], dict[str, Any], list[str]]:
     """Usable draws, 95 % percentile intervals, counts, warnings.
 
@@ -254,7 +270,13 @@ def intervals(
     """
     num = len(draws_B6)
     usable = draws_B6[np.isfinite(draws_B6).all(axis=1)]
-    counts = {"unit": unit, "draws": num, "used": len(usable), "not_identified": num - len(usable)}
+    counts = {
+        "unit": unit,
+        "units": num_units,
+        "draws": num,
+        "used": len(usable),
+        "not_identified": num - len(usable),
+    }
     warnings = []
     ci95: dict[str, tuple[float, float]] = {}
     if len(usable) >= max(20, MIN_USED * num):

@@ -147,6 +147,9 @@ def log_y(ax: Axes, values: np.ndarray) -> None:
         ax.yaxis.set_major_locator(FixedLocator(list(ticks)))
         ax.yaxis.set_major_formatter(FixedFormatter([f"{t:.4g}" for t in ticks]))
         ax.yaxis.set_minor_locator(NullLocator())
+    else:
+        # Its own labels are formulas, which would be shown as their source: see settings().
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     ax.set_ylim(low, high)
 
 

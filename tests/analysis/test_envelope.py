@@ -222,6 +222,16 @@ def test_columns_that_do_not_fit_are_a_users_error(change: dict, message: str) -
         fit_envelope(**columns)
 
 
+def test_sizes_that_hardly_differ_are_one() -> None:
+    study = curves(SIZES, BESIROGLU)
+    again = study.n * np.where(np.arange(len(study.n)) % 2, 1.004, 1.0)
+    one, two = (
+        fit_envelope(n, study.d, study.loss, study.c, list(study.run), bootstrap=0)
+        for n in (study.n, again)
+    )
+    assert two.params["a"] == pytest.approx(one.params["a"], abs=1e-3)
+
+
 def test_integers_whose_product_needs_more_than_64_bits() -> None:
     study = curves(np.geomspace(4e9, 4e11, 10), BESIROGLU)
     n, d = study.n.astype(np.int64), study.d.astype(np.int64)

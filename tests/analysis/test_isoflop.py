@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom
 from surfaces import (
@@ -21,10 +23,12 @@ from surfaces import (
     valleys,
 )
 
+from analysis import optimum
 from analysis.isoflop import fit_isoflop
 from analysis.optimum import OptimumFit
 from harness.errors import UserError
 
+DATA = Path(__file__).parent / "data" / "hoffmann_epoch.csv"
 BUDGETS = np.geomspace(6e18, 3e21, 6)
 SURFACES = [HOFFMANN, BESIROGLU, STEEP_N, STEEP_D]
 
@@ -113,7 +117,10 @@ def shift_of(surface: Surface, half: float, offset: float) -> float:
 
 @pytest.mark.parametrize("surface", SURFACES)
 @pytest.mark.parametrize("off", [-0.8, -0.4, 0.0, 0.4, 0.8])
-def test_minimum_moves_by_the_stated_formula(surface: Surface, off: float) -> None:
+def test_minimum_moves_by_the_stated_formula(
+    surface: Surface, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimum, "SAME_SIZE", 0.0)
     alpha, beta = surface[3:]
     even, odd = off**2 / 2 - 1 / 10, off * (off**2 / 3 - 1 / 35)
     leading = (beta - alpha) * even
@@ -200,23 +207,68 @@ def test_a_class_without_a_minimum_is_left_out_with_its_reason() -> None:
     assert [p["used"] for p in result.points] == [False, True, False, True, True, False]
 
 
-def test_rows_without_classes_are_refused() -> None:
-    rng = np.random.default_rng(0)
-    n, d = 10 ** rng.uniform(7, 9, 400), 10 ** rng.uniform(9, 11, 400)
-    result = fit_isoflop(n, d, loss_at(n, d, BESIROGLU), bootstrap=0)
+def test_classes_of_three_are_left_out_where_enough_have_more() -> None:
+    study = valleys(BUDGETS, BESIROGLU)
+    thin = (study.c == BUDGETS[1]) & (np.arange(len(study.c)) % 7 % 3 != 0)
+    keep = ~thin
+    result = fit_isoflop(study.n[keep], study.d[keep], study.loss[keep], study.c[keep], bootstrap=0)
+    assert [p["used"] for p in result.points] == [True, False, True, True, True, True]
+    assert "3 distinct N, which a parabola always meets" in result.points[1]["reason"]
+
+
+def test_sizes_that_hardly_differ_are_one() -> None:
+    study = valleys(BUDGETS, BESIROGLU, sizes=2)
+    twice = Study(*(np.concatenate([v, v]) for v in study))
+    n = twice.n * np.repeat([1.0, 1.003], len(study.n))
+    result = fit_isoflop(n, twice.d, twice.loss, twice.c, bootstrap=0)
     assert result.status == "refused"
-    assert "of 400 rows are in classes of equal compute with 3 distinct N" in result.reason
+    assert "2 distinct N; at least 3 needed" in result.reason
+
+
+def test_rows_of_no_plan_show_the_exponent_too() -> None:
+    """Any N and D: enough rows are of equal compute by chance."""
+    rng = np.random.default_rng(0)
+    n, d = 10 ** rng.uniform(7.5, 10, 300), 10 ** rng.uniform(9, 11.5, 300)
+    result = fit_isoflop(n, d, loss_at(n, d, BESIROGLU), bootstrap=0)
+    assert result.status == "converged"
+    assert result.params["a"] == pytest.approx(exponent(BESIROGLU), abs=0.02)
+
+
+def test_a_class_is_the_fullest_window_of_compute() -> None:
+    study = valleys(BUDGETS, BESIROGLU)
+    stray = [BUDGETS * 1.12, BUDGETS / 1.12]
+    c = np.concatenate([study.c, *stray])
+    n = np.concatenate([study.n, *[best_n(s, BESIROGLU) * 3 for s in stray]])
+    d = c / 6 / n
+    result = fit_isoflop(n, d, loss_at(n, d, BESIROGLU), c, bootstrap=0)
+    assert used(result, "n") == pytest.approx(used(fit(study), "n"), rel=1e-9)
+    assert len(result.rows_dropped) == 2 * len(BUDGETS)
 
 
 def test_tolerance_says_what_is_equal() -> None:
     study = valleys(BUDGETS, BESIROGLU)
-    c = study.c * np.tile(np.linspace(1.0, 1.2, 7), len(BUDGETS))
-    # Steps of 3 %: neighbours are equal at 5 %, all of a class only at 10 %.
-    assert fit(study._replace(c=c)).status == "refused"
-    assert fit(study._replace(c=c), tolerance=0.1).status == "converged"
-    assert fit(study._replace(c=c), tolerance=0.1).settings["tolerance"] == 0.1
+    wide = study._replace(c=study.c * np.tile(np.linspace(1.0, 1.2, 7), len(BUDGETS)))
+    assert [p["sizes"] for p in fit(wide, tolerance=0.1).points] == [7] * 6
+    assert [p["sizes"] for p in fit(wide).points] == [4, 3] * 6
+    assert fit(wide, tolerance=0.1).settings["tolerance"] == 0.1
     with pytest.raises(UserError, match="tolerance 0: expected a share between 0 and 1"):
         fit(study, tolerance=0.0)
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="comes with the published data")
+def test_published_exponents_of_the_published_runs() -> None:
+    """Hoffmann et al. table 2, approach 2: a 0.49 (0.462, 0.534), b 0.51 (0.483, 0.529).
+
+    The rows are read off a figure (Besiroglu et al. 2024), runs of other plans among them.
+    """
+    table = pd.read_csv(DATA)
+    n, d, c = (table[k] for k in ("Model Size", "Training Tokens", "Training FLOP"))
+    result = fit_isoflop(n, d, table["loss"], c, bootstrap=1000)
+    assert result.status == "converged"
+    assert result.params["a"] == pytest.approx(0.49, abs=0.02)
+    assert result.params["b"] == pytest.approx(0.51, abs=0.02)
+    low, high = result.ci95["a"]
+    assert low < 0.49 < high and high - low < 0.1
 
 
 @pytest.mark.parametrize(
@@ -224,10 +276,10 @@ def test_tolerance_says_what_is_equal() -> None:
     [
         (valleys(BUDGETS[:2], BESIROGLU), "2 of 2 classes of equal compute have a minimum"),
         (valleys(np.geomspace(1e19, 9e19, 5), BESIROGLU), "0.95 decades of C; at least 1 needed"),
-        (valleys(BUDGETS, BESIROGLU, sizes=2), "0 of 12 rows are in classes of equal compute"),
+        (valleys(BUDGETS, BESIROGLU, sizes=2), "0 of 6 classes of equal compute have a minimum"),
         (valleys(BUDGETS, BESIROGLU, offset=2.0), "the minimum is below the smallest N"),
         (Study(*(np.zeros(0) for _ in range(5))), "no row has a finite, positive"),
-        (valleys(BUDGETS, BESIROGLU, sizes=2, half=0.0), "0 of 12 rows"),
+        (valleys(BUDGETS, BESIROGLU, sizes=2, half=0.0), "0 of 6 classes"),
     ],
 )
 def test_refuses_what_shows_no_minima(study: Study, reason: str) -> None:
