@@ -11,11 +11,13 @@ theta_BK inner coordinates; u_IP = ln input - centre of that input.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
+"""Of float64, or of bool where it is a mask."""
 
 EXPONENTS = (1e-3, 5.0)
 """Range of the search for exponents. No published exponent of a loss or an error is outside."""

@@ -167,7 +167,7 @@ def _optima(
 
 def init_worth(study: StudyData, metric: Metric, bootstrap: int = 400) -> InitWorth:
     """Which parameter MAE changes, and its data and compute multiplier at every grid point."""
-    rows = _main_rows(study, metric).to_dict("records")
+    rows: Any = _main_rows(study, metric).to_dict("records")
     random, mae = arms(rows, gain.WITH, gain.WITHOUT)
     flops, grid = {}, study.grid[study.grid["variant"] == study.grid["variant"].iloc[0]]
     for init in (gain.WITHOUT, gain.WITH):  # the MAE stage of a grid point is the MAE cell's

@@ -315,12 +315,16 @@ def worth(
     }
     bad = [f"{name}: {f.status}, {f.reason}" for name, f in found.items() if not f.params]
     if bad:
-        return WorthTable(status="refused", reason="; ".join(bad), **found)
+        return WorthTable(
+            status="refused", reason="; ".join(bad), random=found["random"], mae=found["mae"]
+        )
     rows = []
     for n, d in sorted({(float(a), float(b)) for a, b in zip(mae.n, mae.d, strict=True)}):
         there = random.d[random.n == n]
         rows.append(_worth_at(n, d, np.unique(there), found["random"], found["mae"], flops))
-    return WorthTable(status="answered", rows=tuple(rows), **found)
+    return WorthTable(
+        status="answered", rows=tuple(rows), random=found["random"], mae=found["mae"]
+    )
 
 
 def _worth_at(
