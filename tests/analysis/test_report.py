@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -217,35 +214,3 @@ def test_labels_are_apart_and_near_their_lines() -> None:
     assert heights[3] == 0.5
     assert 0 <= heights[0] and heights[-1] <= 1
     assert np.abs(np.subtract(heights, wanted)).max() < 0.12
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [360, 1024, 1600])
-def test_page_fits_the_window(tmp_path: Path, width: int) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium")
-    _, page = report(tmp_path, Spec(state_of=holes, tasks=("probe",), seeds=[0]))
-    # The page allows no script; the copy that measures does.
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-    frame = html.escape(page, quote=True)
-    copy = tmp_path / "copy.html"
-    # A window of chromium is at least 500 wide; a frame may be as narrow as a phone.
-    copy.write_text(
-        f'<!doctype html><body style="margin:0"><iframe id="f" srcdoc="{frame}" width="{width}"'
-        ' height="900" style="border:0"></iframe><script>onload = () => {'
-        "const d = document.getElementById('f').contentDocument, e = d.documentElement,"
-        " me = document.documentElement;"
-        "me.dataset.over = e.scrollWidth - e.clientWidth;"
-        "me.dataset.width = e.clientWidth;"
-        "me.dataset.broken = [...d.images].filter(i => !i.naturalWidth).length}</script>"
-    )
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += [f"--window-size={max(width, 500)},900", copy.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    dom = dom[: dom.index("<body")]
-    assert 'data-over="0"' in dom
-    assert 'data-broken="0"' in dom
-    found = re.search(r'data-width="(\d+)"', dom)
-    # Less the scroll bar.
-    assert found and width - 20 <= int(found[1]) <= width
