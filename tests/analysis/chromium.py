@@ -168,7 +168,7 @@ class Browser:
     def visit(
         self, page: Path, width: int, scheme: str = "light", media: str = "", height: int = 900
     ) -> Visit:
-        """Opens a file at a width (CSS pixels), in a colour scheme, for the screen or as `print`."""
+        """Opens a file at a width (CSS pixels), in a colour scheme, for the screen or `print`."""
         # A fresh start: an address with a fragment would not load again.
         self.call("Page.navigate", url="about:blank")
         self.call(
@@ -195,9 +195,7 @@ class Browser:
             if e.get("method") == "Network.requestWillBeSent"
         ]
         requests = [u for u in asked if u != page.as_uri() and not u.startswith("data:")]
-        return Visit(
-            facts=facts, requests=requests, complaints=self._complaints(), seconds=seconds
-        )
+        return Visit(facts=facts, requests=requests, complaints=self._complaints(), seconds=seconds)
 
     def _complaints(self) -> list[str]:
         found = []
