@@ -51,7 +51,7 @@ def curves_frame(
             notes.append(f"{stage.folder.metrics}: {broken} broken lines left out")
         if count:
             kept.append(stage)
-    about = cells.set_index("cell")[list(_SHARED)].to_dict("index")
+    about = cells.drop_duplicates("cell").set_index("cell")[list(_SHARED)].to_dict("index")
     facts: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in _NUMBERS}
     for stage in kept:
         facts["stage"].append(stage.id)
