@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from harness.errors import UserError
+from analysis.curves import curves_frame, finished_wsp
+from analysis.stages import StageFacts, clean, read_stages
 from harness.ledger import store
 from harness.ledger.files import read_json
-from harness.ledger.states import FAILED, read_state
-from harness.ledger.tree import StageFolder, Tree
+from harness.ledger.tree import Tree
 from harness.study.cells import TUNE
 from harness.study.expand import same
 from harness.study.measures import MEASURES
@@ -38,25 +39,12 @@ _RESULT_COLUMNS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageFacts:
-    """What the files of one stage say."""
-
-    id: str
-    kind: str
-    folder: StageFolder
-    state: str
-    reason: str | None = None
-    message: str | None = None
-    result: Mapping[str, Any] = field(default_factory=dict)
-    attempts: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyData:
     """One study as frames.
 
     cells: a row per cell: axes, state, costs. results: a row per cell x task metric (`value` is
-    NaN unless the stage is done). curves: a row per metrics row x stage, with the cells it serves.
+    NaN unless the stage is done). curves: a row per metrics row x stage, with the cells it serves
+    (see `analysis.curves.curves_frame`).
     """
 
     name: str
@@ -83,17 +71,22 @@ class StudyData:
         """Results of the study file's own cells."""
         return self.results[self.results["parent"].isna()]
 
+    @cached_property
+    def finished_wsp(self) -> pd.DataFrame:
+        """Curves of the grid's finished WSP runs, a row per evaluation and cell."""
+        return finished_wsp(self.curves, self.grid)
+
 
 def load(root: Path, study: str) -> StudyData:
     """Reads one study. Raises NotFoundError, naming the studies there are."""
     tree = Tree(root)
     # Trials of a search have a section of their own; see analysis.tuning.
-    rows = [r for r in store.read_cells(tree, study) if r["tag"] != TUNE]
+    rows = [_clean(r) for r in store.read_cells(tree, study) if r["tag"] != TUNE]
     folder = tree.study(study)
     resolved = read_json(folder / "resolved.json") or {}
     study_file = folder / "study.yaml"
     notes: list[str] = []
-    stages = _read_stages(tree, rows, notes)
+    stages = read_stages(tree, rows, notes)
     varying = _varying([r for r in rows if not r.get("parent")])
     axes = resolved.get("axes") or {}
     defaults = (resolved.get("study") or {}).get("defaults") or {}
@@ -102,92 +95,24 @@ def load(root: Path, study: str) -> StudyData:
     return StudyData(
         name=study,
         root=root,
-        question=resolved.get("question"),
+        question=clean(str(resolved["question"])) if resolved.get("question") else None,
         resolved=resolved,
         study_file=study_file.read_text("utf-8", "replace") if study_file.is_file() else "",
         cells=cells,
         results=_results_frame(rows, cells, stages, resolved),
-        curves=_curves_frame(rows, cells, stages, notes),
+        curves=curves_frame(rows, cells, stages, notes),
         stages=stages,
         varying=varying,
         notes=tuple(notes),
     )
 
 
-# -- stages ---------------------------------------------------------------------------------
-
-
-def _read_stages(
-    tree: Tree, rows: Iterable[Mapping[str, Any]], notes: list[str]
-) -> dict[str, StageFacts]:
-    """Facts by stage id; a cell lists its stages in dependency order, so upstream comes first."""
-    facts: dict[str, StageFacts] = {}
-    for row in rows:
-        for stage_id in row["stages"].values():
-            if stage_id not in facts:
-                own = _read_stage(tree, stage_id, row["kinds"][stage_id], notes)
-                upstream = [facts[u] for u in _upstream(row, stage_id) if u in facts]
-                facts[stage_id] = _in_chain(own, upstream, facts)
-    return facts
-
-
-def _upstream(row: Mapping[str, Any], stage_id: str) -> list[str]:
-    """Stages that a stage of the cell starts from."""
-    if "upstream" in row:
-        return row["upstream"][stage_id]
-    # Rows of before 0.5 do not say: every stage starts from those of pretraining.
-    stages = row["stages"]
-    before = [stages[role] for role in ("mae", "wsp") if role in stages]
-    return before[: before.index(stage_id)] if stage_id in before else before
-
-
-def _read_stage(tree: Tree, stage_id: str, kind: str, notes: list[str]) -> StageFacts:
-    folder = tree.stage(kind, stage_id)
+def _clean(row: dict[str, Any]) -> dict[str, Any]:
     try:
-        own = read_state(folder)
-    except UserError as error:
-        notes.append(str(error))
-        return StageFacts(
-            id=stage_id, kind=kind, folder=folder, state="failed", reason="unreadable"
-        )
-    return StageFacts(
-        id=stage_id,
-        kind=kind,
-        folder=folder,
-        state=own.state,
-        reason=own.reason,
-        message=own.message,
-        result=own.result or {},
-        attempts=len(folder.attempt_numbers()) or int((own.result or {}).get("attempts", 0)),
-    )
-
-
-def _in_chain(
-    own: StageFacts, upstream: list[StageFacts], facts: Mapping[str, StageFacts]
-) -> StageFacts:
-    """The stage's state given its upstream: a result of an upstream run that is gone is stale."""
-    uids = own.result.get("upstream_uids") or {}
-    known = {u: facts[u] for u in uids if u in facts}
-    fresh = all(u.state == "done" for u in upstream)
-    fresh &= all(f.state == "done" and f.result.get("uid") == uids[u] for u, f in known.items())
-    state, reason, message = own.state, own.reason, own.message
-    if state == "done" and not fresh:
-        state, reason, message = "planned", "stale", "its upstream stage was run again since"
-    failed = [u for u in upstream if u.state in FAILED]
-    if failed and state in ("planned", "waiting", "blocked"):
-        state, reason = "blocked", "upstream"
-        message = f"{failed[0].id} {failed[0].state}"
-    if (state, reason) == (own.state, own.reason):
-        return own
-    return StageFacts(
-        id=own.id,
-        kind=own.kind,
-        folder=own.folder,
-        state=state,
-        reason=reason,
-        message=message,
-        attempts=own.attempts,
-    )
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.loads(clean(json.dumps(row, ensure_ascii=False)))
+    return row
 
 
 # -- cells ----------------------------------------------------------------------------------
@@ -294,11 +219,12 @@ def _results_frame(
         for role, stage_id in row["stages"].items():
             found = names.setdefault(role, dict.fromkeys(_expected(role, row, stage_id, resolved)))
             found.update(dict.fromkeys(_numbers(stages[stage_id])))
-    about = cells.set_index("cell")
     keep = _RESULT_COLUMNS[1 : _RESULT_COLUMNS.index("task")]
-    out = []
+    # Columns as lists: ten thousand cells have some hundred thousand results.
+    about = cells.drop_duplicates("cell").set_index("cell")[list(keep)].to_dict("index")
+    out: dict[str, list[Any]] = {name: [] for name in _RESULT_COLUMNS}
     for row in rows:
-        base = {"cell": row["id"], **{k: about.at[row["id"], k] for k in keep}}
+        base = {"cell": row["id"], **about[row["id"]]}
         for role, stage_id in row["stages"].items():
             stage = stages[stage_id]
             numbers = _numbers(stage)
@@ -308,8 +234,9 @@ def _results_frame(
                 if state == "done" and not math.isfinite(value):
                     state = "absent"
                 facts = {"task": role, "kind": stage.kind, "metric": metric, "value": value}
-                out.append({**base, **facts, "state": state, "stage": stage_id})
-    return pd.DataFrame(out, columns=list(_RESULT_COLUMNS))
+                for name, fact in (base | facts | {"state": state, "stage": stage_id}).items():
+                    out[name].append(fact)
+    return pd.DataFrame(out)
 
 
 def _expected(
@@ -332,78 +259,3 @@ def _numbers(stage: StageFacts) -> dict[str, float]:
         for name, value in stage.result.get("metrics", {}).items()
         if isinstance(value, (int, float)) and math.isfinite(value) and name != "wall_s"
     }
-
-
-# -- curves ---------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Whole rows of a JSONL file and the number of broken ones.
-
-    A last line without its newline was torn by a kill; it is left out and not counted.
-    """
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return [], 0
-    rows, broken = [], 0
-    for line in raw[: raw.rfind(b"\n") + 1].splitlines():
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            broken += 1
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken += 1
-    return rows, broken
-
-
-def _curves_frame(
-    rows: list[dict[str, Any]],
-    cells: pd.DataFrame,
-    stages: Mapping[str, StageFacts],
-    notes: list[str],
-) -> pd.DataFrame:
-    serves: dict[str, list[str]] = {}
-    roles: dict[str, str] = {}
-    for row in rows:
-        for role, stage_id in row["stages"].items():
-            serves.setdefault(stage_id, []).append(row["id"])
-            roles[stage_id] = role
-    about = cells.set_index("cell")
-    frames = []
-    for stage_id, stage in stages.items():
-        found, broken = read_rows(stage.folder.metrics)
-        if broken:
-            notes.append(f"{stage.folder.metrics}: {broken} broken lines left out")
-        if not found:
-            continue
-        frame = pd.DataFrame(found)
-        served = about.loc[serves[stage_id]]
-        shared: dict[str, Any] = {
-            "stage": stage_id,
-            "kind": stage.kind,
-            "task": roles[stage_id],
-            "state": stage.state,
-            "cells": ";".join(serves[stage_id]),
-        }
-        # What the cells of a shared stage do not agree on is not a property of the stage.
-        for name in ("size", "params", "data", "init", "seed", "variant"):
-            values = served[name].unique()
-            shared[name] = values[0] if len(values) == 1 else None
-        frames.append(frame.assign(**shared))
-    columns = ["stage", "kind", "task", "state", "cells", "size", "params", "data", "init", "seed"]
-    columns += ["variant", "step", "samples", "flops", "wall_s", "loss", "val_loss"]
-    whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
-    for name in columns:
-        if name not in whole:
-            whole[name] = math.nan
-    for name in ("step", "samples", "flops", "loss", "val_loss"):
-        numbers = pd.to_numeric(whole[name], errors="coerce").astype(float)
-        whole[name] = numbers.where(numbers.abs() < math.inf)
-    rest = [c for c in whole.columns if c not in columns]
-    return whole[columns + rest]

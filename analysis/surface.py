@@ -179,4 +179,3 @@ def init_worth(study: StudyData, metric: Metric, bootstrap: int = 400) -> InitWo
         which=which_parameter(random, mae, delta=DELTA, bootstrap=bootstrap // 2),
         table=worth(random, mae, flops, delta=DELTA, bootstrap=bootstrap),
     )
-

@@ -322,9 +322,7 @@ def worth(
     for n, d in sorted({(float(a), float(b)) for a, b in zip(mae.n, mae.d, strict=True)}):
         there = random.d[random.n == n]
         rows.append(_worth_at(n, d, np.unique(there), found["random"], found["mae"], flops))
-    return WorthTable(
-        status="answered", rows=tuple(rows), random=found["random"], mae=found["mae"]
-    )
+    return WorthTable(status="answered", rows=tuple(rows), random=found["random"], mae=found["mae"])
 
 
 def _worth_at(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from runtree import Spec, write_json, write_tree
 
-from analysis.load import StudyData, axis_label, load, read_rows
+from analysis.load import StudyData, axis_label, load
+from analysis.metric_rows import read_rows
 from harness.errors import NotFoundError
 
 

@@ -1,0 +1,188 @@
+"""Rows of many metrics.jsonl files as columns of numbers: whole lines only, broken ones counted.
+
+Two ways to the same numbers. The fast one gives many files at once to Arrow's JSON reader and is
+taken where every line is one flat object of numbers, as the harness writes them. Whatever is not
+goes line by line through Python's own parser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import json as arrow_json
+
+_BATCH_BYTES = 32 << 20
+"""Text given to Arrow at once: enough that its set-up does not count, little for memory."""
+_THREADS = 2
+_USUAL = ("step", "samples", "wall_s", "loss", "lr", "grad_norm", "flops", "val_loss", "val_floor")
+"""Keys of the training loop: numbers to Arrow from the start, so that it need not find out."""
+_SCHEMA = pa.schema([(name, pa.float64()) for name in _USUAL])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRows:
+    """Rows of several files, file after file, row after row.
+
+    columns: name -> float64 [rows]; NaN where a row has no such key, or no finite number there. A
+    key without any finite number has no column.
+    counts: rows of each file. broken: lines of each file that are no JSON object.
+    """
+
+    columns: dict[str, NDArray[np.float64]]
+    counts: NDArray[np.int64]
+    broken: NDArray[np.int64]
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Whole rows of a JSONL file and the number of broken ones.
+
+    A last line without its newline was torn by a kill; it is left out and not counted.
+    """
+    return _parse_lines(_whole_lines(path))
+
+
+def _whole_lines(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    return raw[: raw.rfind(b"\n") + 1]
+
+
+def _parse_lines(text: bytes) -> tuple[list[dict[str, Any]], int]:
+    rows, broken = [], 0
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            broken += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken += 1
+    return rows, broken
+
+
+def read_many(paths: Sequence[Path], *, fast: bool = True) -> MetricRows:
+    """All rows of the files. `fast=False` takes the slow way throughout; the result is the same."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        # Arrow lets go of the interpreter's lock, so one batch is parsed while the next is read.
+        parts = list(pool.map(lambda batch: _read_batch(batch, fast), _batches(paths)))
+    return _join(parts)
+
+
+def _batches(paths: Sequence[Path]) -> Iterable[list[Path]]:
+    batch: list[Path] = []
+    size = 0
+    for path in paths:
+        batch.append(path)
+        try:
+            size += path.stat().st_size
+        except OSError:
+            continue
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read_batch(paths: Sequence[Path], fast: bool) -> MetricRows:
+    texts = [_whole_lines(path) for path in paths]
+    return _parse(texts) if fast else _join([_parse_slowly(text) for text in texts])
+
+
+def _parse(texts: Sequence[bytes]) -> MetricRows:
+    """One call of Arrow for all; halves, down to single files, where it cannot take them all."""
+    found = _parse_fast(texts)
+    if found is not None:
+        return found
+    if len(texts) == 1:
+        return _parse_slowly(texts[0])
+    middle = len(texts) // 2
+    return _join([_parse(texts[:middle]), _parse(texts[middle:])])
+
+
+def _parse_fast(texts: Sequence[bytes]) -> MetricRows | None:
+    counts = np.array([text.count(b"\n") for text in texts], np.int64)
+    whole = b"".join(texts)
+    total = int(counts.sum())
+    none = np.zeros(len(texts), np.int64)
+    if not total:
+        return MetricRows(columns={}, counts=counts, broken=none)
+    # One brace a line, at its start: then a row for Arrow is a row for the line-wise reader too.
+    starts = whole.count(b"\n{") + whole.startswith(b"{")
+    if starts != total or whole.count(b"{") != total or b"\r" in whole:
+        return None
+    read = arrow_json.ReadOptions(use_threads=False, block_size=_BATCH_BYTES)
+    parse = arrow_json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="infer")
+    try:
+        table = arrow_json.read_json(pa.BufferReader(whole), read, parse)
+        names = table.column_names
+    except (pa.ArrowException, ValueError):
+        return None
+    numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
+    if table.num_rows != total or not all(any(t(f.type) for t in numeric) for f in table.schema):
+        return None
+    columns = {}
+    for name in names:
+        column = table.column(name)
+        if column.null_count < total:
+            columns[name] = _finite(column.cast(pa.float64()).to_numpy())
+    return MetricRows(columns=columns, counts=counts, broken=none)
+
+
+def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    good = np.isfinite(values)
+    return values if good.all() else np.where(good, values, math.nan)
+
+
+def _parse_slowly(text: bytes) -> MetricRows:
+    rows, broken = _parse_lines(text)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {
+        name: np.array([_number(row.get(name)) for row in rows], np.float64) for name in names
+    }
+    return MetricRows(columns=columns, counts=np.array([len(rows)]), broken=np.array([broken]))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _join(parts: Sequence[MetricRows]) -> MetricRows:
+    none = np.zeros(0, np.int64)
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    columns = {}
+    for name in names:
+        # A column at a time, its parts given up: never all of it twice in memory.
+        pieces = []
+        for part in parts:
+            piece = part.columns.pop(name, None)
+            pieces.append(np.full(int(part.counts.sum()), np.nan) if piece is None else piece)
+        whole = np.concatenate(pieces)
+        if not np.isnan(whole).all():
+            columns[name] = whole
+    return MetricRows(
+        columns=columns,
+        counts=np.concatenate([part.counts for part in parts] or [none]),
+        broken=np.concatenate([part.broken for part in parts] or [none]),
+    )

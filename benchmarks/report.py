@@ -1,0 +1,191 @@
+"""What the report of a large study costs: 10,000 cells with 1,000 curve points each.
+
+    python benchmarks/report.py [--root FOLDER] [--out FILE.json]
+
+The run tree is made up, its files are as the worker writes them: a row of metrics.jsonl per logged
+step, with a validation loss in each (more than a real run has). It is kept in FOLDER for the next
+time. The report is a process of its own; wall time depends on who else uses the machine, the time
+that its own threads were at work does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = {"d16x2": 8_000, "d32x3": 40_000, "d64x4": 210_000, "ti": 5_400_000, "s": 21_300_000}
+DATA = (500, 1_000, 2_000, 4_000, 8_000)
+RATES = tuple(round(0.0005 * k, 4) for k in range(1, 11))
+BATCH = 64
+
+
+def write_tree(root: Path, seeds: int, points: int) -> int:
+    """5 sizes x 5 data sizes x 2 inits x 10 learning rates x `seeds`; returns the cells."""
+    axes = {
+        "size": list(SIZES),
+        "data": list(DATA),
+        "init": ["random", "mae"],
+        "seed": list(range(seeds)),
+        "wsp.lr": list(RATES),
+    }
+    rows = []
+    for size, data, init, seed, lr in product(*axes.values()):
+        values = (size, data, init, seed, lr)
+        rows.append(_cell(root, dict(zip(axes, values, strict=True)), points))
+    folder = root / "studies" / "large"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.yaml").write_text("name: large\n")
+    _write(folder / "resolved.json", {"schema": 1, "name": "large", "question": None, "axes": axes})
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)
+
+
+def _cell(root: Path, axes: dict[str, Any], points: int) -> dict[str, Any]:
+    size, data, init, seed = axes["size"], axes["data"], axes["init"], axes["seed"]
+    params, samples = SIZES[size], points * BATCH
+    name = f"{size}-{data}-{init}-lr{axes['wsp.lr']:g}-s{seed}"
+    ends = np.random.default_rng(zlib.crc32(name.encode()))
+    noise, tilt = float(ends.normal(0, 0.01)), math.log10(axes["wsp.lr"] / 0.002)
+    floor = 1.5 + 40 * params**-0.4 + 60 * data**-0.5 + 0.1 * tilt**2 - 0.1 * (init == "mae")
+    stages, kinds, flops, upstream = {}, {}, {}, {}
+    if init == "mae":
+        stages["mae"] = f"{size}-full-s{seed}"
+        kinds[stages["mae"]], flops["mae"] = "mae", 2.0 * params * samples
+        upstream[stages["mae"]] = []
+    stages["wsp"] = name
+    kinds[name], flops["wsp"] = "wsp", 6.0 * params * samples
+    upstream[name] = [stages["mae"]] if init == "mae" else []
+    probe = f"{name}-probe"
+    stages["probe"], kinds[probe], flops["probe"] = probe, "linear_probe", 1.0 * params
+    upstream[probe] = [name]
+    for role, stage in stages.items():
+        _stage(root, kinds[stage], stage, upstream[stage], flops[role], floor + noise, points)
+    return {
+        **{"schema": 1, "id": f"{name}-0123456789", "name": name, "axes": axes},
+        **{"stages": stages, "kinds": kinds, "upstream": upstream, "params": params},
+        **{"images": data, "flops": sum(flops.values()), "flops_by_role": flops},
+        **{"tag": None, "parent": None, "set": {}},
+    }
+
+
+def _stage(
+    root: Path, kind: str, stage: str, upstream: list[str], flops: float, loss: float, points: int
+) -> None:
+    folder = root / "stages" / kind / stage
+    if folder.exists():
+        return
+    (folder / "attempts" / "1").mkdir(parents=True)
+    versions = {"harness": "0.1.0", "torch": "2.15.0"}
+    about = {"schema": 1, "attempt": 1, "end": "done", "host": "made-up", "versions": versions}
+    _write(folder / "attempts" / "1" / "attempt.json", about)
+    _write(folder / "attempts" / "1" / "git.json", {"schema": 1, "sha": "0" * 40, "dirty": False})
+    status = {"schema": 1, "state": "done", "attempt": 1, "reason": None, "message": None}
+    _write(folder / "status.json", status)
+    if kind != "linear_probe":
+        (folder / "metrics.jsonl").write_text(_curve(loss, flops, points))
+    metrics = {"acc1": 1 - loss / 6} if kind == "linear_probe" else {"loss": loss, "val_loss": loss}
+    result = {
+        **{"schema": 1, "uid": f"uid-{stage}", "stage": stage, "kind": kind, "metrics": metrics},
+        **{"samples": points * BATCH, "steps": points, "flops": flops, "attempts": 1},
+        **{"wall_s": {"total": 3.0}, "device": "cpu", "harness_version": "0.1.0"},
+        "upstream_uids": {u: f"uid-{u}" for u in upstream},
+    }
+    _write(folder / "result.json", result)
+
+
+def _curve(loss: float, flops: float, points: int) -> str:
+    part = np.arange(1, points + 1) / points
+    jitter = np.random.default_rng(round(loss * 1e9)).normal(0, 0.02, (3, points))
+    columns = (
+        *(range(1, points + 1), range(BATCH, points * BATCH + 1, BATCH)),
+        *(c.tolist() for c in (90 * part, loss * (1 + 0.5 * (1 - part) ** 2) + jitter[0])),
+        *(c.tolist() for c in (0.004 * np.cos(part), 0.5 + jitter[1], flops * part)),
+        (loss * (1 + 0.5 * (1 - part) ** 2) + jitter[2] * (1 - part)).tolist(),
+    )
+    row = (
+        '{"step": %d, "samples": %d, "wall_s": %r, "loss": %r, "lr": %r, "grad_norm": %r,'
+        ' "flops": %r, "val_loss": %r}\n'
+    )
+    return "".join([row % values for values in zip(*columns, strict=True)])
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+def measure(root: Path, out: Path) -> dict[str, float]:
+    """Seconds and memory of one report."""
+    code = "import sys; from pathlib import Path; from analysis.report import build;"
+    code += "build(Path(sys.argv[1]), 'large', Path(sys.argv[2]))"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, str(root), str(out)], check=True)
+    wall = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "wall_s": round(wall, 1),
+        "user_s": round(after.ru_utime - before.ru_utime, 1),
+        "system_s": round(after.ru_stime - before.ru_stime, 1),
+        "peak_gib": round(after.ru_maxrss / 2**20, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20, help="500 cells each")
+    parser.add_argument("--points", type=int, default=1000)
+    parser.add_argument("--root", type=Path, help="where the run tree is kept for the next time")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/report.json"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = arguments.root or Path(folder) / "runs"
+        if not (root / "studies" / "large" / "cells.jsonl").is_file():
+            write_tree(root, arguments.seeds, arguments.points)
+        with open(root / "studies" / "large" / "cells.jsonl") as lines:
+            cells = sum(1 for _ in lines)
+        curves = [p.stat().st_size for p in root.glob("stages/*/*/metrics.jsonl")]
+        found = measure(root, Path(folder) / "out")
+        files = {
+            p.name: p.stat().st_size
+            for p in sorted((Path(folder) / "out" / "large").iterdir())
+            if p.is_file()
+        }
+    report = {
+        "cells": cells,
+        "curve_rows": len(curves) * arguments.points,
+        "curve_bytes": sum(curves),
+        **found,
+        "file_bytes": files,
+        "machine": {
+            "processor": _processor(),
+            "cores": f"{len(os.sched_getaffinity(0))}, shared with other work",
+            "python": platform.python_version(),
+        },
+    }
+    text = json.dumps(report, indent=1)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text + "\n")
+    print(text)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()
