@@ -91,7 +91,7 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
         write_bytes(folder / name, text.encode())
     notes = _notes(a)
     files = [*_FILES, *((name, "a study file") for name in texts)]
-    files += [((f"{n}.csv, {n}.parquet", what) for n, (what, _) in own.items())]
+    files += [(f"{n}.csv, {n}.parquet", what) for n, (what, _) in own.items()]
     text = page(a, sections, drawings, notes, files)
     write_bytes(folder / "index.html", text.encode())
     write_bytes(folder / "report.md", markdown(a, sections, notes).encode())

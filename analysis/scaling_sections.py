@@ -1,10 +1,10 @@
-"""Sections of a report on scaling: laws over two axes, frontier, worth of MAE, task laws, advice."""
+"""Sections on scaling: laws over two axes, frontier, worth of MAE, task laws, advice."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from analysis import design, design_cells, optimum_figures, published, task_laws
 from analysis.load import axis_label
@@ -63,7 +63,7 @@ def laws_over_both(a: Analysis) -> list[Section]:
         if figure is not None:
             name = f"frontier-{surface.metric.kind}-{surface.init}".replace("_", "-").lower()
             title = f"{surface.metric.error_label}, {init_label(surface.init)}"
-            figures.append(_renamed(figure, name, title))
+            figures.append(replace(figure, name=name, title=title))
     sections.append(
         Section(
             name="frontier",
@@ -76,12 +76,6 @@ def laws_over_both(a: Analysis) -> list[Section]:
         )
     )
     return sections
-
-
-def _renamed(figure: Any, name: str, title: str) -> Any:
-    from dataclasses import replace
-
-    return replace(figure, name=name, title=title)
 
 
 def _surface_table(found: Sequence[Surface]) -> Table:
