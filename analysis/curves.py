@@ -101,7 +101,7 @@ def finished_wsp(curves: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     codes = rows["cells"].cat.codes.to_numpy()
     # Rows of a stage stand together, so a cell's rows are a few runs of them.
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    ends = np.append(starts[1:], len(codes))
+    ends = np.append(starts, len(codes))[1:]
     pieces = sorted(
         (place[cell], int(start), int(end))
         for start, end in zip(starts, ends, strict=True)

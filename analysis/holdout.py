@@ -22,7 +22,7 @@ def largest_out(form: Form, inputs: Mapping[str, Any]) -> Array:
     One size of a grid is the largest; of sizes that vary freely, all that are about as large.
     """
     first = np.asarray(inputs[form.inputs[0]], float)
-    return first <= 0.5 * first.max()
+    return first <= 0.5 * first.max(initial=0.0)
 
 
 def held_out(

@@ -18,7 +18,7 @@ from analysis.frontier import Frontier, frontier
 from analysis.isoflop import fit_isoflop
 from analysis.optimum import OptimumFit
 from analysis.optimum_figures import envelope_curves, frontiers, isoflop_valleys
-from analysis.panels import Figure, panel_svg, save
+from analysis.panels import Figure, panel_svg, render, save
 
 BUDGETS = np.geomspace(6e18, 3e21, 6)
 
@@ -154,7 +154,7 @@ def test_figures_draw_and_say_what_they_show(
     ]
     for figure in found:
         assert isinstance(figure, Figure)
-        for path in save(figure, tmp_path):
+        for path in save(figure, render(figure), tmp_path):
             assert path.stat().st_size > 5000
         for panel in figure.panels:
             svg = panel_svg(panel, "p")
@@ -172,7 +172,7 @@ def test_refused_fits_are_drawn_without_a_law(runs: Study, tmp_path: Path) -> No
     assert fit.status == "refused"
     figure = envelope_curves(fit, runs.n[few], runs.loss[few], runs.c[few], list(runs.run[few]))
     assert figure is not None and fit.reason in figure.panels[0].alt
-    save(figure, tmp_path)
+    save(figure, render(figure), tmp_path)
     assert frontiers({"envelope": fit}) is None
     assert isoflop_valleys(replace(fit, law="isoflop", points=()), runs.n, runs.loss) is None
 
@@ -190,5 +190,5 @@ def test_a_wide_loss_axis_has_numbers_and_no_source_of_formulas() -> None:
 def test_same_figure_same_bytes(fits: dict[str, OptimumFit | Frontier], tmp_path: Path) -> None:
     one, two = frontiers(fits), frontiers(fits)
     assert one is not None and two is not None
-    texts = [save(f, tmp_path / str(i))[0].read_bytes() for i, f in enumerate((one, two))]
+    texts = [save(f, render(f), tmp_path / str(i))[0].read_bytes() for i, f in enumerate((one, two))]
     assert texts[0] == texts[1]

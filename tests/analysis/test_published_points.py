@@ -203,7 +203,7 @@ def test_the_figure_draws_without_a_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = published.figure()
-        files = panels.save(figure, tmp_path)
+        files = panels.save(figure, panels.render(figure), tmp_path)
         svg = panels.panel_svg(figure.panels[0], "published-0")
     assert all(file.stat().st_size > 10_000 for file in files)
     assert "var(--mae)" in svg and "var(--random)" in svg
@@ -229,7 +229,7 @@ def test_a_study_is_drawn_beside_the_points_of_the_same_task(tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = published.figure(results)
-        panels.save(figure, tmp_path)
+        panels.save(figure, panels.render(figure), tmp_path)
     assert "this study" in figure.caption
     assert "this study" not in published.figure().caption
 

@@ -64,6 +64,7 @@ def test_two_changed_parameters_are_not_called_one() -> None:
     assert "more than one parameter" in found.verdict
 
 
+@pytest.mark.slow
 def test_no_change_is_called_none_at_the_nominal_rate() -> None:
     verdicts = [
         which_parameter(*two_arms({}, seed=seed), delta=1e-3, bootstrap=0).verdict
