@@ -51,7 +51,7 @@ def curves_frame(
             notes.append(f"{stage.folder.metrics}: {broken} broken lines left out")
         if count:
             kept.append(stage)
-    about = cells.set_index("cell")[list(_SHARED)].to_dict("index")
+    about = cells.drop_duplicates("cell").set_index("cell")[list(_SHARED)].to_dict("index")
     facts: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in _NUMBERS}
     for stage in kept:
         facts["stage"].append(stage.id)
@@ -101,7 +101,7 @@ def finished_wsp(curves: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     codes = rows["cells"].cat.codes.to_numpy()
     # Rows of a stage stand together, so a cell's rows are a few runs of them.
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    ends = np.append(starts[1:], len(codes))
+    ends = np.append(starts[1:], len(codes))[: len(starts)]
     pieces = sorted(
         (place[cell], int(start), int(end))
         for start, end in zip(starts, ends, strict=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
@@ -20,6 +19,13 @@ from analysis.panels import Figure, Panel
 
 MAX_PANELS = 12
 """Panels of one figure; what is beyond is in the CSV files, and the caption says so."""
+
+_MAX_LINES = 6
+_MAX_SEEDS = 5
+_MAX_POINTS = 120
+"""Of a convergence panel: model sizes, thin lines of each, points of a line."""
+_LEAST_TEXT = 5.5
+"""Points: numbers in a map that would be smaller are left to the tables."""
 
 
 def slug(text: str) -> str:
@@ -36,14 +42,14 @@ def _some(values: Iterable[float], num: int) -> list[float]:
 
 
 def _inits(rows: pd.DataFrame) -> tuple[str, ...]:
-    return tuple(sorted(rows["init"].unique()))
+    return style.ordered(map(str, rows["init"].unique()))
 
 
 def _shade(values: list[float], value: float) -> float:
     """Opacity of a line: the larger the level, the stronger."""
     if len(values) < 2:
         return 1.0
-    return 0.35 + 0.65 * values.index(value) / (len(values) - 1)
+    return 0.42 + 0.58 * values.index(value) / (len(values) - 1)
 
 
 # -- convergence ----------------------------------------------------------------------------
@@ -55,16 +61,26 @@ def convergence(study: StudyData, variant: str) -> Figure | None:
     rows = rows[rows["variant"] == variant]
     if not len(rows):
         return None
-    levels = _some(rows["data"], MAX_PANELS)
-    panels = tuple(_convergence_panel(rows[rows["data"] == d], d) for d in levels)
-    caption = (
-        "Held-out WSP loss over the images seen in WSP, for finished runs; each panel has its own"
-        " scale. Thick lines: mean over"
-        " seeds; thin lines: single seeds; stronger colour: larger model. The MAE stage comes"
-        " before sample 0 of the MAE runs; its cost is charged in the figure of gains."
+    levels = _some(rows["data"].unique(), MAX_PANELS)
+    sizes = _some(rows["params"].unique(), _MAX_LINES)
+    panels = tuple(
+        _convergence_panel(rows[(rows["data"] == d) & rows["params"].isin(sizes)], d)
+        for d in levels
     )
-    if len(levels) < rows["data"].nunique():
-        caption += f" {rows['data'].nunique() - len(levels)} data sizes are in curves.csv only."
+    caption = (
+        "Held-out WSP loss over the images seen in WSP, for finished runs, log axes; each panel has"
+        " its own scale. Thick lines: mean over seeds; thin lines: single seeds; stronger colour:"
+        " larger model. The MAE stage comes before sample 0 of the MAE runs; its cost is charged in"
+        " the figure of gains."
+    )
+    left = [(rows["data"].nunique() - len(levels), "data sizes")]
+    left += [(rows["params"].nunique() - len(sizes), "model sizes")]
+    hidden = " and ".join(f"{number} {word}" for number, word in left if number)
+    if hidden:
+        caption += f" {hidden} are in the curves files only."
+    most = rows.groupby(["params", "data", "init"], observed=True)["seed"].nunique().max()
+    if most > _MAX_SEEDS:
+        caption += f" Single seeds: {_MAX_SEEDS} of {most}."
     return Figure(
         name="convergence",
         title="Convergence",
@@ -74,39 +90,50 @@ def convergence(study: StudyData, variant: str) -> Figure | None:
     )
 
 
+def _thinned(line: pd.DataFrame) -> pd.DataFrame:
+    """At most `_MAX_POINTS` points, evenly spread on the log axis, the ends among them."""
+    if len(line) <= _MAX_POINTS:
+        return line
+    x = line["samples"].to_numpy(float)
+    wanted = np.geomspace(max(x[0], x[-1] * 1e-6), x[-1], _MAX_POINTS)
+    places = np.unique(np.clip(np.searchsorted(x, wanted), 0, len(x) - 1))
+    return line.iloc[np.union1d(places, [0, len(x) - 1])]
+
+
 def _convergence_panel(rows: pd.DataFrame, data: float) -> Panel:
     params = sorted(rows["params"].unique())
+    rows = rows[rows["samples"] > 0]
 
     def draw(ax: Axes) -> None:
         labels = []
-        for (p, init), family in rows.groupby(["params", "init"], sort=True):
+        for (p, init), family in rows.groupby(["params", "init"], sort=True, observed=True):
             tone, alpha = style.colour(str(init)), _shade(params, float(p))  # type: ignore[arg-type]
-            runs = [g for _, g in family.groupby("cell", sort=False)]
-            for run in runs if len(runs) > 1 else []:
-                ax.plot(run["samples"], run["val_loss"], color=tone, alpha=alpha * 0.5, lw=0.7)
-            mean = family.groupby("samples")["val_loss"].mean()
-            full = family.groupby("samples")["val_loss"].count() == len(runs)
-            mean = mean[full]
+            runs = [g for _, g in family.groupby("cell", sort=False, observed=True)]
+            for run in runs[:_MAX_SEEDS] if len(runs) > 1 else []:
+                line = _thinned(run)
+                ax.plot(line["samples"], line["val_loss"], color=tone, alpha=alpha * 0.45, lw=0.6)
+            found = family.groupby("samples")["val_loss"].agg(["mean", "count"])
+            mean = found[found["count"] == len(runs)].reset_index()
             if not len(mean):
                 continue
-            ax.plot(mean.index, mean.to_numpy(), color=tone, alpha=alpha)
-            name = f"{family['size'].iloc[0]} {'MAE' if init == 'mae' else init}"
-            labels.append((float(mean.iloc[-1]), name, tone))
-        ax.set_xlim(0, float(rows["samples"].max()))
-        ax.xaxis.set_major_locator(style.MaxNLocator(4))
-        ax.xaxis.set_major_formatter(lambda x, _: style.short(x) if x else "0")
+            line = _thinned(mean)
+            ax.plot(line["samples"], line["mean"], color=tone, alpha=alpha)
+            name = f"{family['size'].iloc[0]} {style.short_label(str(init))}"
+            labels.append((float(mean["mean"].iloc[-1]), name, tone))
+        style.log_x_span(ax, rows["samples"].to_numpy(float))
+        style.log_y(ax, rows["val_loss"].to_numpy(float))
         ax.set_xlabel("images seen in WSP")
         ax.set_ylabel("validation loss")
         style.end_labels(ax, labels, size=8.5)
 
-    last = rows.sort_values("samples").groupby("cell").tail(1)
+    last = rows.groupby("cell", observed=True).tail(1)
     ends = "; ".join(
         f"{style.init_label(str(i))} {g['val_loss'].min():.3f} to {g['val_loss'].max():.3f}"
-        for i, g in last.groupby("init")
+        for i, g in last.groupby("init", observed=True)
     )
     title = f"{axis_label(int(data))} images"
     alt = f"WSP validation loss against images seen, {title}. Final loss over sizes: {ends}."
-    return Panel(title=title, alt=alt, draw=draw, width=4.6, height=3.6)
+    return Panel(title=title, alt=alt, draw=draw, width=4.2, height=3.3)
 
 
 # -- transfer -------------------------------------------------------------------------------
@@ -144,16 +171,17 @@ def _transfer_panel(
     def draw(ax: Axes) -> None:
         labels = []
         style.log_x(ax, ticks)
-        for (level, init), family in rows.groupby([other, "init"], sort=True):
+        for (level, init), family in rows.groupby([other, "init"], sort=True, observed=True):
             if level not in kept:
                 continue
             tone, alpha = style.colour(str(init)), _shade(levels, float(level))  # type: ignore[arg-type]
             by_x = family.groupby(axis)["value"].agg(["mean", "min", "max"]).reindex(ticks)
             ax.plot(by_x.index, by_x["mean"], color=tone, alpha=alpha, lw=1.6)
             ax.vlines(by_x.index, by_x["min"], by_x["max"], color=tone, alpha=alpha, lw=1.2)
+            few = family[family.groupby(axis).cumcount() < _MAX_SEEDS]
             ax.plot(
-                family[axis],
-                family["value"],
+                few[axis],
+                few["value"],
                 style.mark(str(init)),
                 color=tone,
                 alpha=alpha,
@@ -250,31 +278,36 @@ def _heat_map(
     reach = max(least, float(np.abs(finite).max()) if len(finite) else 0.0)
     digits = 2 if is_ratio else 1 if scale == 100 else 3
 
+    height = max(2.3, min(9.0, 1.1 + 0.5 * len(sizes)))
+    width = min(9.0, max(3.9, 1.4 + 0.68 * table.shape[1]))
+    texts = [[f"{v:.2f}x" if is_ratio else f"{v:+.{digits}f}" for v in row] for row in values]
+    longest = max(len(text) for row in texts for text in row)
+    room = min((width - 1.2) / table.shape[1] * 110 / longest, (height - 1.0) / len(sizes) * 36)
+
     def draw(ax: Axes) -> None:
         ax.grid(False)
-        sns.heatmap(
-            pd.DataFrame(tint, index=table.index, columns=table.columns),
-            ax=ax,
-            cmap=style.GAIN_COLOURS,
-            vmin=-reach,
-            vmax=reach,
-            cbar=False,
-            linewidths=1.5,
-            linecolor=style.PAPER,
-        )
-        for i, j in np.ndindex(*values.shape):
-            value = values[i, j]
-            if math.isfinite(value):
-                text = f"{value:.2f}x" if is_ratio else f"{value:+.{digits}f}"
-                strong = abs(tint[i, j]) > 0.72 * reach
-                # Black and white, not ink: the cell keeps its colour in the dark.
-                tone = "#ffffff" if strong else "#111111"
-                ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=tone, fontsize=10)
-            else:
+        for (i, j), value in np.ndenumerate(tint):
+            if not math.isfinite(value):
                 box = Rectangle((j, i), 1, 1, fill=False, hatch="////", ec=style.RULE, lw=0)
                 ax.add_patch(box)
-        ax.set_xticklabels([axis_label(int(d)) for d in table.columns], rotation=0)
-        ax.set_yticklabels([str(s) for s in table.index], rotation=0)
+                continue
+            # Gaps instead of white lines: the paper may be dark.
+            shade = style.GAIN_COLOURS((value / reach + 1) / 2)
+            ax.add_patch(Rectangle((j + 0.015, i + 0.02), 0.97, 0.96, fc=shade, lw=0))
+            if room < _LEAST_TEXT:
+                continue
+            # Black and white, not ink: the cell keeps its colour in the dark.
+            tone = "#ffffff" if abs(value) > 0.72 * reach else "#111111"
+            where = {"ha": "center", "va": "center", "fontsize": min(10.0, room)}
+            ax.text(j + 0.5, i + 0.5, texts[i][j], color=tone, **where)
+        rows, columns = tint.shape
+        ax.set_xlim(0, columns)
+        ax.set_ylim(rows, 0)
+        step = -(-columns // 12)
+        ax.set_xticks(
+            np.arange(0, columns, step) + 0.5, [axis_label(int(d)) for d in table.columns[::step]]
+        )
+        ax.set_yticks(np.arange(rows) + 0.5, [str(s) for s in table.index])
         ax.set_xlabel("pretraining images")
         ax.set_ylabel("model size")
         ax.tick_params(length=0)
@@ -287,9 +320,7 @@ def _heat_map(
         for d, v in zip(table.columns, row, strict=True)
     ]
     alt = f"{title}, by model size and pretraining images. {'; '.join(cells[:40])}."
-    height = min(9.0, 1.3 + 0.55 * len(sizes))
-    width = min(9.0, max(4.3, 1.6 + 0.75 * table.shape[1]))
-    return Panel(title=title, alt=alt, draw=draw, width=width, height=max(height, 2.4))
+    return Panel(title=title, alt=alt, draw=draw, width=width, height=height)
 
 
 # -- power laws -----------------------------------------------------------------------------
@@ -320,7 +351,7 @@ def power_laws(laws: list[Law], variant: str, shown: list[Metric]) -> Figure | N
         caption=caption,
         panels=tuple(panels[:MAX_PANELS]),
         columns=2,
-        inits=tuple(dict.fromkeys(w.init for w in laws)),
+        inits=style.ordered(w.init for w in laws),
     )
 
 
@@ -337,8 +368,7 @@ def _law_panel(laws: list[Law]) -> Panel:
             if len(law.x):
                 _draw_law(ax, law)
                 mean = float(np.exp(np.log(law.y[law.x == law.x.max()]).mean()))
-                name = "MAE" if law.init == "mae" else law.init
-                labels.append((mean, name, style.colour(law.init)))
+                labels.append((mean, style.short_label(law.init), style.colour(law.init)))
         ax.set_xlabel(f"{AXIS_LABELS[first.axis]} ({first.fixed})")
         style.end_labels(ax, labels)
 
@@ -346,7 +376,7 @@ def _law_panel(laws: list[Law]) -> Panel:
         f"{first.metric.error_label} against {AXIS_LABELS[first.axis]}, {first.fixed}. "
         + " ".join(f"{style.init_label(w.init)}: {_law_words(w)}." for w in laws)
     )
-    return Panel(title=first.metric.error_label, alt=alt, draw=draw, width=4.9, height=3.6)
+    return Panel(title=first.metric.error_label, alt=alt, draw=draw, width=4.2, height=3.2)
 
 
 def _draw_law(ax: Axes, law: Law) -> None:

@@ -49,28 +49,40 @@ def paragraph(
     laws: list[Law],
 ) -> str:
     """The finding in plain words, intervals included."""
-    sentences = [_progress(study)]
+    return " ".join(sentences(study, metric, pairs, charged, charged_runs, laws))
+
+
+def sentences(
+    study: StudyData,
+    metric: Metric | None,
+    pairs: pd.DataFrame,
+    charged: pd.DataFrame,
+    charged_runs: pd.DataFrame,
+    laws: list[Law],
+) -> list[str]:
+    """The finding, a sentence or two an item: progress, the effect, then what qualifies it."""
+    found = [_progress(study)]
     inits = sorted(study.grid["init"].unique()) if len(study.grid) else []
     if metric is None:
-        return " ".join([*sentences, "The study has no judged metric, so there is no finding."])
+        return [*found, "The study has no judged metric, so there is no finding."]
     if not {gain.WITH, gain.WITHOUT} <= set(inits):
         only = " and ".join(inits) or "none"
-        sentences.append(f"It has one initialization ({only}), so it cannot say what MAE buys.")
-        return " ".join(sentences + _exponents(metric, laws))
+        found.append(f"It has one initialization ({only}), so it cannot say what MAE buys.")
+        return found + _exponents(metric, laws)
     own = pairs[pairs["metric"] == metric.key]
     points = gain.by_point(own)
     good = points[np.isfinite(points["mean"])]
     if not len(good):
-        sentences.append("No pair of a random and an MAE cell is finished, so there is no finding.")
-        return " ".join(sentences)
-    sentences += _effect(metric, good)
-    sentences += _stability(metric, own)
-    sentences += _by_size(metric, good)
-    sentences += _trends(metric, own)
-    sentences += _other_metrics(metric, pairs)
-    sentences += _charged_runs(metric, charged_runs)
-    sentences += _charged(charged)
-    return " ".join(sentences + _exponents(metric, laws))
+        found.append("No pair of a random and an MAE cell is finished, so there is no finding.")
+        return found
+    found += _effect(metric, good)
+    found += _stability(metric, own)
+    found += _by_size(metric, good)
+    found += _trends(metric, own)
+    found += _other_metrics(metric, pairs)
+    found += _charged_runs(metric, charged_runs)
+    found += _charged(charged)
+    return found + _exponents(metric, laws)
 
 
 def _progress(study: StudyData) -> str:

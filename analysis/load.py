@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.curves import curves_frame, finished_wsp
-from analysis.stages import StageFacts, read_stages
+from analysis.stages import StageFacts, clean, read_stages
 from harness.ledger import store
 from harness.ledger.files import read_json
 from harness.ledger.tree import Tree
@@ -81,7 +81,7 @@ def load(root: Path, study: str) -> StudyData:
     """Reads one study. Raises NotFoundError, naming the studies there are."""
     tree = Tree(root)
     # Trials of a search have a section of their own; see analysis.tuning.
-    rows = [r for r in store.read_cells(tree, study) if r["tag"] != TUNE]
+    rows = [_clean(r) for r in store.read_cells(tree, study) if r["tag"] != TUNE]
     folder = tree.study(study)
     resolved = read_json(folder / "resolved.json") or {}
     study_file = folder / "study.yaml"
@@ -95,7 +95,7 @@ def load(root: Path, study: str) -> StudyData:
     return StudyData(
         name=study,
         root=root,
-        question=resolved.get("question"),
+        question=clean(str(resolved["question"])) if resolved.get("question") else None,
         resolved=resolved,
         study_file=study_file.read_text("utf-8", "replace") if study_file.is_file() else "",
         cells=cells,
@@ -105,6 +105,14 @@ def load(root: Path, study: str) -> StudyData:
         varying=varying,
         notes=tuple(notes),
     )
+
+
+def _clean(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.loads(clean(json.dumps(row, ensure_ascii=False)))
+    return row
 
 
 # -- cells ----------------------------------------------------------------------------------
@@ -213,7 +221,7 @@ def _results_frame(
             found.update(dict.fromkeys(_numbers(stages[stage_id])))
     keep = _RESULT_COLUMNS[1 : _RESULT_COLUMNS.index("task")]
     # Columns as lists: ten thousand cells have some hundred thousand results.
-    about = cells.set_index("cell")[list(keep)].to_dict("index")
+    about = cells.drop_duplicates("cell").set_index("cell")[list(keep)].to_dict("index")
     out: dict[str, list[Any]] = {name: [] for name in _RESULT_COLUMNS}
     for row in rows:
         base = {"cell": row["id"], **about[row["id"]]}

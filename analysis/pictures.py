@@ -17,6 +17,7 @@ from analysis import style
 from analysis.load import StudyData
 
 ROWS = ("masked", "reconstructed", "original")
+MAX_STRIPS = 24
 _MAX_WIDTH = 900
 _GAP = 2
 
@@ -40,15 +41,17 @@ class Strip:
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def strips(study: StudyData) -> list[Strip]:
-    """A strip per MAE stage; those that are not done say so."""
+def strips(study: StudyData) -> tuple[tuple[Strip, ...], int]:
+    """A strip per MAE stage, those that are not done say so; and how many beyond `MAX_STRIPS`."""
     seen: dict[str, str] = {}
-    for _, cell in study.cells.iterrows():
-        stage = cell["stages"].get("mae")
+    for stages, size, seed in zip(
+        *(study.cells[name] for name in ("stages", "size", "seed")), strict=True
+    ):
+        stage = stages.get("mae")
         if stage is not None:
-            seen.setdefault(stage, f"{cell['size']}, seed {cell['seed']}")
+            seen.setdefault(stage, f"{size}, seed {seed}")
     out = []
-    for stage_id, caption in seen.items():
+    for stage_id, caption in list(seen.items())[:MAX_STRIPS]:
         stage = study.stages[stage_id]
         if stage.state != "done":
             out.append(Strip(stage=stage_id, caption=caption, pixels=None, problem=stage.state))
@@ -63,7 +66,7 @@ def strips(study: StudyData) -> list[Strip]:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             pixels, problem = None, f"reconstructions.npz cannot be read: {error}"
         out.append(Strip(stage=stage_id, caption=caption, pixels=pixels, problem=problem))
-    return out
+    return tuple(out), max(0, len(seen) - MAX_STRIPS)
 
 
 def _mosaic(path: Path) -> NDArray[np.uint8]:
@@ -84,9 +87,9 @@ def _mosaic(path: Path) -> NDArray[np.uint8]:
     return canvas
 
 
-def save(found: list[Strip], folder: Path) -> None:
-    """All strips in one figure: reconstructions.svg and .png."""
-    shown = [s for s in found if s.pixels is not None][:24]
+def save(found: tuple[Strip, ...], folder: Path, name: str) -> None:
+    """All strips in one figure: <name>.svg and .png; none where there is no picture."""
+    shown = [s for s in found if s.pixels is not None]
     if not shown:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,10 @@ def save(found: list[Strip], folder: Path) -> None:
     rows = -(-len(shown) // columns)
     with style.apply():
         drawing, axes = plt.subplots(
-            rows, columns, figsize=(6.2 * columns, 2.7 * rows), squeeze=False
+            *(rows, columns),
+            figsize=(6.2 * columns, 2.7 * rows),
+            squeeze=False,
+            layout="constrained",
         )
         for ax in axes.ravel():
             ax.set_axis_off()
@@ -102,6 +108,6 @@ def save(found: list[Strip], folder: Path) -> None:
             assert strip.pixels is not None
             ax.imshow(strip.pixels, interpolation="nearest")
             ax.set_title(strip.caption)
-        drawing.savefig(folder / "reconstructions.png")
-        drawing.savefig(folder / "reconstructions.svg", metadata={"Date": None, "Creator": None})
+        drawing.savefig(folder / f"{name}.png")
+        drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         plt.close(drawing)

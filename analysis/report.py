@@ -1,28 +1,55 @@
-"""A study's report: a page that opens from disk, the same in Markdown, figures, CSV and JSON."""
+"""A study's report: a page that opens from disk, the same in Markdown, figures, data files.
+
+The report is the list `SECTIONS`. To add a section, write a function from an `Analysis` to a list
+of `Section` (see `analysis.sections`) and put it where it is to be read; page, Markdown, figures
+and files follow from that. What is computed once for several sections belongs into `Analysis`.
+"""
 
 from __future__ import annotations
 
-import html
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import numpy as np
-import pandas as pd
-
-from analysis import figures, gain, laws, panels, pictures, tables, tasks, tuning
-from analysis.finding import Counts, count, paragraph
-from analysis.load import StudyData, load
-from analysis.metrics import Metric, headline, metrics_of
-from analysis.style import colour, init_label
+from analysis import checklist, contents, export, panels, pictures, style
+from analysis.finding import Counts
+from analysis.load import load
+from analysis.markdown import markdown
+from analysis.page import page
+from analysis.sections import Analysis, Section, analyse
 from harness.ledger.files import write_bytes
 
-MAX_VARIANTS = 6
-"""Settings of the extra axes that get figures; all of them are in the tables and CSV files."""
+SECTIONS: tuple[Callable[[Analysis], list[Section]], ...] = (
+    # Figures.
+    contents.convergence,
+    contents.transfer,
+    contents.gains,
+    contents.power_laws,
+    contents.transfer_tasks,
+    contents.learning_rates,
+    contents.reconstructions,
+    # Tables.
+    contents.table_of_tasks,
+    contents.table_of_gains,
+    contents.table_of_results,
+    contents.table_of_rates,
+    contents.table_of_ablations,
+    contents.table_of_cells,
+    # Why to believe it.
+    contents.fits,
+    checklist.checklist,
+    contents.origins,
+)
+"""The report from top to bottom, after the finding."""
+
+_FILES = (
+    ("report.md", "this page as text"),
+    ("results.csv, results.parquet", "a row per cell and metric"),
+    ("cells.csv, cells.parquet", "a row per cell, with the folders of its stages"),
+    ("curves.csv, curves.parquet", "a row per logged step of every stage"),
+    ("fits.json", "laws and gains with everything they rest on"),
+    ("figures/", "every figure as SVG and PNG"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,247 +61,75 @@ class ReportResult:
     counts: Counts
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Section:
-    """A figure as the page shows it."""
-
-    name: str
-    title: str
-    caption: str
-    svgs: tuple[str, ...]
-    inits: tuple[tuple[str, str, str], ...]
-    """(init, label, colour) of the legend."""
-
-
 def build(root: Path, study: str, out: Path) -> ReportResult:
-    """Writes out/<study>/: index.html, report.md, figures/, curves.csv, results.csv, fits.json.
+    """Writes out/<study>/: index.html, report.md, figures/, data as CSV, Parquet and JSON.
 
     Raises NotFoundError, naming the studies there are, for one that is not.
     """
     data = load(root, study)
     folder = out / study
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = metrics_of(data)
-    main = headline(metrics)
-    loss = next((m for m in metrics if m.kind == "wsp"), None)
-    pairs = gain.paired(data, metrics)
-    charged = gain.charged_curves(data)
-    charged_runs = gain.charged_results(data, metrics)
-    fitted = laws.fit_all(data, metrics)
-    text = paragraph(data, main, pairs, charged, charged_runs, fitted)
+    a = analyse(data, root)
+    style.introduce(a.inits)
+    sections = [section for build_section in SECTIONS for section in build_section(a)]
+    _check(sections)
 
-    drawn: list[figures.Figure] = []
-    variants = _drawn_variants(data)
-    for variant in variants[:MAX_VARIANTS]:
-        drawn += _figures(data, variant, metrics, main, loss, pairs, charged, charged_runs, fitted)
-    measured = tasks.measure(data, metrics)
-    compared = tasks.figure(measured)
-    drawn += [compared] if compared else []
-    searched = tuning.load_tuning(root, study)
-    if searched is not None:
-        drawn += tuning.figures(searched)
-    for figure in drawn:
-        panels.save(figure, folder / "figures")
-    strips = pictures.strips(data)
-    pictures.save(strips, folder / "figures")
+    drawings = {}
+    for figure in (figure for section in sections for figure in section.figures):
+        drawings[figure.name] = panels.render(figure)
+        panels.save(figure, drawings[figure.name], folder / "figures")
+    for section in sections:
+        pictures.save(section.strips, folder / "figures", section.name)
+    own = {n: f for section in sections for n, f in section.frames.items() if len(f[1])}
+    notes = _notes(a)
+    files = [*_FILES, *((f"{n}.csv, {n}.parquet", what) for n, (what, _) in own.items())]
+    text = page(a, sections, drawings, notes, files)
+    write_bytes(folder / "index.html", text.encode())
+    write_bytes(folder / "report.md", markdown(a, sections, notes).encode())
 
-    all_tables = _tables(data, metrics, main, loss, pairs, charged, fitted)
-    of_tasks = tasks.table(data, measured)
-    all_tables[:0] = [of_tasks] if of_tasks else []
-    if searched is not None:
-        all_tables.append(tuning.table(searched))
-    counts = count(data)
-    context: dict[str, Any] = {
-        "study": data,
-        "finding": text,
-        "counts": counts,
-        "tables": all_tables,
-        "strips": strips,
-        "rows": pictures.ROWS,
-        "provenance": tables.provenance(data),
-        "hidden_variants": len(variants) - MAX_VARIANTS,
-    }
-    sections = [_section(figure) for figure in drawn]
-    _write_page(folder, context | {"sections": sections})
-    _write_markdown(folder, context | {"figures": drawn})
-    _write_data(folder, data, fitted, pairs, charged, charged_runs)
-    _write_csv(folder / "tasks.csv", measured)
-    return ReportResult(index=folder / "index.html", finding=text, counts=counts)
+    frames = {name: frame for name, (_, frame) in own.items()}
+    frames |= {"results": export.results_frame(data), "cells": export.cells_frame(data)}
+    frames |= {"curves": data.curves}
+    for name, frame in frames.items():
+        export.write_frame(folder, name, frame)
+    export.write_json(folder / "fits.json", _numbers(a, sections))
+    return ReportResult(index=folder / "index.html", finding=" ".join(a.finding), counts=a.counts)
 
 
-def _drawn_variants(data: StudyData) -> list[str]:
-    """The settings of the extra axes that get figures: the first, and all with a grid to draw.
-
-    A few runs added at one grid point, for a comparison at equal FLOPs say, are in the tables.
-    """
-    if not len(data.grid):
-        return []
-    points = data.grid.drop_duplicates(["variant", "size", "data"])["variant"].value_counts()
-    names = list(dict.fromkeys(data.grid["variant"]))
-    return [name for name in names if name == names[0] or points[name] > 1]
+def _check(sections: list[Section]) -> None:
+    """Anchors and file names are unique, or one part would hide another."""
+    names = [section.name for section in sections]
+    names += [f.name for s in sections for f in s.figures if f.name != s.name]
+    names += [f"table-{t.name}" for s in sections for t in s.tables if f"table-{t.name}" != s.name]
+    assert len(names) == len({*names}), f"two parts of the report share a name: {sorted(names)}"
 
 
-def _inits(data: StudyData) -> list[str]:
-    return list(dict.fromkeys(data.grid["init"])) if len(data.grid) else []
+def _notes(a: Analysis) -> list[str]:
+    """What the reader must know of what the page leaves out."""
+    notes = []
+    hidden = contents.drawn_variants(a)[1]
+    if hidden:
+        notes.append(
+            f"{hidden} more settings of the study's extra axes have no figures here; they are in"
+            " the tables and in results.csv."
+        )
+    if len(a.data.curves) > export.MAX_CSV_ROWS:
+        notes.append(
+            f"curves.csv has every k-th of the {len(a.data.curves):,} logged rows, the ends of each"
+            f" curve among them, {export.MAX_CSV_ROWS:,} at most; curves.parquet has all."
+        )
+    return notes
 
 
-def _figures(
-    data: StudyData,
-    variant: str,
-    metrics: list[Metric],
-    main: Metric | None,
-    loss: Metric | None,
-    pairs: pd.DataFrame,
-    charged: pd.DataFrame,
-    charged_runs: pd.DataFrame,
-    fitted: list[laws.Law],
-) -> list[figures.Figure]:
-    transfers = [m for m in metrics if m.is_accuracy] or metrics
-    found: list[figures.Figure | None] = [figures.convergence(data, variant)]
-    found += [figures.transfer(data, transfers, variant, axis) for axis in ("params", "data")]
-    if main is not None:
-        if {gain.WITH, gain.WITHOUT} <= set(_inits(data)):
-            found.append(figures.gains(variant, main, loss, pairs, charged, charged_runs))
-        shown = [main, *([loss] if loss and loss.key != main.key else [])]
-        found.append(figures.power_laws(fitted, variant, shown))
-    if not variant:
-        return [f for f in found if f is not None]
-    suffix = figures.slug(variant)
-    return [
-        replace(f, name=f"{f.name}-{suffix}", title=f"{f.title}: {variant}")
-        for f in found
-        if f is not None
-    ]
-
-
-def _tables(
-    data: StudyData,
-    metrics: list[Metric],
-    main: Metric | None,
-    loss: Metric | None,
-    pairs: pd.DataFrame,
-    charged: pd.DataFrame,
-    fitted: list[laws.Law],
-) -> list[tables.Table]:
-    found: list[tables.Table | None] = []
-    if main is not None and {gain.WITH, gain.WITHOUT} <= set(_inits(data)):
-        multipliers = gain.data_multiplier(pairs, metrics)
-        found.append(tables.gains(main, loss, pairs, charged, multipliers))
-    if fitted:
-        found.append(tables.fits(fitted))
-    if len(data.cells):
-        found += [tables.results(data, metrics), tables.ablations(data, main), tables.cells(data)]
-    return [t for t in found if t is not None]
-
-
-def _section(figure: figures.Figure) -> _Section:
-    svgs = tuple(
-        panels.panel_svg(panel, f"{figure.name}-{i}") for i, panel in enumerate(figure.panels)
-    )
-    return _Section(
-        name=figure.name,
-        title=figure.title,
-        caption=figure.caption,
-        svgs=svgs,
-        inits=tuple((i, init_label(i), colour(i)) for i in figure.inits),
-    )
-
-
-# -- writing --------------------------------------------------------------------------------
-
-
-def _write_page(folder: Path, context: Mapping[str, Any]) -> None:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html.j2").render(context)
-    write_bytes(folder / "index.html", page.encode("utf-8"))
-
-
-def _write_markdown(folder: Path, context: Mapping[str, Any]) -> None:
-    data: StudyData = context["study"]
-    counts: Counts = context["counts"]
-    lines = [f"# {_md(data.name)}", ""]
-    if data.question:
-        lines += [f"*{_md(data.question.strip())}*", ""]
-    lines += [_md(context["finding"]), ""]
-    lines += [
-        f"Cells: {counts.expected} expected, {counts.done} done, {counts.failed} failed,"
-        f" {counts.diverged} diverged, {counts.missing} missing.",
-        "",
-    ]
-    for figure in context["figures"]:
-        lines += [
-            f"## {_md(figure.title)}",
-            "",
-            f"![{_md(figure.title)}](figures/{figure.name}.png)",
-        ]
-        lines += ["", _md(figure.caption), ""]
-    strips: list[pictures.Strip] = context["strips"]
-    if any(s.pixels is not None for s in strips):
-        lines += ["## Reconstructions", "", "![Reconstructions](figures/reconstructions.png)", ""]
-        lines += [f"Rows: {', '.join(context['rows'])}.", ""]
-    for table in context["tables"]:
-        lines += [f"## {_md(table.title)}", "", _md(table.note), "", _md_row(table.header)]
-        lines += [_md_row(["---"] * len(table.header)), *map(_md_row, table.rows), ""]
-    lines += ["## Provenance", ""]
-    lines += [f"- {_md(name)}: {_md(value)}" for name, value in context["provenance"]]
-    write_bytes(folder / "report.md", ("\n".join(lines) + "\n").encode("utf-8"))
-
-
-def _md(text: str) -> str:
-    """Text from files, harmless in Markdown: no HTML, no table breaks, no links."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    for char in ("|", "[", "]", "`", "*"):
-        escaped = escaped.replace(char, f"\\{char}")
-    return escaped
-
-
-def _md_row(row: Any) -> str:
-    return "| " + " | ".join(_md(cell) if cell != "---" else cell for cell in row) + " |"
-
-
-def _write_data(
-    folder: Path,
-    data: StudyData,
-    fitted: list[laws.Law],
-    pairs: pd.DataFrame,
-    charged: pd.DataFrame,
-    charged_runs: pd.DataFrame,
-) -> None:
-    hidden = [c for c in ("pair", "parent") if c in data.results]
-    _write_csv(folder / "results.csv", data.results.drop(columns=hidden))
-    _write_csv(folder / "curves.csv", data.curves)
-    report = {
+def _numbers(a: Analysis, sections: list[Section]) -> dict[str, object]:
+    found: dict[str, object] = {
         "schema": 1,
-        "study": data.name,
-        "fits": [law.to_json() for law in fitted],
-        "gains": pairs.to_dict("records"),
-        "gains_equal_flops_curves": charged.to_dict("records"),
-        "gains_equal_flops_runs": charged_runs.to_dict("records"),
+        "study": a.data.name,
+        "fits": [law.to_json() for law in a.laws],
+        "gains": a.pairs.to_dict("records"),
+        "gains_equal_flops_curves": a.charged.to_dict("records"),
+        "gains_equal_flops_runs": a.charged_runs.to_dict("records"),
     }
-    write_bytes(
-        folder / "fits.json",
-        (json.dumps(_plain(report), indent=1, allow_nan=False) + "\n").encode(),
-    )
-
-
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_bytes(path, frame.to_csv(index=False).encode("utf-8"))
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only; what is not a finite number becomes null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    for section in sections:
+        found |= section.numbers
+    return found

@@ -11,6 +11,11 @@ from harness.ledger.states import FAILED, read_state
 from harness.ledger.tree import StageFolder, Tree
 
 
+def clean(text: str) -> str:
+    """Text that every encoder takes: half a surrogate pair, legal in JSON, becomes a `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageFacts:
     """What the files of one stage say."""
@@ -63,8 +68,8 @@ def _read_stage(tree: Tree, stage_id: str, kind: str, notes: list[str]) -> Stage
         kind=kind,
         folder=folder,
         state=own.state,
-        reason=own.reason,
-        message=own.message,
+        reason=clean(str(own.reason)) if own.reason else None,
+        message=clean(str(own.message)) if own.message else None,
         result=own.result or {},
         attempts=len(folder.attempt_numbers()) or int((own.result or {}).get("attempts", 0)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,44 +11,88 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from harness.study.starting import label_of
 
 INK, MUTED, RULE, PAPER = "#1c2024", "#66707b", "#d8dee4", "#fefefe"
+PNG_DPI = 150
 
 # Okabe and Ito's set for colour-blind readers; marks differ too, for print in grey.
-INIT_COLOURS = {"random": "#d55e00", "mae": "#0072b2"}
-_MORE_COLOURS = ("#009e73", "#cc79a7", "#56b4e9")
+INIT_COLOURS = {"random": "#c65500", "mae": "#0072b2"}
 INIT_MARKS = {"random": "s", "mae": "o"}
 INIT_LABELS = {"random": "random init", "mae": "MAE init"}
+_ORDER = ("mae", "random")
+_MORE = (("#00795a", "D"), ("#a8457f", "^"), ("#6a51a3", "v"), ("#7a5c00", "P"), ("#4a6274", "X"))
+"""Colours and marks of further inits, in the order in which `introduce` meets them."""
 
-# In the page these colours follow the reader's light or dark setting.
-CSS_COLOURS = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    RULE: "var(--rule)",
-    PAPER: "var(--paper)",
-    INIT_COLOURS["random"]: "var(--random)",
-    INIT_COLOURS["mae"]: "var(--mae)",
+_GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖"}
+
+_others: dict[str, int] = {}
+
+# In the page these colours follow the reader's light or dark setting: name -> (light, dark).
+THEMED = {
+    "ink": (INK, "#e6eaee"),
+    "muted": (MUTED, "#9aa5b0"),
+    "rule": (RULE, "#343c45"),
+    "paper": (PAPER, "#14181c"),
+    "random": (INIT_COLOURS["random"], "#f08c3c"),
+    "mae": (INIT_COLOURS["mae"], "#56b4e9"),
+    **{
+        f"init{i}": (colour, dark)
+        for i, ((colour, _), dark) in enumerate(
+            zip(_MORE, ("#3fc59b", "#e58fc0", "#b3a0e8", "#d6b34a", "#9fb6c6"), strict=True)
+        )
+    },
 }
+CSS_COLOURS = {light: f"var(--{name})" for name, (light, _) in THEMED.items()}
 
 # Ends a hair off the inits' colours: those follow the theme, a scale must not change in part.
 GAIN_COLOURS = LinearSegmentedColormap.from_list(
-    "gain", ["#d45e00", "#f3c9a5", "#f5f5f4", "#a6cde4", "#0072b1"]
+    "gain", ["#c65501", "#f3c9a5", "#f5f5f4", "#a6cde4", "#0072b1"]
 )
+
+
+def introduce(inits: Iterable[str]) -> None:
+    """Gives each init of a study a colour and mark of its own, the same in all its figures.
+
+    Colours of all but random and MAE go by the order of the names; a sixth repeats the first.
+    """
+    _others.clear()
+    for init in sorted({*inits} - {*INIT_COLOURS}):
+        _others[init] = len(_others) % len(_MORE)
 
 
 def colour(init: str) -> str:
     """The colour of an init, the same everywhere."""
-    if init in INIT_COLOURS:
-        return INIT_COLOURS[init]
-    return _MORE_COLOURS[sum(map(ord, init)) % len(_MORE_COLOURS)]
+    return INIT_COLOURS.get(init) or _MORE[_others.get(init, 0)][0]
+
+
+def css_colour(init: str) -> str:
+    """The same, following the page's theme."""
+    return CSS_COLOURS[colour(init)]
 
 
 def mark(init: str) -> str:
     """The marker of an init."""
-    return INIT_MARKS.get(init, "D")
+    return INIT_MARKS.get(init) or _MORE[_others.get(init, 0)][1]
+
+
+def glyph(init: str) -> str:
+    """The marker as a character, for a legend in text."""
+    return _GLYPHS[mark(init)]
+
+
+def ordered(inits: Iterable[str]) -> tuple[str, ...]:
+    """Inits as legends and columns list them: MAE, random, then the others by name."""
+    found = {*inits}
+    return (*(i for i in _ORDER if i in found), *sorted(found - {*_ORDER}))
+
+
+def short_label(init: str) -> str:
+    """Name of an init at the end of a line."""
+    return "MAE" if init == "mae" else label_of(init)
 
 
 def init_label(init: str) -> str:
@@ -90,8 +134,7 @@ def settings() -> dict[str, Any]:
         "lines.solid_capstyle": "round",
         "hatch.color": MUTED,
         "hatch.linewidth": 0.7,
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 150,
+        "figure.dpi": 100,
     }
 
 
@@ -130,6 +173,25 @@ def log_x(ax: Axes, values: Sequence[float]) -> None:
         ax.set_xlim(found[0] / margin, found[-1] * margin)
 
 
+def log_x_span(ax: Axes, values: np.ndarray) -> None:
+    """Log x axis from the smallest to the largest value, round ticks that do not touch."""
+    ax.set_xscale("log")
+    low, high = float(values.min()), float(values.max())
+    if high <= low:
+        low, high = low / 1.5, high * 1.5
+    ax.set_xlim(low, high)
+    ticks = _log_ticks(low, high) or [
+        10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    ]
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or math.log(tick / kept[-1]) >= 0.11 * math.log(high / low):
+            kept.append(tick)
+    ax.xaxis.set_major_locator(FixedLocator(kept))
+    ax.xaxis.set_major_formatter(FixedFormatter([short(t) for t in kept]))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def log_y(ax: Axes, values: np.ndarray) -> None:
     """Log y axis with round ticks, also when it spans less than a decade."""
     ax.set_yscale("log")
@@ -141,16 +203,34 @@ def log_y(ax: Axes, values: np.ndarray) -> None:
         low, high = low * 0.97, high * 1.03
     margin = (high / low) ** 0.08
     low, high = low / margin, high * margin
-    if high / low < 12:
-        ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-        ticks = ticks[(ticks >= low) & (ticks <= high)]
-        ax.yaxis.set_major_locator(FixedLocator(list(ticks)))
+    ax.set_ylim(low, high)
+    ticks = _log_ticks(low, high)
+    if ticks:
+        ax.yaxis.set_major_locator(FixedLocator(ticks))
         ax.yaxis.set_major_formatter(FixedFormatter([f"{t:.4g}" for t in ticks]))
         ax.yaxis.set_minor_locator(NullLocator())
-    ax.set_ylim(low, high)
 
 
-def end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]], size: float = 9.5) -> None:
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Four to seven round numbers between the ends, evenly spread to the eye where they can be."""
+    if high / low > 1e4:
+        return []  # whole decades, which are matplotlib's own choice
+    decades = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [s * d for d in decades for s in steps if low <= s * d <= high]
+        if len(ticks) >= 4 and high / low > 2.5:
+            return ticks
+    for most in range(5, 10):
+        ticks = [
+            float(t) for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ]
+        ticks = [t for t in ticks if low <= t <= high]
+        if len(ticks) >= 4:
+            break
+    return ticks
+
+
+def end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]], size: float = 9.0) -> None:
     """Writes (y, text, colour) right of the axes, moved apart, a thin leader to each line's end."""
     low, high = (ax.transData.transform((1, y))[1] for y in ax.get_ylim())
     shown = [
@@ -160,30 +240,14 @@ def end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]], size: float =
     ]
     shown.sort(key=lambda item: item[0])
     assert ax.figure is not None
-    step = 1.2 * size * ax.figure.dpi / 72 / (ax.get_window_extent().height or 1.0)
+    step = 1.25 * size * ax.figure.dpi / 72 / (ax.get_window_extent().height or 1.0)
     heights = _spread([y for y, _, _ in shown], step)
+    across = ax.transAxes
     for (y, text, tone), at in zip(shown, heights, strict=True):
-        ax.annotate(
-            text,
-            xy=(1.0, y),
-            xytext=(1.055, at),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=tone,
-            fontsize=size,
-            va="center",
-            ha="left",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": tone,
-                "lw": 0.7,
-                "alpha": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
-        )
+        # An artist and not a plotted line, which would stretch the axes.
+        ends = ((1.0, 1.045), (y, at))
+        ax.add_artist(Line2D(*ends, color=tone, lw=0.7, alpha=0.6, transform=across, clip_on=False))
+        ax.text(1.055, at, text, color=tone, fontsize=size, va="center", transform=across)
 
 
 def _spread(wanted: list[float], step: float) -> list[float]:

@@ -1,12 +1,10 @@
-"""The tables of a report, as rows of text: cells, results, gains, fits, ablations, provenance."""
+"""The tables of a report, as rows of text: cells, results, gains, fits, ablations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,11 +14,18 @@ from analysis.fit import DELTA
 from analysis.laws import AXIS_LABELS, Law
 from analysis.load import StudyData, axis_label
 from analysis.metrics import Metric
-from harness.errors import UserError
-from harness.ledger.files import read_json
 from harness.units import format_seconds, format_si
 
 NONE = "–"  # noqa: RUF001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Cells, by id, that the numbers of a row come from."""
+
+    cells: tuple[str, ...]
+    label: str = ""
+    """Which of the row's numbers, or why these cells are not used; empty: all numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,14 @@ class Table:
     wide: frozenset[int] = frozenset()
     """Columns of running text, which may break lines."""
     state_column: int | None = None
+    sources: tuple[tuple[Source, ...], ...] = ()
+    """A row's cells, which the page links to; empty for a table that rests on none."""
+    cells: tuple[str, ...] = ()
+    """Only of the table of cells: the cell that each row is."""
+    folders: tuple[tuple[str, ...], ...] = ()
+    """Only of the table of cells: folders of its stages, relative to the run root."""
+    file: str = ""
+    """The file beside the page that has all rows; a long table is cut on the page."""
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -43,9 +56,9 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def cells(study: StudyData) -> Table:
-    """Every cell with its state and cost."""
+    """Every cell with its state, its cost and the folders of its stages."""
     rows = []
-    for _, c in study.cells.iterrows():
+    for c in study.cells.to_dict("records"):
         rows.append(
             (
                 str(c["name"]),
@@ -65,7 +78,7 @@ def cells(study: StudyData) -> Table:
         name="cells",
         title="Every cell",
         note="FLOPs and time of all stages of the cell; an MAE stage that several cells share is"
-        " counted in full in each.",
+        " counted in full in each. Folders are relative to the run root.",
         header=(
             *("cell", "state", "params", "images", "init", "seed"),
             *("FLOPs", "of it MAE", "time", "attempts", "why"),
@@ -74,6 +87,17 @@ def cells(study: StudyData) -> Table:
         numeric=frozenset({2, 3, 5, 6, 7, 8, 9}),
         wide=frozenset({10}),
         state_column=1,
+        cells=tuple(map(str, study.cells["cell"])),
+        folders=tuple(folders(study, own) for own in study.cells["stages"]),
+        file="cells.csv",
+    )
+
+
+def folders(study: StudyData, stages: Mapping[str, str]) -> tuple[str, ...]:
+    """Folders of a cell's stages, relative to the run root."""
+    return tuple(
+        study.stages[stage].folder.path.relative_to(study.root).as_posix()
+        for stage in stages.values()
     )
 
 
@@ -100,10 +124,13 @@ def results(study: StudyData, metrics: list[Metric]) -> Table:
         header=("cell", *(m.label for m in metrics)),
         rows=body,
         numeric=frozenset(range(1, len(metrics) + 1)),
+        sources=tuple((Source(cells=(str(cell),)),) for cell in study.cells["cell"]),
+        file="results.csv",
     )
 
 
 def gains(
+    study: StudyData,
     metric: Metric,
     loss: Metric | None,
     pairs: pd.DataFrame,
@@ -123,6 +150,7 @@ def gains(
     extra.append(("FLOPs to random's loss", _spans(ratios, "ratio", 2, "x", signed=False)))
     extra.append(("worth in images", _spans(worth, "multiplier", 2, "x", signed=False)))
     digits = 1 if metric.is_accuracy else 3
+    grid = study.grid
     rows = []
     for key, row in own.items():
         where = f"{row['size']}, {axis_label(int(row['data']))}"
@@ -141,7 +169,26 @@ def gains(
         rows=tuple(rows),
         numeric=frozenset({1}),
         wide=frozenset(range(2, len(header))),
+        sources=tuple(_behind_gain(grid, key) for key in own),
+        file="gains.csv",
     )
+
+
+def _behind_gain(grid: pd.DataFrame, key: tuple[object, ...]) -> tuple[Source, ...]:
+    """Cells of the grid point by init; and random's arm, which `worth in images` interpolates."""
+    about = dict(zip(gain.POINT, key, strict=True))
+    arm = grid[(grid["variant"] == about["variant"]) & (grid["params"] == about["params"])]
+    point = arm[arm["data"] == about["data"]]
+    found = [
+        Source(
+            cells=tuple(map(str, point.loc[point["init"] == init, "cell"])),
+            label=style.init_label(init),
+        )
+        for init in (gain.WITH, gain.WITHOUT)
+    ]
+    rest = arm[(arm["init"] == gain.WITHOUT) & (arm["data"] != about["data"])]
+    found.append(Source(cells=tuple(map(str, rest["cell"])), label="worth in images, also"))
+    return tuple(source for source in found if source.cells)
 
 
 def _spans(
@@ -216,13 +263,19 @@ def fits(laws: Sequence[Law]) -> Table:
         numeric=frozenset({7}),
         wide=frozenset({0, 1, 8, 9, 10}),
         state_column=3,
+        sources=tuple(map(behind_fit, laws)),
+        file="fits.json",
     )
 
 
-def _from_here(path: Path) -> str:
-    """Relative where it can be: a report is passed on, the folders of one machine are not."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def behind_fit(law: Law) -> tuple[Source, ...]:
+    """The cells that a fit used, and those it dropped by reason."""
+    found = [Source(cells=tuple(dict.fromkeys(law.cells)), label="used")]
+    reasons: dict[str, list[str]] = {}
+    for cell, reason in law.dropped:
+        reasons.setdefault(reason, []).append(cell)
+    found += [Source(cells=tuple(c), label=f"dropped, {why}") for why, c in reasons.items()]
+    return tuple(source for source in found if source.cells)
 
 
 def _with_interval(law: Law, name: str) -> str:
@@ -244,13 +297,16 @@ def ablations(study: StudyData, metric: Metric | None) -> Table | None:
     if metric is not None:
         value = metric.rows(study.results).drop_duplicates("cell").set_index("cell")["value"]
     names = study.cells.set_index("cell")["name"]
-    rows = []
+    rows, sources = [], []
     for _, c in found.iterrows():
         own, other = (float(value.get(k, np.nan)) for k in (c["cell"], c["parent"]))
         change = "; ".join(f"{k} = {v}" for k, v in c["set"].items())
         parent = str(names.get(c["parent"], c["parent"]))
         numbers = (_number(own), _number(other), _number(own - other, 3))
         rows.append((str(c["name"]), parent, change, str(c["state"]), *numbers))
+        both = (Source(cells=(str(c["cell"]),), label="this"),)
+        both += (Source(cells=(str(c["parent"]),), label="changed from"),)
+        sources.append(both)
     label = metric.label if metric else "metric"
     return Table(
         name="ablations",
@@ -261,50 +317,6 @@ def ablations(study: StudyData, metric: Metric | None) -> Table | None:
         numeric=frozenset({4, 5, 6}),
         wide=frozenset({2}),
         state_column=3,
+        sources=tuple(sources),
+        file="results.csv",
     )
-
-
-def provenance(study: StudyData) -> list[tuple[str, str]]:
-    """Where the numbers come from, as name and value."""
-    versions: dict[str, set[str]] = {}
-    code: set[str] = set()
-    hosts: set[str] = set()
-    devices: set[str] = set()
-    attempts = done = 0
-    seconds = 0.0
-    for stage in study.stages.values():
-        attempts += stage.attempts
-        done += stage.state == "done"
-        version = stage.result.get("harness_version")
-        if version:
-            versions.setdefault("harness", set()).add(str(version))
-        if stage.result.get("device"):
-            devices.add(str(stage.result["device"]))
-        seconds += float(stage.result.get("wall_s", {}).get("total", 0.0))
-        for number in stage.folder.attempt_numbers():
-            about = _read(stage.folder.attempt(number) / "attempt.json")
-            hosts |= {str(about["host"])} if about.get("host") else set()
-            for name, text in (about.get("versions") or {}).items():
-                versions.setdefault(str(name), set()).add(str(text))
-            git = _read(stage.folder.attempt(number) / "git.json")
-            if git.get("sha"):
-                code.add(str(git["sha"])[:12] + (" with changes" if git.get("dirty") else ""))
-    dataset = study.resolved.get("dataset", {})
-    entries = [
-        ("run root", _from_here(study.root)),
-        ("dataset", f"{dataset.get('name', NONE)}, {dataset.get('fingerprint', 'no fingerprint')}"),
-        ("stages", f"{done} of {len(study.stages)} done, {attempts} attempts"),
-        ("process time", format_seconds(seconds) if seconds else NONE),
-        *((f"{name} version", ", ".join(sorted(versions[name]))) for name in sorted(versions)),
-        ("code", ", ".join(sorted(code)) or NONE),
-        ("device", ", ".join(sorted(devices)) or NONE),
-        ("hosts", ", ".join(sorted(hosts)) or NONE),
-    ]
-    return entries + [("while reading", text) for text in study.notes]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) or {}
-    except UserError:
-        return {}

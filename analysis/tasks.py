@@ -15,12 +15,12 @@ from analysis.gain import WITH, WITHOUT
 from analysis.load import StudyData, axis_label
 from analysis.metrics import Metric
 from analysis.panels import Figure, Panel
-from analysis.tables import NONE, Table
+from analysis.tables import NONE, Source, Table
 
 DIFFERENCE = "difference"
 COLUMNS = [
     *("metric", "label", "task", "kind", "size", "data", "init", "seeds", "state"),
-    *("value", "low", "high", "samples"),
+    *("value", "low", "high", "samples", "cells"),
 ]
 
 
@@ -74,7 +74,8 @@ def _row(
     first = rows.iloc[0]
     where = {"size": first["size"], "data": first["data"], "init": init, "seeds": seeds}
     numbers = {"value": found.value, "low": found.low, "high": found.high}
-    return {**about, **where, "state": state, **numbers, "samples": found.samples}
+    cells = ";".join(map(str, rows["cell"]))
+    return {**about, **where, "state": state, **numbers, "samples": found.samples, "cells": cells}
 
 
 def _own(study: StudyData, metric: Metric, rows: pd.DataFrame) -> Interval:
@@ -110,9 +111,9 @@ def table(study: StudyData, measured: pd.DataFrame) -> Table | None:
     """Tasks x inits, in percent."""
     if not len(measured):
         return None
-    inits = [i for i in dict.fromkeys(measured["init"]) if i != DIFFERENCE]
+    inits = style.ordered(i for i in measured["init"] if i != DIFFERENCE)
     with_difference = DIFFERENCE in set(measured["init"])
-    rows = []
+    rows, sources = [], []
     for label, group in measured.groupby("label", sort=False):
         by_init = {str(row["init"]): row for _, row in group.iterrows()}
         cells = [_text(by_init[i]) if i in by_init else NONE for i in inits]
@@ -120,6 +121,8 @@ def table(study: StudyData, measured: pd.DataFrame) -> Table | None:
             cells.append(_text(by_init[DIFFERENCE], signed=True) if DIFFERENCE in by_init else NONE)
         samples = int(group["samples"].max())
         rows.append((str(label), *cells, f"{samples:,}" if samples else NONE))
+        behind = {i: tuple(str(by_init[i]["cells"]).split(";")) for i in inits if i in by_init}
+        sources.append(tuple(Source(cells=c, label=style.init_label(i)) for i, c in behind.items()))
     first = measured.iloc[0]
     seeds = int(measured["seeds"].max())
     header = ["task", *(style.init_label(i) for i in inits)]
@@ -134,6 +137,8 @@ def table(study: StudyData, measured: pd.DataFrame) -> Table | None:
         header=(*header, "samples"),
         rows=tuple(rows),
         numeric=frozenset(range(1, len(header) + 1)),
+        sources=tuple(sources),
+        file="tasks.csv",
     )
 
 
@@ -154,14 +159,14 @@ def figure(measured: pd.DataFrame) -> Figure | None:
     if len(labels) < 2:
         return None
     own, pairs = good[good["init"] != DIFFERENCE], good[good["init"] == DIFFERENCE]
-    inits = tuple(dict.fromkeys(own["init"]))
+    inits = style.ordered(own["init"])
     height = 1.1 + 0.34 * len(labels)
     panels = [
         Panel(
             title="Accuracy, recall or average precision",
             alt="; ".join(f"{r['label']}, {r['init']}: {_text(r)}" for _, r in own.iterrows()),
             draw=lambda ax: _dots(ax, own, labels, inits),
-            width=6.2,
+            width=4.8,
             height=height,
         )
     ]
@@ -171,7 +176,7 @@ def figure(measured: pd.DataFrame) -> Figure | None:
                 title="MAE minus random, paired",
                 alt="; ".join(f"{r['label']}: {_text(r, True)}" for _, r in pairs.iterrows()),
                 draw=lambda ax: _differences(ax, pairs, labels),
-                width=6.2,
+                width=4.8,
                 height=height,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -49,7 +50,8 @@ def test_whole_report_of_a_study_with_holes(tmp_path: Path) -> None:
     result, page = report(tmp_path, spec)
     folder = result.index.parent
     assert folder == tmp_path / "out" / "made"
-    assert result.finding in page.replace("&#39;", "'")
+    text = html.unescape(re.sub(r"<[^>]*>", "", page))
+    assert all(sentence + "." in text for sentence in result.finding.rstrip(".").split(". ")[:2])
     assert result.counts.done == 56
 
     names = {p.name for p in (folder / "figures").iterdir()}
@@ -68,8 +70,9 @@ def test_whole_report_of_a_study_with_holes(tmp_path: Path) -> None:
     assert all("alt" in a for t, a in parsed.tags if t == "img")
     assert all(a.get("aria-label") for t, a in parsed.tags if t == "svg")
 
-    for name in load(tmp_path / "runs", "made").cells["name"]:
-        assert page.count(f"<td>{name}</td>") == 2  # results and cells
+    for cell, name in load(tmp_path / "runs", "made").cells[["cell", "name"]].to_numpy():
+        assert f'<a href="#cell-{cell}">{name}</a>' in page  # results
+        assert page.count(f'<tr id="cell-{cell}"><th scope="row">{name}') == 1
     assert "wsp diverged: as the test wants" in page
 
     results = pd.read_csv(folder / "results.csv")
@@ -150,14 +153,16 @@ def test_text_from_files_is_text(tmp_path: Path) -> None:
     stage = rows[0]["stages"]["probe"]
     write_json(
         tmp_path / "runs" / "stages" / "linear_probe" / stage / "status.json",
-        {"schema": 1, "state": "failed", "reason": evil, "message": evil},
+        {"schema": 1, "state": "failed", "reason": evil, "message": f"\ud800{evil}"},
     )
     index = build(tmp_path / "runs", "made", tmp_path / "out").index
     page = Page(index.read_text(encoding="utf-8"))
     assert {t for t, _ in page.tags}.isdisjoint({"script", "iframe", "object", "link"})
     assert not [n for _, a in page.tags for n in a if n.startswith("on")]
     markdown = (index.parent / "report.md").read_text(encoding="utf-8")
+    markdown, _, listing = markdown.partition("\n```\n")
     assert "<" not in markdown.replace("&lt;", "")
+    assert listing == f"</pre>{evil}\n```\n"
     assert not re.search(r"(?<!\\)\]\(javascript", markdown)
     assert all(re.fullmatch(r"[a-z0-9.-]+", p.name) for p in (index.parent / "figures").iterdir())
 
@@ -191,7 +196,8 @@ def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
     folders = [tmp_path / "stages" / "mae" / s for s in dict.fromkeys(stages)]
     (folders[0] / "reconstructions.npz").write_bytes(b"PK not a zip")
     (folders[1] / "reconstructions.npz").unlink()
-    strips = pictures.strips(load(tmp_path, "made"))
+    strips, hidden = pictures.strips(load(tmp_path, "made"))
+    assert hidden == 0
     assert [s.pixels is None for s in strips] == [True, True]
     assert "cannot be read" in strips[0].problem
     assert strips[1].problem == "no reconstructions.npz"
@@ -199,7 +205,7 @@ def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
 
 def test_strip_holds_the_pictures_in_order(tmp_path: Path) -> None:
     write_tree(tmp_path, Spec(sizes=["xs"], data=[1_000], seeds=[0], tasks=()))
-    strip = pictures.strips(load(tmp_path, "made"))[0]
+    strip = pictures.strips(load(tmp_path, "made"))[0][0]
     with np.load(next(tmp_path.glob("stages/mae/*/reconstructions.npz"))) as arrays:
         for row, name in enumerate(("masked", "reconstructed", "original")):
             assert strip.pixels is not None
