@@ -154,10 +154,11 @@ def test_figures_draw_and_say_what_they_show(
     ]
     for figure in found:
         assert isinstance(figure, Figure)
-        for path in save(figure, render(figure), tmp_path):
+        drawings = render(figure)
+        for path in save(figure, drawings, tmp_path):
             assert path.stat().st_size > 5000
-        for panel in figure.panels:
-            svg = panel_svg(panel, "p")
+        for drawing in drawings:
+            svg = panel_svg(drawing, "p")
             assert svg.startswith("<svg") and "$" not in svg
     assert found[0] is not None and found[2] is not None
     assert "C 6e+18: N*" in found[0].panels[0].alt
@@ -190,5 +191,7 @@ def test_a_wide_loss_axis_has_numbers_and_no_source_of_formulas() -> None:
 def test_same_figure_same_bytes(fits: dict[str, OptimumFit | Frontier], tmp_path: Path) -> None:
     one, two = frontiers(fits), frontiers(fits)
     assert one is not None and two is not None
-    texts = [save(f, render(f), tmp_path / str(i))[0].read_bytes() for i, f in enumerate((one, two))]
+    texts = [
+        save(f, render(f), tmp_path / str(i))[0].read_bytes() for i, f in enumerate((one, two))
+    ]
     assert texts[0] == texts[1]

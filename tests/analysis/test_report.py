@@ -55,7 +55,15 @@ def test_whole_report_of_a_study_with_holes(tmp_path: Path) -> None:
     assert result.counts.done == 56
 
     names = {p.name for p in (folder / "figures").iterdir()}
-    wanted = ["convergence", "transfer-params", "transfer-data", "gain", "power-laws", "tasks", "task-laws"]
+    wanted = [
+        "convergence",
+        "transfer-params",
+        "transfer-data",
+        "gain",
+        "power-laws",
+        "tasks",
+        "task-laws",
+    ]
     assert {f"{n}.{e}" for n in [*wanted, "reconstructions"] for e in ("svg", "png")} == names
     for svg in (folder / "figures").glob("*.svg"):
         ElementTree.parse(svg)

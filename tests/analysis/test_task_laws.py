@@ -205,7 +205,7 @@ def test_a_study_has_a_law_per_metric_and_init(make: Make) -> None:
     assert all(len(row) == len(shown.header) for row in shown.rows)
     drawn = task_laws.figure(laws)
     assert drawn is not None and len(drawn.panels) == 1
-    assert "<svg" in panels.panel_svg(drawn.panels[0], "p")
+    assert "<svg" in panels.panel_svg(panels.render(drawn)[0], "p")
 
 
 @pytest.mark.slow
