@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from scipy.optimize import minimize
 
 from analysis import resample
@@ -108,8 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     found = {
         "schema": 1,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "numpy": np.__version__,
+        "machine": machine("numpy", "scipy"),
         **measure(args.draws, args.timed),
     }
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
