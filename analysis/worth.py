@@ -33,6 +33,8 @@ CHANGES = {
 """What an initialization may change, in words. A changed B is a constant multiple of data:
 B / D^beta = B0 / (k D)^beta with k = (B0 / B)^(1 / beta)."""
 _LEVEL = 0.05
+_PARTS = 60
+"""Pairs are left out one at a time up to so many, then in so many parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class Change:
     p_against_all: float
     """F test: chance of so much worse a fit than with all parameters changed, if these suffice."""
     cv_log_rmse: float
-    """Root mean square of log residuals of pairs left out one at a time."""
+    """Root mean square of log residuals of pairs that were left out of the fit."""
     values: dict[str, float]
     """Changes: ln of the ratio MAE over random for E, A, B; difference for exponents."""
     ci95: dict[str, tuple[float, float]]
@@ -213,9 +215,10 @@ class _Data:
         return problem.form.value(theta[None], self.u_IP)[0] - problem.ln_y_P
 
     def left_out(self, changes: tuple[str, ...], theta: Array, delta: float) -> float:
-        """Root mean square log error of pairs that the fit did not see, one pair at a time."""
+        """Root mean square log error of pairs that the fit did not see, `_PARTS` at most."""
         problem = self.problem(changes, delta)
         unit_P, _ = resample.units(len(self.y), self.pairs)
+        unit_P = unit_P % _PARTS
         weight = (unit_P[None] != np.arange(unit_P.max() + 1)[:, None]).astype(float)
         begin = np.repeat(theta[None], len(weight), axis=0)
         found = minimise(problem, begin, weight, reweighted=10, newton=60)
