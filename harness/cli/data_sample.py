@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated
 
 import typer
@@ -29,7 +28,7 @@ def sample(
     ] = None,
     resample: Annotated[
         float | None,
-        typer.Option(min=1, max=1000, help="Samples per image of an epoch, as in stages.wsp."),
+        typer.Option(help="Samples per image of an epoch, 1 to 1000, as in stages.wsp."),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to read with; changes nothing.")] = 1,
     workers: Annotated[
@@ -48,8 +47,8 @@ def sample(
     from harness.data.dataset import open_dataset
     from harness.data.loader import sample_rows
 
-    if resample is not None and math.isnan(resample):
-        raise UserError("--resample nan: expected 1 to 1000")
+    if resample is not None and not 1 <= resample <= 1000:  # nan is neither
+        raise UserError(f"--resample {resample:g}: expected 1 to 1000")
     data = open_dataset(dataset, shared.tree(root).root)
     opened = data.split(split or data.meta.split_for("pretrain"))
     stream = opened.stream(subset or opened.num_samples, seed, resample)

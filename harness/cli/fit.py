@@ -96,9 +96,7 @@ def fit(
 
     Example:
 
-      harness fit runs.csv --law chinchilla --n params --d images --loss loss --run run_id
-
-      harness fit runs.csv --law power_irreducible --x params --y error --out error.json
+      harness fit runs.csv --law chinchilla --n N --d D --loss loss
     """
     # pandas is slow to import; the other verbs must not wait for it
     from analysis.fit_file import Question, answer, write

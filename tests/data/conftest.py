@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.data.dataset import Dataset, open_dataset
-from harness.study import scenes_spec
+from harness.study import builtin, scenes_spec
 
 
 @contextmanager
@@ -21,7 +21,9 @@ def few_images() -> Iterator[None]:
             "counts",
             lambda n=None: {"pretrain": n or 64_000, "val": 100, "train": 120, "test": 80},
         )
+        builtin.builtin.cache_clear()
         yield
+    builtin.builtin.cache_clear()  # or the small counts would be other rooms' too
 
 
 @pytest.fixture(scope="module", autouse=True)
