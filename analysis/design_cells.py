@@ -25,6 +25,7 @@ from harness.ledger.states import measured_speeds, read_state
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.cost import Speeds
+from harness.study.expand import matches
 from harness.study.schema import LoadedStudy, Study, load_study
 from harness.study.sizes import SIZES
 from harness.study.stages import StageFile
@@ -238,14 +239,26 @@ def _raw(loaded: LoadedStudy, cells: Sequence[Mapping[str, Any]], name: str) -> 
     raw["axes"] = {k: [v] for k, v in rows[0].items()}
     if rows[1:]:
         raw["include"] = rows[1:]
-    known = {*raw["axes"], *defaults, "size", "data", "init", "seed", *_IMPLIED}
-    # Rules for axes that only other cells had would match nothing, and be refused.
-    raw["overrides"] = [r for r in raw.get("overrides") or [] if r.get("match", {}).keys() <= known]
+    # Rules for what only other cells had would match nothing, and be refused.
+    raw["overrides"] = [r for r in raw.get("overrides") or [] if _serves(r, defaults, cells)]
     resources = raw.get("resources") or []
     if isinstance(resources, dict):
         resources = [{"set": resources}]
-    raw["resources"] = [r for r in resources if r.get("match", {}).keys() <= {*known, "stage"}]
+    raw["resources"] = [r for r in resources if _serves(r, defaults, cells)]
     return {k: v for k, v in raw.items() if v not in ([], {})}
+
+
+def _serves(
+    rule: Mapping[str, Any], defaults: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether a rule matches one of the cells, and a stage that it has."""
+    match = dict(rule.get("match") or {})
+    stages = match.pop("stage", None)
+    only_mae = stages in ("mae", ["mae"])
+    return any(
+        matches(match, {**defaults, **cell}) and not (only_mae and cell["init"] != "mae")
+        for cell in cells
+    )
 
 
 _IMPLIED = ("dataset", "image_size", "patch")
