@@ -47,10 +47,11 @@ class Transfers:
             field = f"stages.transfer.{task}.train_images"
             meta.check_count("train", vars(recipe).get("train_images"), field)
         most = max(vars(recipe).get("shots", ()), default=0)
-        if most > 1 and most * outputs > train:
+        # At most K of a class: a class may have fewer, but not every class.
+        if most > 1 and most > train:
             raise UserError(
-                f"stages.transfer.{task}.shots {most}: {outputs} classes need"
-                f" {format_count(most * outputs)} labelled images; there are {format_count(train)}"
+                f"stages.transfer.{task}.shots {most}: there are {format_count(train)} labelled"
+                f" images of {outputs} classes; use at most that"
             )
         reads_encoder = True
         if isinstance(recipe, OfTask):
