@@ -74,7 +74,7 @@ def test_the_first_rank_of_another_host_tells_its_environment(
     for name, value in {"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(worker, "_call", lambda *_: None)
+    monkeypatch.setattr(worker, "call", lambda *_: None)
     assert run(folder, 2) == EXIT_OK
     found = read_json(folder.attempt(2) / "env.rank8.json") or {}
     assert (found["by"], found["env"]["CUDA_VISIBLE_DEVICES"]) == ("worker", "3,5")
