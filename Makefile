@@ -20,10 +20,13 @@ study: install
 	$(BIN)/harness grid grids/scale_study.yaml --submit
 	$(BIN)/harness report scale_study --out reports/
 
-# Fast tests first, so that a mistake shows early.
+# Fast tests first, so that a mistake shows early. JOBS tests at a time, of one thread and about
+# 2 GB each.
+JOBS ?= 2
+BESIDE := -n $(JOBS) --dist worksteal
 test: install
-	$(BIN)/python -m pytest -m "not slow and not long and not gpu and not slurm and not browser and not system"
-	$(BIN)/python -m pytest -m "slow and not long and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not long and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest $(BESIDE) -m "slow and not long and not gpu and not slurm and not browser and not system"
 
 # Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces.
 test-long: install

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+# Tests side by side share the cores, and so do the processes that they start. Before torch comes.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SMALL = """\
 name: small
 axes:
@@ -35,7 +39,12 @@ Harness = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests may take long: minutes on idle cores are many more where cores are shared."""
+    """Long tests may take long: minutes on idle cores are many more where cores are shared.
+
+    Tests that need the trained encoder come first: workers side by side begin with one half of the
+    tests each and take from the ends of the others', so that only one of them trains it.
+    """
+    items.sort(key=lambda item: "trained_encoder" not in getattr(item, "fixturenames", ()))
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(1800))
