@@ -40,14 +40,14 @@ Harness = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests may take long: minutes on idle cores are many more where cores are shared.
+    """Long tests may take long, and real clusters: minutes on idle cores are many more where cores are shared.
 
     Tests that need the trained encoder come first: workers side by side begin with one half of the
     tests each and take from the ends of the others', so that only one of them trains it.
     """
     items.sort(key=lambda item: "trained_encoder" not in getattr(item, "fixturenames", ()))
     for item in items:
-        if item.get_closest_marker("long"):
+        if any(item.get_closest_marker(name) for name in ("long", "slurm", "system")):
             item.add_marker(pytest.mark.timeout(1800))
 
 
