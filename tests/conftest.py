@@ -40,7 +40,7 @@ Harness = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests may take long, and real clusters: minutes on idle cores are many more where cores are shared.
+    """Long tests and real clusters may take long: minutes are many more where cores are shared.
 
     Tests that need the trained encoder come first: workers side by side begin with one half of the
     tests each and take from the ends of the others', so that only one of them trains it.

@@ -78,7 +78,7 @@ def test_a_more_important_job_takes_the_node_and_gives_it_back(site: Site) -> No
 
 def test_scancel_ends_the_stage_until_the_study_is_submitted_again(site: Site) -> None:
     site.without_training()
-    file = site.study(steps=900)
+    file = site.study(steps=400)
     site.submit(file)
     job = site.wait_training()
     site.cluster.command("scancel", job, check=True)
@@ -107,7 +107,7 @@ def test_a_time_limit_is_only_a_pause(site: Site) -> None:
 
 def test_a_lost_node_is_avoided_by_the_next_try(site: Site) -> None:
     site.without_training()
-    site.submit(site.study(steps=2500))
+    site.submit(site.study(steps=400))
     job = site.wait_training()
     node = site.cluster.command("squeue", "--job", job, "--noheader", "--format", "%N").strip()
     site.cluster.kill_node(node)
