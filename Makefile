@@ -30,9 +30,10 @@ test: install
 
 # Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces.
 test-long: install
-	$(BIN)/python -m pytest -m "long and not gpu and not slurm and not system" --durations=5
+	$(BIN)/python -m pytest $(BESIDE) -m "long and not gpu and not slurm and not system" --durations=5
 
-# Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd.
+# Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd, a
+# Slurm. One at a time: there is one cluster.
 test-system: install
 	$(BIN)/python -m pytest -m "(browser or system or slurm) and not gpu" -rs --durations=5
 
