@@ -28,9 +28,10 @@ test: install
 	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not long and not gpu and not slurm and not browser and not system"
 	$(BIN)/python -m pytest $(BESIDE) -m "slow and not long and not gpu and not slurm and not browser and not system"
 
-# Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces.
+# Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces. File by
+# file: what the tests of a file share takes minutes, too.
 test-long: install
-	$(BIN)/python -m pytest $(BESIDE) -m "long and not gpu and not slurm and not system" --durations=5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "long and not gpu and not slurm and not system" --durations=5
 
 # Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd, a
 # Slurm. One at a time: there is one cluster.
