@@ -20,16 +20,21 @@ study: install
 	$(BIN)/harness grid grids/scale_study.yaml --submit
 	$(BIN)/harness report scale_study --out reports/
 
-# Fast tests first, so that a mistake shows early.
+# Fast tests first, so that a mistake shows early. JOBS tests at a time, of one thread and about
+# 2 GB each.
+JOBS ?= 2
+BESIDE := -n $(JOBS) --dist worksteal
 test: install
-	$(BIN)/python -m pytest -m "not slow and not long and not gpu and not slurm and not browser and not system"
-	$(BIN)/python -m pytest -m "slow and not long and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not long and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest $(BESIDE) -m "slow and not long and not gpu and not slurm and not browser and not system"
 
-# Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces.
+# Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces. File by
+# file: what the tests of a file share takes minutes, too.
 test-long: install
-	$(BIN)/python -m pytest -m "long and not gpu and not slurm and not system" --durations=5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "long and not gpu and not slurm and not system" --durations=5
 
-# Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd.
+# Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd, a
+# Slurm. One at a time: there is one cluster.
 test-system: install
 	$(BIN)/python -m pytest -m "(browser or system or slurm) and not gpu" -rs --durations=5
 

@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+# Tests side by side share the cores, and so do the processes that they start. Before torch comes.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = """\
 name: small
@@ -35,9 +40,14 @@ Harness = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests may take long: minutes on idle cores are many more where cores are shared."""
+    """Long tests and real clusters may take long: minutes are many more where cores are shared.
+
+    Tests that need the trained encoder come first: workers side by side begin with one half of the
+    tests each and take from the ends of the others', so that only one of them trains it.
+    """
+    items.sort(key=lambda item: "trained_encoder" not in getattr(item, "fixturenames", ()))
     for item in items:
-        if item.get_closest_marker("long"):
+        if any(item.get_closest_marker(name) for name in ("long", "slurm", "system")):
             item.add_marker(pytest.mark.timeout(1800))
 
 
@@ -59,6 +69,11 @@ def study_file(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
+def surroundings(folder: Path) -> dict[str, str]:
+    """What commands find in their environment: a run root of their own, no GPU."""
+    return {"HARNESS_ROOT": str(folder / "runs"), "HARNESS_DEVICE": "cpu", "NO_COLOR": "1"}
+
+
 @pytest.fixture
 def harness(tmp_path: Path) -> Harness:
     """Runs the command line as a user does: another process, its own run root."""
@@ -74,18 +89,33 @@ def harness(tmp_path: Path) -> Harness:
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={
-                **os.environ,
-                "HARNESS_ROOT": str(tmp_path / "runs"),
-                "HARNESS_DEVICE": "cpu",
-                "NO_COLOR": "1",
-                **(env or {}),
-            },
+            env={**os.environ, **surroundings(tmp_path), **(env or {})},
             check=False,
             **options,  # type: ignore[arg-type]
         )
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """The same in this process, for what a command says: a process takes a second to start."""
+    from harness.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in surroundings(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+        words = [str(a) for a in arguments]
+        done = CliRunner().invoke(app, words, prog_name="harness")
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception  # a process would print a traceback
+        if check is not None:
+            assert done.exit_code == check, f"{done.exit_code}\n{done.stdout}\n{done.stderr}"
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
     return run

@@ -121,6 +121,8 @@ def overlap(
 
       harness data overlap data/photos data/imagenet --out overlap.csv --sheet overlap.png
     """
+    if sheet is not None:
+        _expect_png(sheet)
     # numpy and Pillow are slow to import; the other verbs must not wait for them
     from harness.data import overlap as overlaps
     from harness.data.dataset import open_dataset
@@ -210,6 +212,7 @@ def show(
 
       harness data show data/digits --out sheet.png --count 36
     """
+    _expect_png(out)
     # numpy and Pillow are slow to import; the other verbs must not wait for them
     from harness.data.dataset import open_dataset
     from harness.data.sheet import sample_sheet
@@ -229,9 +232,12 @@ def show(
     return EXIT_OK
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _expect_png(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"{path}: expected a name that ends in .png")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

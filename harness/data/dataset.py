@@ -13,10 +13,9 @@ import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from harness.data.augment import view
 from harness.data.cache import open_pixels
@@ -41,6 +40,9 @@ from harness.ledger.files import read_json, write_json
 from harness.study.builtin import builtin
 from harness.study.datasets import ORDER_WINDOW, DatasetMeta, describe, locate
 from harness.study.locations import is_remote
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def open_dataset(spec: str, root: Path) -> Dataset:

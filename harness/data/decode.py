@@ -15,15 +15,17 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch import Tensor
 
 from harness.data.augment import crop_of, view
 from harness.data.hashing import fold
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Decoder = Callable[[bytes, int], np.ndarray]
 """JPEG bytes and a factor f of 1, 2, 4 or 8 -> uint8 [ceil(H / f), ceil(W / f), 3].
@@ -33,7 +35,6 @@ Raises ValueError or OSError for what it does not take.
 _JPEG = b"\xff\xd8\xff"
 _PLAIN = ("YCbCr", "Gray", "RGB")  # CMYK and YCCK are left to Pillow
 _FACTORS = (8, 4, 2)
-_resize = torch.ops.aten._upsample_bicubic2d_aa  # interpolate() without its allocation
 
 
 def _header(raw: bytes) -> tuple[int, int, str]:
@@ -117,6 +118,9 @@ def _draw_jpeg(
     decoder: Decoder,
 ) -> bool:
     """Whether the decoder took it."""
+    # torch takes seconds to import; `harness data`, which looks at whole images, must not wait
+    import torch
+
     side = out_1CSS.shape[2]
     try:
         height, width, colours = _header(raw)
@@ -135,7 +139,8 @@ def _draw_jpeg(
     crop_hwC = _memory("crop", seen_hwC.size).reshape(seen_hwC.shape)
     np.copyto(crop_hwC, seen_hwC)
     crop_1Chw = torch.from_numpy(crop_hwC).permute(2, 0, 1)[None]
-    _resize.out(crop_1Chw, [side, side], False, out=out_1CSS)
+    resize = torch.ops.aten._upsample_bicubic2d_aa  # interpolate() without its allocation
+    resize.out(crop_1Chw, [side, side], False, out=out_1CSS)
     if flip and is_flipped:
         out_1CSS.copy_(out_1CSS.flip(3))
     return True

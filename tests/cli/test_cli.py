@@ -12,12 +12,12 @@ from tests.conftest import SMALL, Harness
 Write = Callable[..., Path]
 
 
-def test_help_of_every_verb_has_an_example(harness: Harness) -> None:
-    shown = harness("--help").stdout
+def test_help_of_every_verb_has_an_example(here: Harness) -> None:
+    shown = here("--help").stdout
     verbs = re.findall(r"^  ([a-z]+)  ", shown, re.MULTILINE)
     assert set(verbs) >= {"grid", "status", "logs", "run", "report", "gc", "data"}
     for verb in verbs:
-        text = harness(verb, "--help").stdout
+        text = here(verb, "--help").stdout
         assert "Example:" in text, text
         # A line of an example is a command and nothing else, however wide the terminal.
         example = text.split("Example:")[1].split("Options:")[0].split("Arguments:")[0]
@@ -101,8 +101,8 @@ def test_a_wrong_file_is_one_line_exit_2_and_nothing_written(
         (["data", "pack", "none", "--out", "x"], 4, "none"),
     ],
 )
-def test_exit_codes(harness: Harness, arguments: list[str], code: int, message: str) -> None:
-    done = harness(*arguments, check=code)
+def test_exit_codes(here: Harness, arguments: list[str], code: int, message: str) -> None:
+    done = here(*arguments, check=code)
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -114,14 +114,14 @@ def test_a_study_that_is_only_described_is_not_submitted(harness: Harness) -> No
     assert "pack your own images" in refused.stderr
 
 
-def test_every_shipped_study_plans(harness: Harness) -> None:
+def test_every_shipped_study_plans(here: Harness) -> None:
     folder = Path(__file__).parents[2] / "grids"
     for path in sorted(folder.glob("*.yaml")):
         head = path.read_text().split("name:")[0]
         assert all(f"# {word}:" in head for word in ("Question", "Cost", "Command")), path
         if path.name == "fashion_mnist.yaml":
             continue  # needs the packed images: tests/test_fashion_mnist.py
-        plan = json.loads(harness("grid", path, "--json").stdout)
+        plan = json.loads(here("grid", path, "--json").stdout)
         assert plan["cells"], path
 
 
@@ -157,35 +157,35 @@ def submitted(study_file: Write, tmp_path: Path) -> Path:
     ],
 )
 def test_a_wrong_set_is_one_line(
-    study_file: Write, harness: Harness, tmp_path: Path, change: str, message: str
+    study_file: Write, here: Harness, tmp_path: Path, change: str, message: str
 ) -> None:
     submitted(study_file, tmp_path)
-    done = harness("run", "d16x2-1k-mae-s0", "--set", change, check=2)
+    done = here("run", "d16x2-1k-mae-s0", "--set", change, check=2)
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize("file", ["cells.jsonl", "ablations.jsonl"])
 @pytest.mark.parametrize("line", ["{half a row", "[1]", "{}"])
 def test_a_corrupt_row_of_a_study_is_named(
-    study_file: Write, harness: Harness, tmp_path: Path, file: str, line: str
+    study_file: Write, here: Harness, tmp_path: Path, file: str, line: str
 ) -> None:
     path = submitted(study_file, tmp_path) / file
     path.write_text(line + "\n")
-    done = harness("run", "d16x2-1k-mae-s0", check=2)
+    done = here("run", "d16x2-1k-mae-s0", check=2)
     assert str(path) in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_place_that_takes_no_files_is_one_line(
-    study_file: Write, harness: Harness, tmp_path: Path
+    study_file: Write, here: Harness, tmp_path: Path
 ) -> None:
     submitted(study_file, tmp_path)
     file = tmp_path / "file"
     file.touch()
     for out in (file, "/proc/none"):
-        done = harness("report", "small", "--out", out, check=2)
+        done = here("report", "small", "--out", out, check=2)
         assert f"--out {out}: cannot be" in done.stderr and done.stderr.count("\n") == 1
     for verb in (["grid", study_file()], ["status"]):
-        done = harness(*verb, "--root", file, check=2)
+        done = here(*verb, "--root", file, check=2)
         assert (
             done.stderr
             == f"run root {file}: is a file; expected a folder, new or of earlier runs\n"

@@ -32,10 +32,10 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_a_study_name_that_is_no_plain_name_is_refused(
-    name: str, study_file: WriteStudy, harness: Harness
+    name: str, study_file: WriteStudy, here: Harness
 ) -> None:
     file = study_file(SMALL.replace("name: small", f"name: {json.dumps(name)}"))
-    done = harness("grid", str(file), check=None)
+    done = here("grid", str(file), check=None)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "not a usable name" in done.stderr
@@ -47,10 +47,10 @@ def test_a_study_name_that_is_no_plain_name_is_refused(
     "verb", ["status", "report", "logs", "run", "cancel", "resume", "retry", "gc"]
 )
 def test_a_name_nobody_has_is_a_line_and_not_a_path(
-    verb: str, word: str, harness: Harness, tmp_path: Path
+    verb: str, word: str, here: Harness, tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    done = harness(verb, word, check=None)
+    done = here(verb, word, check=None)
     assert done.returncode in (2, 4), done.stderr
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stderr

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +203,10 @@ def test_a_set_that_is_only_described_cannot_be_opened(tmp_path: Path) -> None:
     plan.write_text(json.dumps(content))
     with pytest.raises(UserError, match="only described"):
         open_dataset(str(plan), tmp_path)
+
+
+def test_looking_at_a_dataset_imports_no_torch() -> None:
+    """`harness data` verbs answer in a second or two; drawing views is what needs torch."""
+    verbs = "dataset, labels, overlap, sheet, verify"
+    code = f"import sys; from harness.data import {verbs}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -438,7 +438,7 @@ def test_parent_folders_of_urls_are_walked() -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    harness: Harness,
+    here: Harness,
     tagged: tuple[Path, list[Row]],
     tmp_path: Path,
     arguments: list[str],
@@ -451,7 +451,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "bad.json").write_text('{"a": 3}')
     make_labels(str(tmp_path / "set"), tmp_path / "done", tmp_path, LabelOptions(min_count=4))
     out = [] if "--out" in arguments else ["--out", "out"]
-    done = harness("data", "labels", *arguments, *out, check=code)
+    done = here("data", "labels", *arguments, *out, check=code)
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -314,12 +314,12 @@ def test_pairs_are_written_with_the_places_of_both_images(
         assert picture.format == "PNG" and picture.width < picture.height
 
 
-def test_a_share_above_the_bound_is_a_failure(harness: Harness, two_sets: None) -> None:
+def test_a_share_above_the_bound_is_a_failure(here: Harness, two_sets: None) -> None:
     command = ("data", "overlap", "a/set", "b/set", "--split-a", "test", "--json")
-    numbers = json.loads(harness(*command, "--fail-above", "0.5").stdout)["splits"][0]
+    numbers = json.loads(here(*command, "--fail-above", "0.5").stdout)["splits"][0]
     assert numbers["near_duplicates"] == 2 and numbers["images_b"] == 4
     assert numbers["by_distance"]["0"] == 2
-    done = harness(*command, "--fail-above", "0.4", check=1)
+    done = here(*command, "--fail-above", "0.4", check=1)
     assert done.stderr == "more than 40.00% of a split are duplicates\n"
 
 
@@ -339,6 +339,6 @@ def test_a_share_above_the_bound_is_a_failure(harness: Harness, two_sets: None) 
     ],
 )
 def test_mistakes_are_named(
-    harness: Harness, two_sets: None, arguments: list[str], code: int, message: str
+    here: Harness, two_sets: None, arguments: list[str], code: int, message: str
 ) -> None:
-    assert message in harness("data", "overlap", *arguments, check=code).stderr
+    assert message in here("data", "overlap", *arguments, check=code).stderr

@@ -37,13 +37,13 @@ def test_what_was_refused_is_said_and_listed_and_is_no_failure(
 
 
 def test_options_that_change_the_bytes_change_the_fingerprint(
-    harness: Harness, source: Path, tmp_path: Path
+    here: Harness, source: Path, tmp_path: Path
 ) -> None:
     found = set()
     for place, options in enumerate(
         ([], ["--resize", "30"], ["--format", "webp"], ["--format", "webp", "--quality", "50"])
     ):
-        harness("data", "pack", source, "--out", f"out{place}", *options)
+        here("data", "pack", source, "--out", f"out{place}", *options)
         meta = json.loads((tmp_path / f"out{place}" / "dataset.json").read_text())
         found.add(meta["fingerprint"])
     assert len(found) == 4
@@ -60,7 +60,7 @@ def test_options_that_change_the_bytes_change_the_fingerprint(
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    harness: Harness,
+    here: Harness,
     source: Path,
     tmp_path: Path,
     arguments: list[str],
@@ -71,7 +71,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "empty" / "a" / "x.png").write_bytes(b"")
     if "--out" not in arguments:
         arguments = [*arguments, "--out", "out"]
-    done = harness("data", "pack", *arguments, check=code)
+    done = here("data", "pack", *arguments, check=code)
     # On a slow machine a line of progress comes first.
     said = [line for line in done.stderr.splitlines() if not line.startswith("packing: ")]
     assert len(said) == 1 and message in said[0]

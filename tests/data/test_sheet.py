@@ -125,11 +125,11 @@ def test_views_are_those_of_training(scenes: Dataset) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    harness: Harness, tmp_path: Path, arguments: list[str], code: int, message: str
+    here: Harness, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     pack("digits", tmp_path / "digits")
     out = [] if "--out" in arguments else ["--out", "x.png"]
-    done = harness("data", "show", *arguments, *out, check=code)
+    done = here("data", "show", *arguments, *out, check=code)
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -352,21 +352,19 @@ def test_there_must_be_a_set_and_a_manifest_that_can_be_read(tmp_path: Path, pac
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_exit_codes_names_and_counts(harness: Harness, packed: Path) -> None:
-    done = harness("data", "verify", packed)
+def test_exit_codes_names_and_counts(here: Harness, packed: Path) -> None:
+    done = here("data", "verify", packed)
     assert "whole; fingerprint packed-" in done.stdout and "(checked)" in done.stdout
     assert "#all" in done.stdout and "bee" in done.stdout
-    answer = json.loads(harness("data", "verify", packed, "--quick", "--json").stdout)
+    answer = json.loads(here("data", "verify", packed, "--quick", "--json").stdout)
     assert answer["damage"] == [] and answer["splits"]["pretrain"]["hashtags"]["#all"] == 32
     split = open_dataset(str(packed), packed.parent / "other").split("test")
     shard, offset = split.place(2)
     flip(Path(shard), offset + 40)
-    done = harness("data", "verify", packed, check=1)
+    done = here("data", "verify", packed, check=1)
     assert f"{shard}: byte offset {offset}: sample {split.keys[2]}: " in done.stdout
     assert done.stderr.endswith("1 problems found\n")
-    assert (
-        len(json.loads(harness("data", "verify", packed, "--json", check=1).stdout)["damage"]) == 1
-    )
-    harness("data", "verify", "nowhere", check=4)
+    assert len(json.loads(here("data", "verify", packed, "--json", check=1).stdout)["damage"]) == 1
+    here("data", "verify", "nowhere", check=4)
     (packed / "dataset.json").write_text("[]")
-    assert "not a dataset description" in harness("data", "verify", packed, check=1).stderr
+    assert "not a dataset description" in here("data", "verify", packed, check=1).stderr

@@ -42,6 +42,13 @@ def start(pool: Pool, stage_file: StageFile) -> None:
     pool.start(stage_file, folder.new_attempt())
 
 
+def end(pool: Pool) -> None:
+    """Closes a pool at once: workers that ignore TERM would be given a long time to save."""
+    for running in pool.running.values():
+        pool.stop(running, kill=True)
+    pool.close()
+
+
 def noted(tree: Tree, stage_id: str, attempt: int = 1) -> list[dict[str, Any]]:
     """What each rank that has started noted, by rank."""
     folder = tree.stage("features", stage_id).path

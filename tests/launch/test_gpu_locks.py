@@ -14,7 +14,7 @@ from harness.launch.gpu_locks import GpuLocks
 from harness.launch.machine import this_machine
 from harness.launch.pool import Pool
 from harness.ledger.tree import Tree
-from tests.launch.made import is_alive, noted, poll_until, stage, start, wait_for
+from tests.launch.made import end, is_alive, noted, poll_until, stage, start, wait_for
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Pool
         for name in ("a", "b"):
             machine, tree = this_machine("cuda", 2), Tree(tmp_path / name)
             made.append(Pool(machine, tree, worker="tests.launch.small_worker"))
-            stack.callback(made[-1].close)
+            stack.callback(end, made[-1])
         yield made
 
 

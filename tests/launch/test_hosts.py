@@ -28,7 +28,7 @@ from harness.ledger.tree import Tree
 from harness.study.cells import build_grid
 from harness.study.cost import Speeds
 from harness.study.schema import load_study
-from tests.launch.made import is_alive, noted, poll_until, stage, start, wait_for
+from tests.launch.made import end, is_alive, noted, poll_until, stage, start, wait_for
 from tests.launch.test_study_runs import CHECKPOINTING, numbers
 
 TOP = Path(__file__).parents[2]
@@ -106,9 +106,7 @@ def make_pool(tmp_path: Path, two_hosts: Machine) -> Iterator[MakePool]:
 
     yield make
     for pool in made:
-        for running in pool.running.values():
-            pool.stop(running, kill=True)
-        pool.close()
+        end(pool)
 
 
 def both_ready(pool: Pool) -> Callable[[], bool]:

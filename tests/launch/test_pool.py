@@ -18,7 +18,7 @@ from harness.launch.hosts import RECONNECT_S
 from harness.launch.machine import Device, Host, Machine, this_machine
 from harness.launch.pool import Pool, meeting_address
 from harness.ledger.tree import Tree
-from tests.launch.made import is_alive, noted, poll_until, stage, start, wait_for
+from tests.launch.made import end, is_alive, noted, poll_until, stage, start, wait_for
 
 MakePool = Callable[[Device, int], Pool]
 
@@ -34,9 +34,7 @@ def make_pool(tmp_path: Path) -> Iterator[MakePool]:
 
     yield make
     for pool in made:
-        for running in pool.running.values():
-            pool.stop(running, kill=True)
-        pool.close()
+        end(pool)
 
 
 def everybody_noted(pool: Pool, *stage_ids: str) -> Callable[[], bool]:

@@ -58,6 +58,8 @@ PartitionName=alone Nodes={node1} MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
+PATIENCE_S = 900.0
+"""Longer than anything here takes: where cores are shared a job needs a minute to begin."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 
 
@@ -129,7 +131,7 @@ class Cluster:
     def wait_state(self, node: str, state: str) -> None:
         """Waits until Slurm has noticed what became of a node."""
         command = ("sinfo", "-h", "-n", node, "-o", "%t")
-        self._wait(lambda: self.command(*command).strip().startswith(state), f"{node}: {state}", 90)
+        self._wait(lambda: self.command(*command).strip().startswith(state), f"{node}: {state}")
 
     def kill_node(self, node: str) -> None:
         """Takes the power from a node: its daemon and every step of every job on it."""
@@ -147,7 +149,7 @@ class Cluster:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, user=user
         )
 
-    def _wait(self, is_true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def _wait(self, is_true: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + seconds
         while not is_true():
             assert time.monotonic() < deadline, f"{what} did not come up; see {self.folder}"
@@ -163,7 +165,7 @@ class Cluster:
         """Ids of jobs that are not over."""
         return self.command("squeue", "--array", "--noheader", "--format", "%i").split()
 
-    def wait_empty(self, seconds: float = 300) -> None:
+    def wait_empty(self, seconds: float = PATIENCE_S) -> None:
         """Waits until no job is left."""
         self._wait(lambda: not self.queue(), f"an empty queue: {self.queue()}", seconds)
 

@@ -17,7 +17,7 @@ import pytest
 
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.tree import StageFolder
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import PATIENCE_S, Cluster, missing
 
 STUDY = """\
 name: tiny
@@ -121,7 +121,7 @@ class Site:
         """Submits a study; what was printed."""
         return self.harness("grid", str(file), "--submit", *words, check=check).stdout
 
-    def wait_done(self, seconds: float = 300) -> None:
+    def wait_done(self, seconds: float = PATIENCE_S) -> None:
         """Waits for an empty queue; every stage must be done then."""
         self.cluster.wait_empty(seconds)
         states = self.states()
@@ -132,7 +132,9 @@ class Site:
         logs += self.root.glob("stages/*/*/attempts/*/stderr.log")
         return [f"--- {log}\n{log.read_text()[-1500:]}" for log in sorted(logs)]
 
-    def wait_until(self, is_true: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def wait_until(
+        self, is_true: Callable[[], object], what: str, seconds: float = PATIENCE_S
+    ) -> None:
         """Waits for something to become true."""
         deadline = time.monotonic() + seconds
         while not is_true():
@@ -183,4 +185,4 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     """A site of one test; its jobs are gone afterwards."""
     yield Site(cluster, tmp_path)
     cluster.command("scancel", "--user=root")
-    cluster.wait_empty(60)
+    cluster.wait_empty()

@@ -43,7 +43,7 @@ def test_a_node_that_is_back_at_once_is_avoided(site: Site) -> None:
     site.cluster.kill_node(node)
     site.cluster.wait_state(node, "down")
     site.cluster.start_node(node)
-    site.wait_done(400)
+    site.wait_done()
     first, last = read_attempts(site.folder_of("wsp"))
     assert (first.end, last.end, last.progress > 0) == ("node_fail", "done", True)
     assert (first.host, last.host != node) == (node, True)
@@ -56,7 +56,7 @@ def test_the_only_node_is_taken_again_after_it_was_lost(site: Site) -> None:
     site.cluster.kill_node(node)
     site.cluster.wait_state(node, "down")
     site.cluster.start_node(node)
-    site.wait_done(400)
+    site.wait_done()
     assert [a.end for a in read_attempts(site.folder_of("wsp"))] == ["node_fail", "done"]
     assert {a.host for a in read_attempts(site.folder_of("wsp"))} == {node}
 
@@ -68,7 +68,7 @@ def test_without_requeue_the_caretaker_avoids_the_lost_node(site: Site) -> None:
     site.cluster.kill_node(node)
     site.cluster.wait_state(node, "down")
     site.cluster.start_node(node)
-    site.wait_done(400)
+    site.wait_done()
     first, last = read_attempts(site.folder_of("wsp"))
     assert (first.end, last.end, last.host != node) == ("node_fail", "done", True)
 
@@ -79,7 +79,7 @@ def test_a_job_requeued_and_killed_before_it_could_save_was_preempted(site: Site
     job = stand_still(site)
     folder = site.folder_of("wsp")
     site.cluster.command("scontrol", "requeue", job, check=True)
-    site.wait_done(400)
+    site.wait_done()
     first, last = read_attempts(folder)
     assert (first.end, last.end, last.progress > 0) == ("preempted", "done", True)
 
@@ -90,7 +90,7 @@ def test_preemption_that_cancels_the_job_is_no_scancel(site: Site) -> None:
     site.wait_training()
     urgent = ["--partition=urgent", "--ntasks=4", "--wrap", "sleep 5"]
     site.cluster.command("sbatch", *urgent, "--output=/dev/null", check=True)
-    site.wait_done(400)
+    site.wait_done()
     first, last = read_attempts(site.folder_of("wsp"))
     assert (first.end, last.end, last.progress > 0) == ("preempted", "done", True)
 
@@ -188,12 +188,12 @@ def test_cancel_resume_and_retry_reach_stages_in_the_queue(site: Site) -> None:
     site.submit(file)
     site.wait_training()
     site.harness("cancel", "seed=1")
-    site.cluster.wait_empty(400)
+    site.cluster.wait_empty()
     by_seed = {s: {v for k, v in site.states().items() if f"-s{s}-" in k} for s in (0, 1)}
     assert by_seed == {0: {"done"}, 1: {"cancelled"}}
     assert "nothing to submit" in site.submit(file)
     site.harness("resume", "state=cancelled")
-    site.wait_done(400)
+    site.wait_done()
     assert "nothing to retry" in site.harness("retry", "seed=1").stdout
     site.harness("retry", "--from-scratch", "stage=tune,seed=1")
     site.wait_done()

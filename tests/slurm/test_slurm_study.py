@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,8 @@ def test_a_more_important_job_takes_the_node_and_gives_it_back(site: Site) -> No
 
 
 def test_scancel_ends_the_stage_until_the_study_is_submitted_again(site: Site) -> None:
-    file = site.study(steps=900)
+    site.without_training()
+    file = site.study(steps=400)
     site.submit(file)
     job = site.wait_training()
     site.cluster.command("scancel", job, check=True)
@@ -96,7 +98,7 @@ def test_a_time_limit_is_only_a_pause(site: Site) -> None:
     folder = site.folder_of("wsp")
     site.wait_until(lambda: read_attempts(folder)[0].end, "no end before the limit")
     site.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60", check=True)
-    site.wait_done(420)
+    site.wait_done()
     ends = [a.end for a in read_attempts(folder)]
     assert ends[0] == "timeout"
     assert ends[-1] == "done"
@@ -104,12 +106,13 @@ def test_a_time_limit_is_only_a_pause(site: Site) -> None:
 
 
 def test_a_lost_node_is_avoided_by_the_next_try(site: Site) -> None:
-    site.submit(site.study(steps=2500))
+    site.without_training()
+    site.submit(site.study(steps=400))
     job = site.wait_training()
     node = site.cluster.command("squeue", "--job", job, "--noheader", "--format", "%N").strip()
     site.cluster.kill_node(node)
     try:
-        site.wait_done(400)
+        site.wait_done()
     finally:
         site.cluster.start_node(node)
     tries = read_attempts(site.folder_of("wsp"))
@@ -150,12 +153,9 @@ def test_a_job_that_submits_hands_nothing_of_its_own_on(site: Site) -> None:
     assert (read_json(site.folder_of("wsp").attempt(1) / "attempt.json") or {})["ranks"] == 1
 
 
-def test_queued_jobs_run_the_code_they_were_submitted_with(site: Site, tmp_path: Path) -> None:
-    here = Path(__file__).resolve().parents[2]
-    copy = tmp_path / "checkout"
-    for name in ("harness", "analysis", "ds_configs", "grids"):
-        shutil.copytree(here / name, copy / name)
-    site.extra["PYTHONPATH"] = str(copy)
+def test_queued_jobs_run_the_code_they_were_submitted_with(site: Site) -> None:
+    site.without_training()
+    copy = Path(site.extra["PYTHONPATH"])
     site.cwd = copy  # as most people submit: Python looks there first
     site.profile(sbatch="{hold: true}")
     site.submit(site.study())
@@ -169,6 +169,7 @@ def test_queued_jobs_run_the_code_they_were_submitted_with(site: Site, tmp_path:
 
 
 def test_twenty_submissions_at_once_run_every_stage_once(site: Site) -> None:
+    site.without_training()
     file = site.study(init="[random, mae]")
     site.profile()
     command = [sys.executable, "-m", "harness.cli.main", "grid", str(file), "--submit"]
@@ -178,10 +179,11 @@ def test_twenty_submissions_at_once_run_every_stage_once(site: Site) -> None:
         "HARNESS_ROOT": str(site.root),
         "HARNESS_SETTINGS": str(site.folder / "settings.yaml"),
         "HARNESS_CLUSTER": "test",
+        **site.extra,
     }
-    running = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(20)
-    ]
+    # In a folder of its own, or the code of this checkout would come before PYTHONPATH's.
+    about: dict[str, Any] = {"env": env, "cwd": site.folder, "text": True}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, **about) for _ in range(20)]
     said = [process.communicate()[0] for process in running]
     assert sum("5 stages submitted" in text for text in said) == 1
     assert sum("nothing to submit" in text for text in said) == 19
