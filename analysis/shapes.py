@@ -201,13 +201,14 @@ class M4(Form):
         return s, floor, top, room, g
 
     def value(self, theta_BK: Array, u_IP: Array) -> Array:
-        """ln y, (B, P)."""
-        s, floor, _, room, _ = self._solved(theta_BK, u_IP[0])
-        return np.log(floor + room * sigmoid(s))
+        """ln y, (B, P). An equation is solved for each: once for rows of equal x."""
+        u, place = np.unique(u_IP[0], return_inverse=True)
+        s, floor, _, room, _ = self._solved(theta_BK, u)
+        return np.log(floor + room * sigmoid(s))[:, place]
 
     def jacobian(self, theta_BK: Array, u_IP: Array) -> tuple[Array, Array]:
         """ln y (B, P) and its derivatives (B, P, K), by the implicit equation."""
-        u = u_IP[0]
+        u, place = np.unique(u_IP[0], return_inverse=True)
         s, floor, top, room, g = self._solved(theta_BK, u)
         share = sigmoid(s)
         y = floor + room * share
@@ -222,7 +223,7 @@ class M4(Form):
         out[:, :, 3] = g * per_s * (np.log(room) - softplus(s))
         if self.chance is None:
             out[:, :, 4] = top * (share / y - per_s * (1.0 - g) / room)
-        return np.log(y), out
+        return np.log(y)[:, place], out[:, place]
 
     def limits(self, u_IP: Array, ln_y_P: Array) -> tuple[Array, Array]:
         """e0 from just below the largest y up; g from 0.1 to 10."""
