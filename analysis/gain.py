@@ -68,21 +68,30 @@ def _asked_for(study: StudyData) -> set[str]:
 
 def by_point(rows: pd.DataFrame, value: str = "gain") -> pd.DataFrame:
     """Mean, smallest and largest over the seeds of each grid point; `why` of those without."""
+    columns = [*POINT, "mean", "low", "high", "seeds", "expected", "why"]
+    if not len(rows):
+        return _frame([], columns)
+    # Numbers of groups, not frames of them: thousands of points would take seconds.
+    point_R = rows.groupby(POINT, sort=False, dropna=False).ngroup().to_numpy()
+    order = np.argsort(point_R, kind="stable")
+    starts = np.flatnonzero(np.diff(point_R[order], prepend=-1))
+    numbers, words = rows[value].to_numpy(float), rows["why"].to_numpy()
+    keys = rows[POINT].iloc[order[starts]].to_dict("records")
     out = []
-    for key, group in rows.groupby(POINT, sort=False, dropna=False):
-        good = group[value].dropna()
+    for key, own in zip(keys, np.split(order, starts[1:]), strict=True):
+        good = numbers[own][~np.isnan(numbers[own])]
         out.append(
             {
-                **dict(zip(POINT, key, strict=True)),
+                **key,
                 "mean": float(good.mean()) if len(good) else math.nan,
                 "low": float(good.min()) if len(good) else math.nan,
                 "high": float(good.max()) if len(good) else math.nan,
                 "seeds": len(good),
-                "expected": len(group),
-                "why": "; ".join(dict.fromkeys(w for w in group["why"] if w)),
+                "expected": len(own),
+                "why": "; ".join(dict.fromkeys(w for w in words[own] if w)),
             }
         )
-    return _frame(out, [*POINT, "mean", "low", "high", "seeds", "expected", "why"])
+    return _frame(out, columns)
 
 
 def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:

@@ -87,9 +87,7 @@ class _Rows:
 
     @classmethod
     def plain(cls, problem: Problem) -> _Rows:
-        return cls(
-            form=problem.form, u_IG=problem.u_IP, ln_y_P=problem.ln_y_P, delta=problem.delta
-        )
+        return cls(form=problem.form, u_IG=problem.u_IP, ln_y_P=problem.ln_y_P, delta=problem.delta)
 
     @classmethod
     def sorted(cls, problem: Problem) -> tuple[_Rows, Array | slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,7 @@ def gains(
 ) -> Table:
     """A row per grid point: gain at equal samples, at equal FLOPs, and what it is worth in data."""
     points = gain.by_point(pairs[pairs["metric"] == metric.key])
-    own = {_key(r): r for _, r in points.iterrows()}
+    own = {_key(r): r for r in points.to_dict("records")}
     ratios = charged.assign(why=charged["why_ratio"])
     worth = multipliers[multipliers["metric"] == metric.key]
     extra: list[tuple[str, dict[tuple[object, ...], str]]] = []
@@ -197,14 +198,16 @@ def _spans(
     rows: pd.DataFrame, value: str, digits: int, unit: str = "", signed: bool = True
 ) -> dict[tuple[object, ...], str]:
     points = gain.by_point(rows, value)
-    return {_key(r): _span(r, 1.0, digits, unit, signed) for _, r in points.iterrows()}
+    return {_key(r): _span(r, 1.0, digits, unit, signed) for r in points.to_dict("records")}
 
 
-def _key(row: pd.Series) -> tuple[object, ...]:
+def _key(row: Mapping[Any, Any]) -> tuple[object, ...]:
     return tuple(row[k] for k in gain.POINT)
 
 
-def _span(row: pd.Series, scale: float, digits: int, unit: str = "", signed: bool = True) -> str:
+def _span(
+    row: Mapping[Any, Any], scale: float, digits: int, unit: str = "", signed: bool = True
+) -> str:
     if not row["seeds"]:
         return str(row["why"]) or NONE
     sign = "+" if signed else ""
