@@ -4,8 +4,8 @@
 
 The run tree is made up, its files are as the worker writes them: a row of metrics.jsonl per logged
 step, with a validation loss in each (more than a real run has). It is kept in FOLDER for the next
-time. The report is a process of its own; wall time depends on who else uses the machine, the time
-that its own threads were at work does not.
+time. The report is a process of its own. Its wall time depends on who else uses the machine, so the
+load average is kept beside it; `user_s` and `system_s` are the time that its threads were at work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 BATCH = 64
 SHAPES = {
@@ -173,31 +173,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/report.json"))
     arguments = parser.parse_args()
     results = {}
+    load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.shapes:
             root = (arguments.root or Path(folder)) / name
             results[name] = shape_of(name, root, arguments.points, arguments.part)
     report = {
         "results": results,
-        "machine": {
-            "processor": _processor(),
-            "cores": f"{_words(len(os.sched_getaffinity(0)))} cores, shared with other work",
-            "python": platform.python_version(),
-        },
+        "machine": machine("numpy", "pandas", "pyarrow", "matplotlib"),
+        "others": {"load_before": load, "load_after": round(os.getloadavg()[0], 1)},
     }
     text = json.dumps(report, indent=1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text + "\n")
     print(text)
-
-
-def _words(number: int) -> str:
-    return {1: "one", 2: "two", 4: "four"}.get(number, str(number))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
