@@ -30,7 +30,7 @@ _QUIET = 6
 _WORTH_SORTING = 150
 """Rows from which the law is computed by point: below, there is nothing to save."""
 _MANY_ROWS = 1000
-"""Rows from which `promising` looks at points first."""
+"""Rows from which starts are found on a mean row of each point."""
 _PROMISING = 4
 """Optima that it hands on."""
 
@@ -157,22 +157,34 @@ def minimise(
     return Solved(theta_BK=theta, objective_B=value, gradient_B=gradient, decrement_B=decrement)
 
 
-def promising(problem: Problem, theta_BK: Array) -> Array:
-    """A few distinct optima to start from, found on a mean row for each point.
+def starts(problem: Problem, y_P: Array) -> Array:
+    """Where to begin: the form's own starts, for a mean row of each point where rows are many."""
+    short, _ = _means(problem)
+    y_P = y_P if short is problem else np.exp(short.ln_y_P)
+    return short.form.starts(short.u_IP, y_P)
 
-    For thousands of rows with few distinct inputs; where there is nothing to save, all starts.
-    """
-    rows, _ = _Rows.sorted(problem)
-    if rows.counts_G is None or len(rows.ln_y_P) < _MANY_ROWS:
-        return theta_BK
-    means = rows.by_point(rows.ln_y_P[None])[0] / rows.counts_G
-    short = Problem(form=rows.form, u_IP=rows.u_IG, ln_y_P=means, delta=problem.delta)
-    weight = rows.counts_G[None].astype(float)
-    found = minimise(short, theta_BK, weight, reweighted=40, newton=100)
+
+def promising(problem: Problem, y_P: Array) -> Array:
+    """A few distinct optima to start from, found on mean rows; all starts where rows are few."""
+    begin = starts(problem, y_P)
+    short, weight = _means(problem)
+    if short is problem:
+        return begin
+    found = minimise(short, begin, weight[None], reweighted=40, newton=100)
     order = np.argsort(found.objective_B, kind="stable")
     values = found.objective_B[order]
     is_other = np.concatenate([[True], values[1:] > values[:-1] * (1 + 1e-4)])
     return found.theta_BK[order[is_other][:_PROMISING]]
+
+
+def _means(problem: Problem) -> tuple[Problem, Array]:
+    """A row for each point, with the number of its rows; the problem itself where rows are few."""
+    rows, _ = _Rows.sorted(problem)
+    if rows.counts_G is None or len(rows.ln_y_P) < _MANY_ROWS:
+        return problem, np.ones(len(problem.ln_y_P))
+    means = rows.by_point(rows.ln_y_P[None])[0] / rows.counts_G
+    short = Problem(form=rows.form, u_IP=rows.u_IG, ln_y_P=means, delta=problem.delta)
+    return short, rows.counts_G.astype(float)
 
 
 def _on_cores(
