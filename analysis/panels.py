@@ -71,6 +71,11 @@ class Drawing:
     alt: str = ""
 
 
+def render(figure: Figure) -> tuple[Drawing, ...]:
+    """Draws every panel of one figure, here and now."""
+    return tuple(map(_render, figure.panels))
+
+
 @contextlib.contextmanager
 def renderer(figures: Sequence[Figure]) -> Iterator[Callable[[], dict[str, tuple[Drawing, ...]]]]:
     """A function that draws every panel of the figures, by figure name.
