@@ -17,6 +17,8 @@ EXIT_NOT_FOUND = 4
 EXIT_INTERRUPTED = 130  # As shells say it of Ctrl-C.
 EXIT_STORAGE = 74  # EX_IOERR: the disk did not take the worker's files, its last word included.
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: the worker stopped in good order and asks to be run again.
+EXIT_BUSY = 76  # Of a worker: another process owns the stage; nothing was done.
+EXIT_LOST_RANK = 77  # Of a worker: another rank is gone; what ended that one says why.
 
 
 class HarnessError(Exception):

@@ -11,7 +11,7 @@ import typer
 
 from harness.cli import shared
 from harness.cli.data import shown_progress
-from harness.cli.show import one_line
+from harness.cli.show import one_line, printable
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def labels(
     )
     with shown_progress("opening", "reading captions") as progress:
         made = make_labels(src, out, shared.tree(root).root, options, progress)
-    print(made.summary())
+    print(printable(made.summary()))
     print(f"report: {made.folder / 'labels.md'}")
     return EXIT_OK
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal
 
-from harness.errors import UserError
+from harness.errors import EXIT_BUSY, UserError
 from harness.launch import ends, provenance
 from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.policy import lost_on
@@ -27,7 +27,6 @@ from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
 Mode = Literal["cached", "retry", "force", "read-only"]
-EXIT_BUSY = 76  # harness.worker's, which must not be imported here
 
 _POLL_S = 0.5
 _REREAD_S = 10.0

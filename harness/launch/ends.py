@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from harness.errors import EXIT_STORAGE
+from harness.errors import EXIT_LOST_RANK, EXIT_STORAGE
 from harness.launch.policy import Decision, decide
 from harness.ledger import attempts, store
 from harness.ledger.claim import stop_asked
@@ -14,8 +14,6 @@ from harness.ledger.lease import exclusive
 from harness.ledger.states import ACTIVE
 from harness.ledger.tree import StageFolder
 from harness.study.schema import Retry
-
-EXIT_LOST_RANK = 77  # harness.worker's, which must not be imported here
 
 
 def settle(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError
+from harness.errors import EXIT_BUSY, HarnessError
 from harness.launch import ends, nodes, provenance, queue
 from harness.launch.policy import decide, lost_on
 from harness.ledger import attempts, states, store
@@ -31,7 +31,6 @@ from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
 NOTHING_TO_DO = 3
-EXIT_BUSY = 76  # harness.worker's, which must not be imported here
 _WORKER = "harness.worker"
 _PORTS = range(20000, 32000)  # below those that systems hand out to anybody
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.errors import EXIT_BUSY
 from harness.ledger import attempts
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.store import read_stage
 from harness.ledger.tree import StageFolder
-from harness.worker import EXIT_BUSY
 from tests.chaos.tiny_study import STUDY, environment, numbers, undisturbed
 
 ONLY_WSP = STUDY.partition("  transfer:")[0].replace("[random, mae]", "[random]") + (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import fsspec
 import numpy as np
 import pytest
+from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 
 from harness.data import storage
@@ -199,5 +202,31 @@ def test_s3_by_the_same_reader(
         assert_same(scenes, far)
         with pytest.raises(NotFoundError, match=r"no s3://images/none/dataset\.json"):
             describe("s3://images/none")
+    finally:
+        server.stop()
+
+
+def test_gs_by_the_same_reader(
+    scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # gcsfs would ask for the kind of bucket by gRPC, which the emulator does not speak.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="images")
+    server.start()
+    try:
+        while server._api._httpd is None:  # its port is not known before
+            time.sleep(0.01)
+        host, port = server._api._httpd.server_address
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+        bucket = fsspec.filesystem("gs", token="anon", skip_instance_cache=True)
+        top = Path(scenes.location)
+        for path in sorted(top.rglob("*")):
+            if path.is_file():
+                bucket.pipe(f"images/set/{path.relative_to(top).as_posix()}", path.read_bytes())
+        far = open_dataset("gs://images/set", tmp_path)
+        assert far.meta == scenes.meta
+        assert_same(scenes, far)
+        with pytest.raises(NotFoundError, match=r"no gs://images/none/dataset\.json"):
+            describe("gs://images/none")
     finally:
         server.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import worker
-from harness.errors import EXIT_OK
+from harness.errors import EXIT_BUSY, EXIT_OK
 from harness.launch import ends
 from harness.ledger import attempts, store
 from harness.ledger.files import read_json, write_json
@@ -48,7 +48,7 @@ def run(folder: StageFolder, attempt: int) -> int:
 
 def test_a_stage_that_a_later_attempt_finished_stays_done(folder: StageFolder) -> None:
     code = run(folder, 1)
-    assert code == worker.EXIT_BUSY
+    assert code == EXIT_BUSY
     # As the driver and the end of a job do.
     ends.settle(folder, 1, code, asked_to_stop=False)
     attempts.end_busy(folder, 1)
@@ -64,7 +64,7 @@ def test_a_stage_that_was_given_to_a_later_attempt_is_left_to_it(folder: StageFo
     folder.result.unlink()
     claimed = {"schema": 1, "state": "submitted", "attempt": 2}
     write_json(folder.status, claimed)
-    assert run(folder, 1) == worker.EXIT_BUSY
+    assert run(folder, 1) == EXIT_BUSY
     assert read_json(folder.status) == claimed
 
 
@@ -74,7 +74,7 @@ def test_the_first_rank_of_another_host_tells_its_environment(
     for name, value in {"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(worker, "_call", lambda *_: None)
+    monkeypatch.setattr(worker, "call", lambda *_: None)
     assert run(folder, 2) == EXIT_OK
     found = read_json(folder.attempt(2) / "env.rank8.json") or {}
     assert (found["by"], found["env"]["CUDA_VISIBLE_DEVICES"]) == ("worker", "3,5")
@@ -86,4 +86,4 @@ def test_the_other_ranks_of_a_late_attempt_wait_for_nobody(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert run(folder, 1) == worker.EXIT_BUSY
+    assert run(folder, 1) == EXIT_BUSY

@@ -22,6 +22,7 @@ from harness.train.blueprint import Blueprint
 from harness.train.build import build_engine
 from harness.train.engine import Engine, connect
 from harness.train.groups import parameter_groups
+from harness.train.optimizer import plain_architectures
 from harness.train.zero_config import batch_plan, config_path, read_config
 
 
@@ -218,3 +219,56 @@ def test_in_bfloat16_the_optimizer_starts_from_exact_weights_and_they_are_export
     engine.close()
     rounded = exact["encoder.blocks.0.attn.qkv.weight"].detach().bfloat16().float()
     assert not torch.equal(rounded, exact["encoder.blocks.0.attn.qkv.weight"].detach())
+
+
+def test_with_one_rank_parameters_stay_whole_and_are_the_optimizers_own_memory() -> None:
+    engine, _ = small_engine()
+    zero = engine._engine.optimizer
+    flats = [flat.untyped_storage().data_ptr() for flat in zero.fp16_partitioned_groups_flat]
+    images = torch.randn(8, 3, 16, 16)
+    for _ in range(2):
+        for param in engine._engine.module.parameters():
+            assert param.shape == param.ds_shape
+            assert param.untyped_storage().data_ptr() in flats
+        engine.backward(engine.forward(images).logsumexp(dim=1).mean())
+        assert all(param.grad is None for param in engine._engine.module.parameters())
+        engine.step()
+    engine.close()
+
+
+def test_with_one_rank_a_saved_model_holds_no_second_copy_of_the_weights(tmp_path: Path) -> None:
+    engine, _ = small_engine()
+    engine.save(tmp_path)
+    engine.close()
+    file = tmp_path / "deepspeed" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    saved = torch.load(file, weights_only=False)["module"]
+    assert sum(tensor.numel() for tensor in saved.values()) == 0
+
+
+def test_the_gradient_norm_is_that_of_all_gradients() -> None:
+    engine, _ = small_engine()
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = Classifier(VisionEncoder(tiny.MODEL), 5, "cls")
+    initialize(model, 0)
+    model(images).logsumexp(dim=1).mean().backward()
+    wanted = torch.nn.utils.get_total_norm([param.grad for param in model.parameters()])  # type: ignore[misc]
+    engine.backward(engine.forward(images).logsumexp(dim=1).mean())
+    engine.step()
+    assert engine.grad_norm() == pytest.approx(wanted.item(), rel=1e-6)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [(None, None), ("9.0a", "9.0"), ("8.0 9.0a+PTX;10.0f", "8.0 9.0+PTX;10.0"), ("8.6", "8.6")],
+)
+def test_architectures_reach_deepspeed_without_letters(
+    given: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCH_CUDA_ARCH_LIST"
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    with plain_architectures():
+        assert os.environ.get(name) == seen
+    assert os.environ.get(name) == given

@@ -12,6 +12,7 @@ from torch._C import _LinAlgError as LinAlgError
 from torch.distributed import DistBackendError, DistError, DistNetworkError
 
 from harness.errors import OutOfMemoryError
+from harness.exits import is_lost_rank
 from harness.ledger.files import read_json
 from harness.study.protocols import FineTune, Lit
 from harness.study.recipes import Duration, WspRecipe
@@ -19,7 +20,6 @@ from harness.train.memory import memory_checked, smaller_micro_batch
 from harness.train.objectives import WspObjective
 from harness.transfer.finetune import FineTuneObjective
 from harness.transfer.lit import LitObjective
-from harness.worker import _is_lost_rank
 from tests.conftest import Harness
 
 Kind = TypeVar("Kind", FineTuneObjective, LitObjective, WspObjective)
@@ -142,7 +142,7 @@ def test_no_other_failure_of_a_step_is_taken_for_want_of_memory(error: Exception
         raise error
     assert caught.value is error
     is_of_ranks = isinstance(error, DistError) or "gloo" in str(error)
-    assert _is_lost_rank(caught.value) == is_of_ranks
+    assert is_lost_rank(caught.value) == is_of_ranks
 
 
 @pytest.mark.long

@@ -38,7 +38,8 @@ def test_logistic_regression_finds_the_minimum_of_the_cpu() -> None:
         for values in ((features, class_M), (features.cuda(), class_M.cuda()))
     )
     assert other.dtype == torch.float64
-    torch.testing.assert_close(other.cpu(), one, atol=1e-6, rtol=0)
+    # Each is within gradient / curvature of the minimum, 1e-9 / 1e-3 in every direction.
+    torch.testing.assert_close(other.cpu(), one, atol=1e-5, rtol=0)
 
 
 def test_neighbours_vote_as_on_the_cpu() -> None:
