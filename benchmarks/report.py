@@ -165,7 +165,7 @@ def shape_of(name: str, root: Path, points: int, part: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--part", type=float, default=1.0, help="share of the seeds")
     parser.add_argument("--points", type=int, default=1000)

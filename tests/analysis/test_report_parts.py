@@ -102,10 +102,13 @@ def test_fit_lists_used_and_dropped_cells_with_the_reason(made: tuple[Path, Path
 def test_cell_names_the_folders_of_its_stages(made: tuple[Path, Path]) -> None:
     root, folder = made
     rows = Rows((folder / "index.html").read_text(encoding="utf-8")).rows["table-cells"]
+    cells = load(root, "made").cells
+    finished = {f"cell-{cell}" for cell in cells.loc[cells["state"] == "done", "cell"]}
+    assert finished
     for row in rows:
         paths = re.findall(r"stages/\w+/\S+", row["text"])
         assert paths
-        assert "planned" in row["text"] or all((root / path).is_dir() for path in paths)
+        assert row["id"] not in finished or all((root / path).is_dir() for path in paths)
     in_file = pd.read_csv(folder / "cells.csv")["stages"]
     assert in_file.str.startswith("stages/").all()
 
@@ -119,7 +122,8 @@ def test_csv_and_parquet_hold_the_same(made: tuple[Path, Path], name: str) -> No
         numbers = two[column].dtype.kind in "fi" and one[column].dtype.kind in "fi"
         kind = float if numbers else str
         both = (one[column], two[column])
-        left, right = (c.astype(object).where(c.notna(), np.nan) for c in both)
+        # CSV has one way to leave a field empty: no number and no text look alike in it.
+        left, right = (c.astype(object).where(c.notna() & (c != ""), np.nan) for c in both)
         assert left.astype(kind).tolist() == pytest.approx(right.astype(kind).tolist(), nan_ok=True)
 
 
