@@ -13,10 +13,8 @@ from analysis.panels import Figure
 from analysis.sections import Analysis, Facts, Section
 from analysis.tables import Table
 
-MAX_VARIANTS = 6
+MAX_VARIANTS = 3
 """Settings of the extra axes that get figures; all of them are in the tables and data files."""
-MAX_PANELS = 90
-"""Panels of all figures of variants together, about: a study of many settings draws fewer."""
 
 
 # -- figures --------------------------------------------------------------------------------
@@ -34,9 +32,7 @@ def drawn_variants(a: Analysis) -> tuple[list[str], int]:
     points = grid.drop_duplicates(["variant", "size", "data"])["variant"].value_counts()
     names = list(dict.fromkeys(grid["variant"]))
     names = [name for name in names if name == names[0] or points[name] > 1]
-    panels = min(grid["data"].nunique(), figures.MAX_PANELS) + 2 * len(_transfers(a)) + 8
-    most = max(1, min(MAX_VARIANTS, MAX_PANELS // panels))
-    return names[:most], max(0, len(names) - most)
+    return names[:MAX_VARIANTS], max(0, len(names) - MAX_VARIANTS)
 
 
 def _transfers(a: Analysis) -> list[Metric]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,43 +93,41 @@ def finished_wsp(curves: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
         return curves.assign(cell=[], pair=[])
     chosen = (curves["kind"] == "wsp") & (curves["state"] == "done")
     chosen &= curves["val_loss"].notna() & curves["samples"].notna()
-    numbers = list(_NUMBERS)
-    rows = curves.loc[chosen, ["cells", *numbers]]
+    chosen_R = np.flatnonzero(chosen.to_numpy())
     # Cells as numbers until the end: words of ten million rows take gigabytes and minutes.
     about = grid[["cell", "pair", *_SHARED]].sort_values("cell", ignore_index=True)
     place = {cell: i for i, cell in enumerate(about["cell"])}
-    codes = rows["cells"].cat.codes.to_numpy()
+    codes = curves["cells"].cat.codes.to_numpy()[chosen_R]
     # Rows of a stage stand together, so a cell's rows are a few runs of them.
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     ends = np.append(starts, len(codes))[1:]
     pieces = sorted(
         (place[cell], int(start), int(end))
         for start, end in zip(starts, ends, strict=True)
-        for cell in str(rows["cells"].cat.categories[codes[start]]).split(";")
+        for cell in str(curves["cells"].cat.categories[codes[start]]).split(";")
         if cell in place
     )
     sizes = [end - start for _, start, end in pieces]
     cell_R = np.repeat(np.array([cell for cell, _, _ in pieces], np.int64), sizes)
-    row_R = np.concatenate([np.arange(a, b) for _, a, b in pieces] or [np.zeros(0, np.int64)])
-    samples = rows["samples"].to_numpy()[row_R]
+    none = np.zeros(0, np.int64)
+    row_R = np.concatenate([chosen_R[start:end] for _, start, end in pieces] or [none])
+    samples = curves["samples"].to_numpy()[row_R]
     if np.any((np.diff(samples) < 0) & (np.diff(cell_R) == 0)):
         order = np.lexsort((samples, cell_R))
         row_R, cell_R = row_R[order], cell_R[order]
-    columns: dict[str, Any] = {name: rows[name].to_numpy()[row_R] for name in numbers}
+    columns: dict[str, Any] = {name: curves[name].to_numpy()[row_R] for name in _NUMBERS}
+    used = np.unique([cell for cell, _, _ in pieces]).astype(np.int64)
     for name in about:
         values = about[name].to_numpy()
-        columns[str(name)] = (
-            values[cell_R] if values.dtype.kind == "f" else _chosen(list(values), cell_R)
-        )
+        if values.dtype.kind == "f":
+            columns[str(name)] = values[cell_R]
+            continue
+        # Only words in use: a category without rows would be a group of its own.
+        words = list(dict.fromkeys(values[used]))
+        number = {word: i for i, word in enumerate(words)}
+        codes_C = np.array([number.get(value, -1) for value in values], np.int32)
+        columns[str(name)] = pd.Categorical.from_codes(codes_C[cell_R], categories=pd.Index(words))
     return pd.DataFrame(columns, copy=False)
-
-
-def _chosen(words: Iterable[Any], codes: np.ndarray) -> pd.Categorical:
-    """words[codes], every category of it in use."""
-    found = pd.Categorical(list(words))
-    return pd.Categorical.from_codes(
-        found.codes[codes], categories=found.categories
-    ).remove_unused_categories()
 
 
 def wsp_curves(study: StudyData) -> pd.DataFrame:

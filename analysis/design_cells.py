@@ -18,6 +18,7 @@ from analysis.forms import CHINCHILLA
 from analysis.information import Arm
 from analysis.load import StudyData
 from analysis.metrics import Metric
+from analysis.surface import draws_for
 from harness.errors import UserError
 from harness.ledger import store
 from harness.ledger.files import write_bytes
@@ -69,7 +70,8 @@ def advise_study(
         good = np.isfinite(y) & (y > 0)
         n, d = (group[k].to_numpy(float)[good] for k in ("params", "data"))
         names = list(map(str, group["cell"][good]))
-        options: dict[str, Any] = {"delta": delta, "bootstrap": bootstrap, "seed": seed}
+        draws = draws_for(len(group), bootstrap)
+        options: dict[str, Any] = {"delta": delta, "bootstrap": draws, "seed": seed}
         law = fit(CHINCHILLA, {"N": n, "D": d}, y[good], groups=names, **options)
         arms.append(Arm(init=str(init), law=law, form=CHINCHILLA, n=n, d=d, y=y[good]))
     return advise(arms, choice.candidates, cells=cells, unit=choice.unit, notes=choice.notes)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis import resample
+from analysis import resample, solve
 from analysis.forms import EXPONENTS, Array, Form
 from analysis.shapes import FORMS, m4_with_chance
 from analysis.solve import Problem, condition_number, minimise, objective
@@ -227,7 +227,7 @@ class _Optimum:
 
 
 def _optimum(problem: Problem, y_P: Array, weight_P: Array) -> _Optimum:
-    starts = problem.form.starts(problem.u_IP, y_P)
+    starts = solve.starts(problem, y_P)
     solved = minimise(problem, starts, weight_P[None], reweighted=40, newton=80)
     order = np.argsort(solved.objective_B, kind="stable")
     best = int(order[0])

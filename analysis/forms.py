@@ -60,6 +60,14 @@ class Form:
         """Distinct values each input must have. One axis must tell all parameters apart."""
         return max(3, self.size) if len(self.inputs) == 1 else 3
 
+    def kinds(self, num: int) -> Array:
+        """What sets `num` rows apart beside their inputs, a line for each such thing."""
+        return np.zeros((0, num))
+
+    def of_rows(self, chosen: Array) -> Form:
+        """The form for these rows alone."""
+        return self
+
     def value(self, theta_BK: Array, u_IP: Array) -> Array:
         """ln y, (B, P)."""
         raise NotImplementedError

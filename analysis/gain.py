@@ -33,25 +33,30 @@ def paired(study: StudyData, metrics: list[Metric]) -> pd.DataFrame:
     """
     results = study.grid_results
     results = results[results["pair"].isin(_asked_for(study))]
-    out = []
+    keys = [*POINT, "seed", "pair"]
+    out: list[dict[str, Any]] = []
     for metric in metrics:
+        # Plain rows: a frame for each of thousands of pairs would take minutes.
+        pairs: dict[str, dict[str, Any]] = {}
+        sides: dict[str, dict[str, tuple[float, str]]] = {}
         rows = metric.rows(results)
-        for pair, group in rows.groupby("pair", sort=False):
-            sides = {i: group[group["init"] == i] for i in (WITH, WITHOUT)}
-            first = group.iloc[0]
-            row: dict[str, Any] = {k: first[k] for k in [*POINT, "seed"]}
-            row |= {"pair": pair, "metric": metric.key}
+        for row in rows[[*keys, "init", "value", "state"]].to_dict("records"):
+            pair = str(row["pair"])
+            pairs.setdefault(pair, {str(k): row[k] for k in keys})
+            side = (float(row["value"]), str(row["state"]))
+            sides.setdefault(pair, {}).setdefault(str(row["init"]), side)
+        sign = 1.0 if metric.is_accuracy else -1.0
+        for pair, about in pairs.items():
             values, why = {}, []
-            for init, side in sides.items():
-                values[init] = float(side["value"].iloc[0]) if len(side) else math.nan
-                if not len(side):
+            for init in (WITH, WITHOUT):
+                values[init], state = sides[pair].get(init, (math.nan, ""))
+                if not state:
                     why.append(f"no {init} cell")
                 elif not math.isfinite(values[init]):
-                    why.append(f"{init}: {side['state'].iloc[0]}")
-            sign = 1.0 if metric.is_accuracy else -1.0
-            row |= {"with_mae": values[WITH], "without": values[WITHOUT]}
-            row |= {"gain": sign * (values[WITH] - values[WITHOUT]), "why": "; ".join(why)}
-            out.append(row)
+                    why.append(f"{init}: {state}")
+            numbers = {"with_mae": values[WITH], "without": values[WITHOUT]}
+            numbers["gain"] = sign * (values[WITH] - values[WITHOUT])
+            out.append({**about, "metric": metric.key, **numbers, "why": "; ".join(why)})
     columns = [*POINT, "seed", "pair", "metric", "with_mae", "without", "gain", "why"]
     return _frame(out, columns)
 
@@ -63,21 +68,30 @@ def _asked_for(study: StudyData) -> set[str]:
 
 def by_point(rows: pd.DataFrame, value: str = "gain") -> pd.DataFrame:
     """Mean, smallest and largest over the seeds of each grid point; `why` of those without."""
+    columns = [*POINT, "mean", "low", "high", "seeds", "expected", "why"]
+    if not len(rows):
+        return _frame([], columns)
+    # Numbers of groups, not frames of them: thousands of points would take seconds.
+    point_R = rows.groupby(POINT, sort=False, dropna=False).ngroup().to_numpy()
+    order = np.argsort(point_R, kind="stable")
+    starts = np.flatnonzero(np.diff(point_R[order], prepend=-1))
+    numbers, words = rows[value].to_numpy(float), rows["why"].to_numpy()
+    keys = rows[POINT].iloc[order[starts]].to_dict("records")
     out = []
-    for key, group in rows.groupby(POINT, sort=False, dropna=False):
-        good = group[value].dropna()
+    for key, own in zip(keys, np.split(order, starts[1:]), strict=True):
+        good = numbers[own][~np.isnan(numbers[own])]
         out.append(
             {
-                **dict(zip(POINT, key, strict=True)),
+                **key,
                 "mean": float(good.mean()) if len(good) else math.nan,
                 "low": float(good.min()) if len(good) else math.nan,
                 "high": float(good.max()) if len(good) else math.nan,
                 "seeds": len(good),
-                "expected": len(group),
-                "why": "; ".join(dict.fromkeys(w for w in group["why"] if w)),
+                "expected": len(own),
+                "why": "; ".join(dict.fromkeys(w for w in words[own] if w)),
             }
         )
-    return _frame(out, [*POINT, "mean", "low", "high", "seeds", "expected", "why"])
+    return _frame(out, columns)
 
 
 def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
@@ -146,33 +160,51 @@ def charged_curves(study: StudyData) -> pd.DataFrame:
     Points before the end of a curve belong to a schedule that is not over, which speaks against
     the MAE cell: a run that was planned to end there would be better.
     """
-    curves = {cell: rows for cell, rows in wsp_curves(study).groupby("cell", sort=False)}
+    curves = _by_cell(wsp_curves(study))
     out = []
     grid = study.grid[study.grid["pair"].isin(_asked_for(study))]
-    for pair, group in grid.groupby("pair", sort=False):
-        first = group.iloc[0]
+    pairs: dict[str, dict[str, dict[str, Any]]] = {}
+    for cell in grid.to_dict("records"):
+        pairs.setdefault(str(cell["pair"]), {}).setdefault(
+            str(cell["init"]), {str(k): v for k, v in cell.items()}
+        )
+    for pair, cells in pairs.items():
+        first = next(iter(cells.values()))
         row: dict[str, Any] = {k: first[k] for k in [*POINT, "seed"]}
         row |= {"pair": pair, "gain": math.nan, "why": ""}
         row |= {"share": math.nan, "ratio": math.nan, "is_upper_bound": False, "why_ratio": ""}
-        sides = {i: group[group["init"] == i] for i in (WITH, WITHOUT)}
-        missing = [i for i, s in sides.items() if not len(s) or s["cell"].iloc[0] not in curves]
+        sides = {i: cells[i] for i in (WITH, WITHOUT)}
+        missing = [i for i, c in sides.items() if str(c["cell"]) not in curves]
         if missing:
             row["why"] = row["why_ratio"] = f"no finished WSP curve: {', '.join(missing)}"
         else:
-            cells = {i: s.iloc[0] for i, s in sides.items()}
-            row |= _compare(cells, {i: curves[c["cell"]] for i, c in cells.items()})
+            row |= _compare(sides, {i: curves[str(c["cell"])] for i, c in sides.items()})
         out.append(row)
     columns = [*POINT, "seed", "pair", "gain", "why", "share", "ratio", "is_upper_bound"]
     columns += ["why_ratio", "flops_random", "flops_mae_stage", "flops_mae_total"]
     return _frame(out, columns)
 
 
-def _compare(cells: Mapping[str, pd.Series], curves: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _by_cell(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(samples, val_loss) of each cell; rows come by cell, then samples."""
+    cells = rows["cell"].astype("category")
+    codes = cells.cat.codes.to_numpy()
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    ends = np.append(starts[1:], len(codes))[: len(starts)]
+    samples, loss = (rows[k].to_numpy(float) for k in ("samples", "val_loss"))
+    return {
+        str(cells.cat.categories[codes[a]]): (samples[a:b], loss[a:b])
+        for a, b in zip(starts, ends, strict=True)
+    }
+
+
+def _compare(
+    cells: Mapping[str, Mapping[str, Any]], curves: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Any]:
     stage, wsp = float(cells[WITH]["flops_mae"]), float(cells[WITH]["flops_wsp"])
     budget = float(cells[WITHOUT]["flops_wsp"])
-    final = float(curves[WITHOUT]["val_loss"].iloc[-1])
-    samples = curves[WITH]["samples"].to_numpy(float)
-    loss = curves[WITH]["val_loss"].to_numpy(float)
+    final = float(curves[WITHOUT][1][-1])
+    samples, loss = curves[WITH]
     # FLOPs are proportional to samples within a stage; the cost model is the one authority.
     spent = stage + wsp * samples / samples[-1]
     row: dict[str, Any] = {
@@ -260,13 +292,17 @@ def data_multiplier(pairs: pd.DataFrame, metrics: list[Metric]) -> pd.DataFrame:
     and where more images do not help it.
     """
     sign = {m.key: 1.0 if m.is_accuracy else -1.0 for m in metrics}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in pairs.to_dict("records"):
+        key = tuple(row[k] for k in ("metric", "variant", "size", "seed"))
+        groups.setdefault(key, []).append({str(k): v for k, v in row.items()})
     rows = []
-    for (metric, *_), group in pairs.groupby(["metric", "variant", "size", "seed"], sort=False):
-        arm = group.dropna(subset=["without"]).sort_values("data")
-        x = np.log(arm["data"].to_numpy(float))
-        y = sign[str(metric)] * arm["without"].to_numpy(float)
-        for row in group.to_dict("records"):
-            wanted = sign[str(metric)] * float(row["with_mae"])
+    for (metric, *_), group in groups.items():
+        arm = sorted((r["data"], r["without"]) for r in group if math.isfinite(r["without"]))
+        x = np.log(np.array([data for data, _ in arm], float))
+        y = sign[metric] * np.array([value for _, value in arm], float)
+        for row in group:
+            wanted = sign[metric] * float(row["with_mae"])
             value, why = _effective(x, y, wanted, math.log(row["data"]))
             why = row["why"] or why if math.isnan(wanted) else why
             about = {k: row[k] for k in [*POINT, "seed", "metric"]}

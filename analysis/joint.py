@@ -8,7 +8,7 @@ Shapes: B problems, P rows, K parameters of the base law, C changes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,14 @@ class Joint(SumOfPowers):
     marked_P: Array = field(repr=False)
     """1 for marked rows, 0 for the others."""
     directions_CK: Array = field(repr=False)
+
+    def kinds(self, num: int) -> Array:
+        """Marked or not."""
+        return self.marked_P[None]
+
+    def of_rows(self, chosen: Array) -> Joint:
+        """With the marks of these rows."""
+        return replace(self, marked_P=self.marked_P[chosen])
 
     def _split(self, theta_BK: Array) -> tuple[Array, Array, Array]:
         plain = theta_BK[:, : self.base.size]

@@ -20,8 +20,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import json as arrow_json
 
-_BATCH_BYTES = 32 << 20
-"""Text given to Arrow at once: enough that its set-up does not count, little for memory."""
+_BATCH_BYTES = 8 << 20
+"""Text given to Arrow at once: enough that its set-up does not count, and memory is used again."""
 _THREADS = 2
 _USUAL = ("step", "samples", "wall_s", "loss", "lr", "grad_norm", "flops", "val_loss", "val_floor")
 """Keys of the training loop: numbers to Arrow from the start, so that it need not find out."""
@@ -116,17 +116,22 @@ def _parse(texts: Sequence[bytes]) -> MetricRows:
 
 
 def _parse_fast(texts: Sequence[bytes]) -> MetricRows | None:
-    counts = np.array([text.count(b"\n") for text in texts], np.int64)
     whole = b"".join(texts)
-    total = int(counts.sum())
+    letters = np.frombuffer(whole, np.uint8)
+    # Every text ends in a newline, so line k starts after the k-th.
+    ends = np.flatnonzero(letters == ord("\n"))
+    borders = np.cumsum([len(text) for text in texts])
+    counts = np.diff(np.searchsorted(ends, borders), prepend=0)
+    total = len(ends)
     none = np.zeros(len(texts), np.int64)
     if not total:
         return MetricRows(columns={}, counts=counts, broken=none)
-    # One brace a line, at its start: then a row for Arrow is a row for the line-wise reader too.
-    starts = whole.count(b"\n{") + whole.startswith(b"{")
-    if starts != total or whole.count(b"{") != total or b"\r" in whole:
+    # A brace at the start of each line, and below as many rows as lines and no object in an object:
+    # then a row for Arrow is a row for the line-wise reader too.
+    starts = letters[np.concatenate([[0], ends[:-1] + 1])]
+    if not (starts == ord("{")).all() or b"\r" in whole:
         return None
-    read = arrow_json.ReadOptions(use_threads=False, block_size=_BATCH_BYTES)
+    read = arrow_json.ReadOptions(use_threads=False, block_size=len(whole))
     parse = arrow_json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="infer")
     try:
         table = arrow_json.read_json(pa.BufferReader(whole), read, parse)
@@ -140,7 +145,9 @@ def _parse_fast(texts: Sequence[bytes]) -> MetricRows | None:
     for name in names:
         column = table.column(name)
         if column.null_count < total:
-            columns[name] = _finite(column.cast(pa.float64()).to_numpy())
+            is_float = pa.types.is_float64(column.type)
+            numbers = column if is_float else column.cast(pa.float64())
+            columns[name] = _finite(numbers.to_numpy())
     return MetricRows(columns=columns, counts=counts, broken=none)
 
 
@@ -178,9 +185,8 @@ def _join(parts: Sequence[MetricRows]) -> MetricRows:
         for part in parts:
             piece = part.columns.pop(name, None)
             pieces.append(np.full(int(part.counts.sum()), np.nan) if piece is None else piece)
-        whole = np.concatenate(pieces)
-        if not np.isnan(whole).all():
-            columns[name] = whole
+        if any(not np.isnan(piece).all() for piece in pieces):
+            columns[name] = np.concatenate(pieces)
     return MetricRows(
         columns=columns,
         counts=np.concatenate([part.counts for part in parts] or [none]),

@@ -6,10 +6,14 @@ is drawn once; the page, name.svg and name.png are put together from the same dr
 
 from __future__ import annotations
 
+import contextlib
 import io
+import multiprocessing
+import os
 import re
+import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +72,45 @@ class Drawing:
 
 
 def render(figure: Figure) -> tuple[Drawing, ...]:
-    """Draws every panel of a figure."""
-    return tuple(_render(panel) for panel in figure.panels)
+    """Draws every panel of one figure, here and now."""
+    return tuple(map(_render, figure.panels))
+
+
+@contextlib.contextmanager
+def renderer(figures: Sequence[Figure]) -> Iterator[Callable[[], dict[str, tuple[Drawing, ...]]]]:
+    """A function that draws every panel of the figures, by figure name.
+
+    Many panels are drawn by processes, forked where this is entered: what draws is a closure, which
+    a fork has and a pickle cannot. Start threads after that, not before.
+    """
+    panels = [panel for figure in figures for panel in figure.panels]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores == 1 or len(panels) < _WORTH_FORKING:
+        yield lambda: _sorted_in(figures, map(_render, panels))
+        return
+    _waiting.extend(panels)
+    try:
+        with multiprocessing.get_context("fork").Pool(min(cores, 4)) as pool:
+            yield lambda: _sorted_in(
+                figures, pool.imap(_render_waiting, range(len(panels)), chunksize=2)
+            )
+    finally:
+        _waiting.clear()
+
+
+_WORTH_FORKING = 24
+_waiting: list[Panel] = []
+
+
+def _render_waiting(number: int) -> Drawing:
+    return _render(_waiting[number])
+
+
+def _sorted_in(
+    figures: Sequence[Figure], drawings: Iterable[Drawing]
+) -> dict[str, tuple[Drawing, ...]]:
+    rest = iter(drawings)
+    return {figure.name: tuple(next(rest) for _ in figure.panels) for figure in figures}
 
 
 def _render(panel: Panel) -> Drawing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def origins(study: StudyData) -> Origins:
         if result.get("device"):
             devices.add(str(result["device"]))
         seconds += float(result.get("wall_s", {}).get("total", 0.0))
-        for folder in _attempts(stage.folder.attempts):
+        for folder in stage.tries:
             about = _parsed(_read(f"{folder}/attempt.json"))
             hosts |= {str(about["host"])} if about.get("host") else set()
             for name, text in (about.get("versions") or {}).items():
@@ -63,13 +62,6 @@ def origins(study: StudyData) -> Origins:
         done=sum(stage.state == "done" for stage in study.stages.values()),
         attempts=sum(stage.attempts for stage in study.stages.values()),
     )
-
-
-def _attempts(folder: Path) -> list[str]:
-    try:
-        return [f"{folder}/{name}" for name in os.listdir(folder) if name.isdigit()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _read(path: str) -> bytes:

@@ -8,6 +8,7 @@ and files follow from that. What is computed once for several sections belongs i
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +80,21 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     sections = [section for build_section in SECTIONS for section in build_section(a)]
     _check(sections)
 
-    drawings = {}
-    for figure in (figure for section in sections for figure in section.figures):
-        drawings[figure.name] = panels.render(figure)
+    own = {n: f for section in sections for n, f in section.frames.items() if len(f[1])}
+    frames = {name: frame for name, (_, frame) in own.items()}
+    frames |= {"results": export.results_frame(data), "cells": export.cells_frame(data)}
+    frames |= {"curves": data.curves}
+    drawn = [figure for section in sections for figure in section.figures]
+    with panels.renderer(drawn) as render, ThreadPoolExecutor(1) as aside:
+        # Arrow writes without the interpreter's lock, so figures are drawn meanwhile.
+        written = [aside.submit(export.write_frame, folder, n, f) for n, f in frames.items()]
+        drawings = render()
+        for future in written:
+            future.result()
+    for figure in drawn:
         panels.save(figure, drawings[figure.name], folder / "figures")
     for section in sections:
         pictures.save(section.strips, folder / "figures", section.name)
-    own = {n: f for section in sections for n, f in section.frames.items() if len(f[1])}
     texts = {name: text for section in sections for name, text in section.files.items()}
     for name, text in texts.items():
         write_bytes(folder / name, text.encode())
@@ -95,12 +104,6 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     text = page(a, sections, drawings, notes, files)
     write_bytes(folder / "index.html", text.encode())
     write_bytes(folder / "report.md", markdown(a, sections, notes).encode())
-
-    frames = {name: frame for name, (_, frame) in own.items()}
-    frames |= {"results": export.results_frame(data), "cells": export.cells_frame(data)}
-    frames |= {"curves": data.curves}
-    for name, frame in frames.items():
-        export.write_frame(folder, name, frame)
     export.write_json(folder / "fits.json", _numbers(a, sections))
     return ReportResult(index=folder / "index.html", finding=" ".join(a.finding), counts=a.counts)
 

@@ -193,36 +193,39 @@ class M4(Form):
         # the asymptote it is nearest to.
         s = np.where(wanted < 0, wanted, wanted / g)
         for _ in range(60):
-            slope = sigmoid(-s) + g * sigmoid(s)
-            step = (g * softplus(s) - softplus(-s) - wanted) / slope
+            up, down = softplus(s), softplus(-s)
+            slope = np.exp(-up) + g * np.exp(-down)  # sigmoids of -s and s
+            step = (g * up - down - wanted) / slope
             s = s - step
             if np.abs(step).max(initial=0.0) < 1e-13 * (1.0 + np.abs(s).max(initial=0.0)):
                 break
         return s, floor, top, room, g
 
     def value(self, theta_BK: Array, u_IP: Array) -> Array:
-        """ln y, (B, P)."""
-        s, floor, _, room, _ = self._solved(theta_BK, u_IP[0])
-        return np.log(floor + room * sigmoid(s))
+        """ln y, (B, P). An equation is solved for each: once for rows of equal x."""
+        u, place = np.unique(u_IP[0], return_inverse=True)
+        s, floor, _, room, _ = self._solved(theta_BK, u)
+        return np.log(floor + room * sigmoid(s))[:, place]
 
     def jacobian(self, theta_BK: Array, u_IP: Array) -> tuple[Array, Array]:
         """ln y (B, P) and its derivatives (B, P, K), by the implicit equation."""
-        u = u_IP[0]
+        u, place = np.unique(u_IP[0], return_inverse=True)
         s, floor, top, room, g = self._solved(theta_BK, u)
-        share = sigmoid(s)
+        share, soft = sigmoid(s), softplus(s)
+        rest = np.exp(-soft)  # 1 - share
         y = floor + room * share
-        slope = sigmoid(-s) + g * share
+        slope = rest + g * share
         # dy = (1 - share) dc + share de0 + room share (1 - share) ds
-        per_s = room * share * sigmoid(-s) / (slope * y)
+        per_s = room * share * rest / (slope * y)
         out = np.zeros((*s.shape, self.size))
         out[:, :, 0] = per_s
         out[:, :, 1] = -u * per_s
         is_free = np.exp(theta_BK[:, 2, None]) < 0.999 * top
-        out[:, :, 2] = np.where(is_free, floor * (sigmoid(-s) / y + per_s * (1.0 - g) / room), 0.0)
-        out[:, :, 3] = g * per_s * (np.log(room) - softplus(s))
+        out[:, :, 2] = np.where(is_free, floor * (rest / y + per_s * (1.0 - g) / room), 0.0)
+        out[:, :, 3] = g * per_s * (np.log(room) - soft)
         if self.chance is None:
             out[:, :, 4] = top * (share / y - per_s * (1.0 - g) / room)
-        return np.log(y), out
+        return np.log(y)[:, place], out[:, place]
 
     def limits(self, u_IP: Array, ln_y_P: Array) -> tuple[Array, Array]:
         """e0 from just below the largest y up; g from 0.1 to 10."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ class StageFacts:
     reason: str | None = None
     message: str | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
+    tries: tuple[str, ...] = ()
+    """Folders of its attempts that are there."""
     attempts: int = 0
 
 
@@ -63,6 +66,7 @@ def _read_stage(tree: Tree, stage_id: str, kind: str, notes: list[str]) -> Stage
         return StageFacts(
             id=stage_id, kind=kind, folder=folder, state="failed", reason="unreadable"
         )
+    tries = _tries(folder)
     return StageFacts(
         id=stage_id,
         kind=kind,
@@ -71,8 +75,17 @@ def _read_stage(tree: Tree, stage_id: str, kind: str, notes: list[str]) -> Stage
         reason=clean(str(own.reason)) if own.reason else None,
         message=clean(str(own.message)) if own.message else None,
         result=own.result or {},
-        attempts=len(folder.attempt_numbers()) or int((own.result or {}).get("attempts", 0)),
+        tries=tries,
+        attempts=len(tries) or int((own.result or {}).get("attempts", 0)),
     )
+
+
+def _tries(folder: StageFolder) -> tuple[str, ...]:
+    base = str(folder.attempts)
+    try:
+        return tuple(f"{base}/{name}" for name in sorted(os.listdir(base)) if name.isdigit())
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
 
 
 def _in_chain(
@@ -99,5 +112,6 @@ def _in_chain(
         state=state,
         reason=reason,
         message=message,
+        tries=own.tries,
         attempts=own.attempts,
     )

@@ -20,7 +20,7 @@ INK, MUTED, RULE, PAPER = "#1c2024", "#66707b", "#d8dee4", "#fefefe"
 PNG_DPI = 150
 
 # Okabe and Ito's set for colour-blind readers; marks differ too, for print in grey.
-INIT_COLOURS = {"random": "#c65500", "mae": "#0072b2"}
+INIT_COLOURS = {"random": "#c25200", "mae": "#0072b2"}
 INIT_MARKS = {"random": "s", "mae": "o"}
 INIT_LABELS = {"random": "random init", "mae": "MAE init"}
 _ORDER = ("mae", "random")
@@ -50,7 +50,7 @@ CSS_COLOURS = {light: f"var(--{name})" for name, (light, _) in THEMED.items()}
 
 # Ends a hair off the inits' colours: those follow the theme, a scale must not change in part.
 GAIN_COLOURS = LinearSegmentedColormap.from_list(
-    "gain", ["#c65501", "#f3c9a5", "#f5f5f4", "#a6cde4", "#0072b1"]
+    "gain", ["#c25201", "#f3c9a5", "#f5f5f4", "#a6cde4", "#0072b1"]
 )
 
 

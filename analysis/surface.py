@@ -89,11 +89,12 @@ def surfaces(study: StudyData, metrics: list[Metric], bootstrap: int = 400) -> l
     for metric in metrics:
         rows = _main_rows(study, metric)
         for init, group in rows.groupby("init", sort=False):
-            found.append(_surface(metric, str(init), group, _draws(len(group), bootstrap)))
+            found.append(_surface(metric, str(init), group, draws_for(len(group), bootstrap)))
     return found
 
 
-def _draws(rows: int, bootstrap: int) -> int:
+def draws_for(rows: int, bootstrap: int) -> int:
+    """Bootstrap draws of a fit of so many rows, see `surfaces`."""
     return min(bootstrap, max(100, 40_000 // max(1, rows)))
 
 
@@ -176,7 +177,7 @@ def _optima(
 def init_worth(study: StudyData, metric: Metric, bootstrap: int = 400) -> InitWorth:
     """Which parameter MAE changes, and its data and compute multiplier at every grid point."""
     rows: Any = _main_rows(study, metric).to_dict("records")
-    bootstrap = _draws(len(rows), bootstrap)
+    bootstrap = draws_for(len(rows), bootstrap)
     random, mae = arms(rows, gain.WITH, gain.WITHOUT)
     flops, grid = {}, study.grid[study.grid["variant"] == study.grid["variant"].iloc[0]]
     for init in (gain.WITHOUT, gain.WITH):  # the MAE stage of a grid point is the MAE cell's

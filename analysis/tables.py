@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,7 @@ def gains(
 ) -> Table:
     """A row per grid point: gain at equal samples, at equal FLOPs, and what it is worth in data."""
     points = gain.by_point(pairs[pairs["metric"] == metric.key])
-    own = {_key(r): r for _, r in points.iterrows()}
+    own = {_key(r): r for r in points.to_dict("records")}
     ratios = charged.assign(why=charged["why_ratio"])
     worth = multipliers[multipliers["metric"] == metric.key]
     extra: list[tuple[str, dict[tuple[object, ...], str]]] = []
@@ -149,7 +150,6 @@ def gains(
     extra.append(("FLOPs to random's loss", _spans(ratios, "ratio", 2, "x", signed=False)))
     extra.append(("worth in images", _spans(worth, "multiplier", 2, "x", signed=False)))
     digits = 1 if metric.is_accuracy else 3
-    grid = study.grid
     rows = []
     for key, row in own.items():
         where = f"{row['size']}, {axis_label(int(row['data']))}"
@@ -168,40 +168,46 @@ def gains(
         rows=tuple(rows),
         numeric=frozenset({1}),
         wide=frozenset(range(2, len(header))),
-        sources=tuple(_behind_gain(grid, key) for key in own),
+        sources=tuple(tuple(sources) for sources in _behind_gains(study, own)),
         file="gains.csv",
     )
 
 
-def _behind_gain(grid: pd.DataFrame, key: tuple[object, ...]) -> tuple[Source, ...]:
-    """Cells of the grid point by init; and random's arm, which `worth in images` interpolates."""
-    about = dict(zip(gain.POINT, key, strict=True))
-    arm = grid[(grid["variant"] == about["variant"]) & (grid["params"] == about["params"])]
-    point = arm[arm["data"] == about["data"]]
-    found = [
-        Source(
-            cells=tuple(map(str, point.loc[point["init"] == init, "cell"])),
-            label=style.init_label(init),
-        )
-        for init in (gain.WITH, gain.WITHOUT)
-    ]
-    rest = arm[(arm["init"] == gain.WITHOUT) & (arm["data"] != about["data"])]
-    found.append(Source(cells=tuple(map(str, rest["cell"])), label="worth in images, also"))
-    return tuple(source for source in found if source.cells)
+def _behind_gains(study: StudyData, keys: Iterable[tuple[object, ...]]) -> Iterator[list[Source]]:
+    """Cells of each grid point by init; and random's arm, which `worth in images` interpolates."""
+    points: dict[tuple[object, ...], dict[str, list[str]]] = {}
+    arms: dict[tuple[object, ...], list[tuple[float, str]]] = {}
+    for cell in study.grid[[*gain.POINT, "init", "cell"]].to_dict("records"):
+        init, name = str(cell["init"]), str(cell["cell"])
+        key = tuple(cell[k] for k in gain.POINT)
+        points.setdefault(key, {}).setdefault(init, []).append(name)
+        if init == gain.WITHOUT:
+            arms.setdefault(key[:-1], []).append((float(cell["data"]), name))
+    for key in keys:
+        own = points.get(key, {})
+        found = [
+            Source(cells=tuple(own.get(init, ())), label=style.init_label(init))
+            for init in (gain.WITH, gain.WITHOUT)
+        ]
+        rest = tuple(name for data, name in arms.get(key[:-1], ()) if data != key[-1])
+        found.append(Source(cells=rest, label="worth in images, also"))
+        yield [source for source in found if source.cells]
 
 
 def _spans(
     rows: pd.DataFrame, value: str, digits: int, unit: str = "", signed: bool = True
 ) -> dict[tuple[object, ...], str]:
     points = gain.by_point(rows, value)
-    return {_key(r): _span(r, 1.0, digits, unit, signed) for _, r in points.iterrows()}
+    return {_key(r): _span(r, 1.0, digits, unit, signed) for r in points.to_dict("records")}
 
 
-def _key(row: pd.Series) -> tuple[object, ...]:
+def _key(row: Mapping[Any, Any]) -> tuple[object, ...]:
     return tuple(row[k] for k in gain.POINT)
 
 
-def _span(row: pd.Series, scale: float, digits: int, unit: str = "", signed: bool = True) -> str:
+def _span(
+    row: Mapping[Any, Any], scale: float, digits: int, unit: str = "", signed: bool = True
+) -> str:
     if not row["seeds"]:
         return str(row["why"]) or NONE
     sign = "+" if signed else ""

@@ -25,6 +25,7 @@ from analysis.load import StudyData
 from analysis.loss_to_error import LossToError, fit_loss_to_error
 from analysis.metrics import Metric
 from analysis.panels import Figure, Panel
+from analysis.surface import draws_for
 from analysis.tables import NONE, Table
 from harness.ledger.files import read_json
 
@@ -82,7 +83,7 @@ def task_laws(
     results = study.grid_results
     is_loss = (results["kind"] == LOSS[0]) & (results["metric"] == LOSS[1])
     losses = results[is_loss].drop_duplicates("cell").set_index("cell")["value"]
-    laws = _LossLaws(bootstrap=bootstrap, seed=seed)
+    laws = _LossLaws(seed=seed)
     found = []
     for metric in metrics:
         if not metric.is_accuracy:
@@ -90,7 +91,7 @@ def task_laws(
         rows = metric.rows(results).drop_duplicates("cell")
         for (variant, init), group in rows.groupby(["variant", "init"], sort=False):  # type: ignore[misc]
             about = {"variant": str(variant), "init": str(init)}
-            found.append(_law(study, metric, group, losses, about, laws))
+            found.append(_law(study, metric, group, losses, about, laws, bootstrap))
     return found
 
 
@@ -98,14 +99,13 @@ def task_laws(
 class _LossLaws:
     """Stage 1 by the cells it was fitted on: tasks of the same cells share it."""
 
-    bootstrap: int
     seed: int
     known: dict[tuple[str, ...], Fit] = field(default_factory=dict)
 
-    def of(self, cells: Array, n: Array, d: Array, loss: Array) -> Fit:
+    def of(self, cells: Array, n: Array, d: Array, loss: Array, draws: int) -> Fit:
         key = tuple(map(str, cells))
         if key not in self.known:
-            options: dict[str, Any] = {"bootstrap": self.bootstrap, "seed": self.seed}
+            options: dict[str, Any] = {"bootstrap": draws, "seed": self.seed}
             self.known[key] = fit(CHINCHILLA, {"N": n, "D": d}, loss, groups=key, **options)
         return self.known[key]
 
@@ -117,6 +117,7 @@ def _law(
     losses: pd.Series,
     about: dict[str, str],
     laws: _LossLaws,
+    bootstrap: int,
 ) -> TaskLaw:
     loss = losses.reindex(rows["cell"]).to_numpy(float)
     error = metric.error(rows["value"]).to_numpy(float)
@@ -132,18 +133,19 @@ def _law(
     n, d = used["params"].to_numpy(float), used["data"].to_numpy(float)
     cells = used["cell"].to_numpy(str)
     options: dict[str, Any] = {"chance": chance, "num_tests": tests}
-    options |= {"bootstrap": laws.bootstrap, "seed": laws.seed}
+    draws = draws_for(len(n), bootstrap)
+    options |= {"bootstrap": draws, "seed": laws.seed}
     held = ChainError(status="refused", reason="no finished rows")
     if len(n):
         kept = np.asarray(largest_out(CHINCHILLA, {"N": n}), dtype=bool)
-        known = laws.of(cells[kept], n[kept], d[kept], loss[kept])
+        known = laws.of(cells[kept], n[kept], d[kept], loss[kept], draws)
         held = chain(n, d, loss, error, train=kept, loss_law=known, **options)
     return TaskLaw(
         metric=metric.key,
         label=metric.error_label,
         task=metric.task,
         chance_from=chance_from,
-        loss_law=laws.of(cells, n, d, loss),
+        loss_law=laws.of(cells, n, d, loss, draws),
         curve=fit_loss_to_error(loss, error, **options),
         chain=held,
         loss=loss,

@@ -21,7 +21,7 @@ from analysis import resample
 from analysis.fit import Fit, fit
 from analysis.forms import CHINCHILLA, Array
 from analysis.joint import joint
-from analysis.solve import Problem, minimise
+from analysis.solve import Problem, minimise, promising
 
 CHANGES = {
     "E": "offset: the irreducible loss",
@@ -204,7 +204,7 @@ class _Data:
 
     def solve(self, changes: tuple[str, ...], delta: float) -> tuple[Array, float]:
         problem = self.problem(changes, delta)
-        starts = problem.form.starts(problem.u_IP, self.y)
+        starts = promising(problem, self.y)
         ones = np.ones((1, len(self.y)))
         found = minimise(problem, starts, ones, reweighted=40, newton=100)
         best = int(np.argmin(found.objective_B))

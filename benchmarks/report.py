@@ -4,8 +4,8 @@
 
 The run tree is made up, its files are as the worker writes them: a row of metrics.jsonl per logged
 step, with a validation loss in each (more than a real run has). It is kept in FOLDER for the next
-time. The report is a process of its own; wall time depends on who else uses the machine, the time
-that its own threads were at work does not.
+time. The report is a process of its own. Its wall time depends on who else uses the machine, so the
+load average is kept beside it; `user_s` and `system_s` are the time that its threads were at work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,26 +25,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
-SIZES = {"d16x2": 8_000, "d32x3": 40_000, "d64x4": 210_000, "ti": 5_400_000, "s": 21_300_000}
-DATA = (500, 1_000, 2_000, 4_000, 8_000)
-RATES = tuple(round(0.0005 * k, 4) for k in range(1, 11))
 BATCH = 64
+SHAPES = {
+    "grid": {"sizes": 20, "data": 25, "seeds": 10, "rates": 1},
+    "rates": {"sizes": 5, "data": 5, "seeds": 20, "rates": 10},
+}
+"""Two studies of 10,000 cells, 2 inits each: of size and data alone, and with a further axis."""
 
 
-def write_tree(root: Path, seeds: int, points: int) -> int:
-    """5 sizes x 5 data sizes x 2 inits x 10 learning rates x `seeds`; returns the cells."""
+def write_tree(root: Path, points: int, sizes: int, data: int, seeds: int, rates: int) -> int:
+    """Writes study and stages; returns the number of cells."""
+    params = {f"m{k:02d}": round(8_000 * 1.6**k) for k in range(sizes)}
     axes = {
-        "size": list(SIZES),
-        "data": list(DATA),
+        "size": list(params),
+        "data": [round(500 * 1.5**k) for k in range(data)],
         "init": ["random", "mae"],
         "seed": list(range(seeds)),
-        "wsp.lr": list(RATES),
+        "wsp.lr": [round(0.0005 * (k + 1), 4) for k in range(rates)],
     }
     rows = []
     for size, data, init, seed, lr in product(*axes.values()):
         values = (size, data, init, seed, lr)
-        rows.append(_cell(root, dict(zip(axes, values, strict=True)), points))
+        rows.append(_cell(root, dict(zip(axes, values, strict=True)), params[size], points))
     folder = root / "studies" / "large"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.yaml").write_text("name: large\n")
@@ -54,9 +57,9 @@ def write_tree(root: Path, seeds: int, points: int) -> int:
     return len(rows)
 
 
-def _cell(root: Path, axes: dict[str, Any], points: int) -> dict[str, Any]:
+def _cell(root: Path, axes: dict[str, Any], params: int, points: int) -> dict[str, Any]:
     size, data, init, seed = axes["size"], axes["data"], axes["init"], axes["seed"]
-    params, samples = SIZES[size], points * BATCH
+    samples = points * BATCH
     name = f"{size}-{data}-{init}-lr{axes['wsp.lr']:g}-s{seed}"
     ends = np.random.default_rng(zlib.crc32(name.encode()))
     noise, tilt = float(ends.normal(0, 0.01)), math.log10(axes["wsp.lr"] / 0.002)
@@ -144,47 +147,46 @@ def measure(root: Path, out: Path) -> dict[str, float]:
     }
 
 
+def shape_of(name: str, root: Path, points: int, part: float) -> dict[str, Any]:
+    """Writes the tree if it is not there, makes the report, says what both are and what it took."""
+    shape = dict(SHAPES[name])
+    shape["seeds"] = max(1, round(shape["seeds"] * part))
+    if not (root / "studies" / "large" / "cells.jsonl").is_file():
+        write_tree(root, points, **shape)
+    with open(root / "studies" / "large" / "cells.jsonl") as lines:
+        cells = sum(1 for _ in lines)
+    curves = [p.stat().st_size for p in root.glob("stages/*/*/metrics.jsonl")]
+    with tempfile.TemporaryDirectory() as out:
+        found = measure(root, Path(out))
+        written = sorted(p for p in (Path(out) / "large").iterdir() if p.is_file())
+        files = {p.name: p.stat().st_size for p in written}
+    about = {"cells": cells, "curve_rows": len(curves) * points, "curve_bytes": sum(curves)}
+    return {"shape": shape, **about, **found, "file_bytes": files}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20, help="500 cells each")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--part", type=float, default=1.0, help="share of the seeds")
     parser.add_argument("--points", type=int, default=1000)
-    parser.add_argument("--root", type=Path, help="where the run tree is kept for the next time")
+    parser.add_argument("--root", type=Path, help="where the run trees are kept for the next time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/report.json"))
     arguments = parser.parse_args()
+    results = {}
+    load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as folder:
-        root = arguments.root or Path(folder) / "runs"
-        if not (root / "studies" / "large" / "cells.jsonl").is_file():
-            write_tree(root, arguments.seeds, arguments.points)
-        with open(root / "studies" / "large" / "cells.jsonl") as lines:
-            cells = sum(1 for _ in lines)
-        curves = [p.stat().st_size for p in root.glob("stages/*/*/metrics.jsonl")]
-        found = measure(root, Path(folder) / "out")
-        files = {
-            p.name: p.stat().st_size
-            for p in sorted((Path(folder) / "out" / "large").iterdir())
-            if p.is_file()
-        }
+        for name in arguments.shapes:
+            root = (arguments.root or Path(folder)) / name
+            results[name] = shape_of(name, root, arguments.points, arguments.part)
     report = {
-        "cells": cells,
-        "curve_rows": len(curves) * arguments.points,
-        "curve_bytes": sum(curves),
-        **found,
-        "file_bytes": files,
-        "machine": {
-            "processor": _processor(),
-            "cores": f"{len(os.sched_getaffinity(0))}, shared with other work",
-            "python": platform.python_version(),
-        },
+        "results": results,
+        "machine": machine("numpy", "pandas", "pyarrow", "matplotlib"),
+        "others": {"load_before": load, "load_after": round(os.getloadavg()[0], 1)},
     }
     text = json.dumps(report, indent=1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text + "\n")
     print(text)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
