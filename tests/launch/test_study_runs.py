@@ -470,10 +470,11 @@ def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
     file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(TINY.replace("steps: 40", "steps: 400"))
+    file.write_text(TINY.replace("steps: 40", "steps: 200"))
     root.mkdir()
     shutil.copytree(finished[0] / "datasets", root / "datasets")
-    process = start(root, file)
+    only = ("--only", "data=500")
+    process = start(root, file, *only)
 
     def training() -> bool:
         found = [read_json(p) or {} for p in root.glob("stages/wsp/*/status.json")]
@@ -490,7 +491,7 @@ def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     for folder in stages(root).values():
         lease = read_lease(folder / "lease")
         assert lease is None or owner_is_dead(lease)
-    submit(root, file)
+    submit(root, file, *only)
     resumed = [
         e
         for folder in root.glob("stages/wsp/*")
@@ -499,7 +500,7 @@ def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     ]
     assert resumed
     steps = [r["step"] for p in root.glob("stages/wsp/*/metrics.jsonl") for r in read_jsonl(p)]
-    assert steps.count(400) == len(list(root.glob("stages/wsp/*")))
+    assert steps.count(200) == len(list(root.glob("stages/wsp/*")))
 
 
 @pytest.mark.long
