@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from machine import machine
+from paired import compare
 from torch import Tensor
 
 from harness.models.heads import Classifier, label_targets
@@ -60,14 +60,14 @@ class Bare:
     def __init__(self, blueprint: Blueprint, recipe: Optimization) -> None:
         self.clip = recipe.clip
         self.model, groups = blueprint.whole()
-        self.model.to("cuda", torch.bfloat16)
         self.low: list[Tensor] = []
         self.high: list[Tensor] = []
         for group in groups:
             params = list(group["params"])
-            group["params"] = [param.detach().float().requires_grad_() for param in params]
+            group["params"] = [param.detach().cuda().requires_grad_() for param in params]
             self.low += params
             self.high += group["params"]
+        self.model.to("cuda", torch.bfloat16)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
     def step(self, loss: Tensor) -> None:
@@ -139,36 +139,14 @@ def measure(size: str, kind: str, batch: int, peak: float) -> dict[str, object]:
 
     other = [bare().item() for _ in range(WARMUP)]
 
-    def block(step: Callable[[], Tensor]) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(STEPS_PER_BLOCK):
-            step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / STEPS_PER_BLOCK
-
-    gc.collect()
-    gc.disable()
-    ratios, bare_s, ours_s = [], [], []
-    for _ in range(PAIRS):
-        a, b, c, d = block(bare), block(ours), block(ours), block(bare)
-        ratios.append(np.log((b + c) / (a + d)))
-        bare_s.append((a + d) / 2)
-        ours_s.append((b + c) / 2)
-    gc.enable()
+    found = compare(bare, ours, pairs=PAIRS, steps=STEPS_PER_BLOCK, wait=torch.cuda.synchronize)
     engine.close()
-    rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(ratios, len(ratios))) for _ in range(2000)]
-    low, high = np.exp(np.quantile(medians, [0.025, 0.975]))
-    seconds = float(np.median(ours_s))
+    seconds = found["ours_ms"] / 1e3
     return {
         "size": size,
         "kind": kind,
         "batch": batch,
-        "bare_ms": round(float(np.median(bare_s)) * 1e3, 2),
-        "ours_ms": round(seconds * 1e3, 2),
-        "ratio": round(float(np.exp(np.median(ratios))), 4),
-        "ci95": [round(float(low), 4), round(float(high), 4)],
+        **found,
         "images_per_s": round(batch / seconds, 1),
         "tflop_per_s": round(batch * flops / seconds / 1e12, 1),
         "share_of_matmul": round(batch * flops / seconds / peak, 3),

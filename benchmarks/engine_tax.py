@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from machine import machine
+from paired import compare
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,33 +95,13 @@ def measure(size: str, kind: str, device: str) -> dict[str, object]:
 
     difference = max(abs(bare().item() - ours().item()) for _ in range(WARMUP))
 
-    def block(step: Callable[[], Tensor]) -> float:
-        start = time.perf_counter()
-        for _ in range(STEPS_PER_BLOCK):
-            step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / STEPS_PER_BLOCK
-
-    gc.disable()
-    ratios, bare_s, ours_s = [], [], []
-    for _ in range(PAIRS):
-        a, b, c, d = block(bare), block(ours), block(ours), block(bare)
-        ratios.append(np.log((b + c) / (a + d)))
-        bare_s.append((a + d) / 2)
-        ours_s.append((b + c) / 2)
-    gc.enable()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    found = compare(bare, ours, pairs=PAIRS, steps=STEPS_PER_BLOCK, wait=wait)
     engine.close()
-    rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(ratios, len(ratios))) for _ in range(2000)]
-    low, high = np.exp(np.quantile(medians, [0.025, 0.975]))
     return {
         "size": size,
         "kind": kind,
-        "bare_ms": round(float(np.median(bare_s)) * 1e3, 2),
-        "ours_ms": round(float(np.median(ours_s)) * 1e3, 2),
-        "ratio": round(float(np.exp(np.median(ratios))), 4),
-        "ci95": [round(float(low), 4), round(float(high), 4)],
+        **found,
         "largest_loss_difference": difference,
     }
 

@@ -177,6 +177,13 @@ def test_the_cache_keeps_to_its_size_dropping_what_was_opened_longest_ago(
         far.split("val").read(0)
 
 
+def files_of(scenes: Dataset) -> Iterator[tuple[str, Path]]:
+    top = Path(scenes.location)
+    for path in sorted(top.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(top).as_posix(), path
+
+
 def test_s3_by_the_same_reader(
     scenes: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,10 +200,8 @@ def test_s3_by_the_same_reader(
             monkeypatch.setenv(name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="images")
-        top = Path(scenes.location)
-        for path in sorted(top.rglob("*")):
-            if path.is_file():
-                client.upload_file(str(path), "images", f"set/{path.relative_to(top).as_posix()}")
+        for name, path in files_of(scenes):
+            client.upload_file(str(path), "images", f"set/{name}")
         far = open_dataset("s3://images/set", tmp_path)
         assert far.meta == scenes.meta
         assert_same(scenes, far)
@@ -219,10 +224,8 @@ def test_gs_by_the_same_reader(
         host, port = server._api._httpd.server_address
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
         bucket = fsspec.filesystem("gs", token="anon", skip_instance_cache=True)
-        top = Path(scenes.location)
-        for path in sorted(top.rglob("*")):
-            if path.is_file():
-                bucket.pipe(f"images/set/{path.relative_to(top).as_posix()}", path.read_bytes())
+        for name, path in files_of(scenes):
+            bucket.pipe(f"images/set/{name}", path.read_bytes())
         far = open_dataset("gs://images/set", tmp_path)
         assert far.meta == scenes.meta
         assert_same(scenes, far)
