@@ -167,9 +167,7 @@ class Engine:
         config["checkpoint"] = config.get("checkpoint", {}) | {"tag_validation": "Ignore"}
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         if config.get("zero_optimization", {}).get("stage") == 3:
-            # Hooks on whole Blocks only: they are fewer than on every Linear. A step then takes, on
-            # one core (benchmarks/results/engine_tax.json), 1.27 to 1.37 times a plain loop's time
-            # for d32x3 and 1.12 to 1.29 times for d64x4.
+            # Hooks on whole Blocks only: they are fewer than on every Linear.
             set_z3_leaf_modules(model, list(_layer_types(model)), raise_if_not_found=False)
         if execution.activation_checkpointing:
             checkpoint_blocks(model)
@@ -184,6 +182,8 @@ class Engine:
         if self._engine.zero_optimization_stage() == 3:
             self._engine.optimizer.get_grad_norm_direct = self._norm
             if ranks == 1:
+                # A step then takes, on one core, 1.03 to 1.13 times a plain loop's time for d32x3
+                # and d64x4 (benchmarks/results/engine_tax.json).
                 keep_whole(self._engine)
         self._average: ema.Average | None = None
         if decay := getattr(recipe, "ema", None):

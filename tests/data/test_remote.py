@@ -221,7 +221,7 @@ def test_gs_by_the_same_reader(
     try:
         while server._api._httpd is None:  # its port is not known before
             time.sleep(0.01)
-        host, port = server._api._httpd.server_address
+        host, port = server._api._httpd.server_address[:2]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
         bucket = fsspec.filesystem("gs", token="anon", skip_instance_cache=True)
         for name, path in files_of(scenes):
