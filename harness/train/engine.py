@@ -236,8 +236,7 @@ class Engine:
         As DeepSpeed's own, which takes the norm of one gradient at a time: hundreds of calls.
         """
         norms = _foreach_norm(gradients, norm_type, dtype=torch.float64)
-        square = torch.stack(norms).square().sum()
-        dist.all_reduce(square)
+        square = self.total(torch.stack(norms).square().sum())
         norm = square.sqrt()
         return torch.where(norm.isfinite(), norm, -torch.ones_like(norm))
 

@@ -121,7 +121,7 @@ def run(
             with memory_checked(engine, objective.allows):
                 for start in range(0, share, engine.micro_batch):
                     first = ctx.rank * share + start
-                    torch.manual_seed(seed_of(config.seed, "forward", step, first))
+                    _seed(seed_of(config.seed, "forward", step, first), engine.device)
                     micro = part(rank_batch, start, start + engine.micro_batch)
                     micro = to_device(micro, engine.device)
                     loss = objective.loss(engine, micro, step, first)
@@ -257,6 +257,15 @@ class _LossReader:
         bad_S[engine.rank * share : (engine.rank + 1) * share] = own_S
         error.places = engine.total(bad_S).nonzero().flatten().tolist()
         return error
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed for this device; that one takes 3 ms a call to note what the others
+    are to do once they are in use.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _leave(ctx: StageContext) -> None:

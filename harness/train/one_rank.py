@@ -26,6 +26,7 @@ def keep_whole(engine: Any) -> None:
         return
     params = list(engine.module.parameters())
     offload._remove_module_hooks()
+    _forget_hooks(engine)
     # These gather after each step what is whole already.
     zero.persistent_parameters = []
     partition, epilogue = zero._partition_all_parameters, zero.checkpoint_event_epilogue
@@ -40,34 +41,54 @@ def keep_whole(engine: Any) -> None:
     zero.checkpoint_event_epilogue = whole
     whole()
     if not zero.offload_optimizer:
-        _Gradients(zero)
+        _Gradients(zero, params)
+
+
+def _forget_hooks(engine: Any) -> None:
+    """Before and after a forward pass DeepSpeed visits every module, and looks at a parameter each
+    time it is read: all in search of parameters that are in pieces.
+    """
+    for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+        getattr(engine, hook).remove()
+        setattr(engine, hook, None)
+    for module in engine.module.modules():
+        module._parameters = dict(module._parameters)
 
 
 class _Gradients:
     """Gradients go to the optimizer's buffers at the end of a backward pass, all in one call."""
 
-    def __init__(self, zero: Any) -> None:
+    def __init__(self, zero: Any, params: list[Any]) -> None:
         self.zero = zero
-        self.ready: list[Any] = []
-        self.buffers = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        self.params = [param for param in params if param.requires_grad]
+        buffers = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        self.sums: list[Tensor] = [
+            buffers[param.ds_id].narrow(0, 0, param.ds_numel) for param in self.params
+        ]
         self.epilogue = zero.independent_gradient_partition_epilogue
-        # Its hooks call the one when a parameter has its gradient, the other when all have.
-        zero.reduce_ready_partitions_and_remove_grads = self.ready.append
+        # Called within `backward` when all gradients are there; the hooks that take them one by one
+        # are not needed.
         zero.independent_gradient_partition_epilogue = self.take
+        for hooks in (zero._grad_acc_hooks, zero._leaf_module_hooks):
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
 
     def take(self) -> None:
         """Copy in the first micro step, add in the others; the parameters lose their gradients."""
-        if self.ready:
-            grads = [param.grad.flatten() for param in self.ready]
-            sums: list[Tensor] = [
-                self.buffers[param.ds_id].narrow(0, 0, param.ds_numel) for param in self.ready
-            ]
+        sums, grads = [], []
+        for param, own in zip(self.params, self.sums, strict=True):
+            if param.grad is None:  # it took no part
+                if self.zero.micro_step_id == 0:
+                    own.zero_()
+                continue
+            sums.append(own)
+            grads.append(param.grad.flatten())
+            param.grad = None
+        if sums:
             with torch.no_grad():
                 if self.zero.micro_step_id == 0:
                     torch._foreach_copy_(sums, grads)  # pyright: ignore[reportPrivateImportUsage]
                 else:
                     torch._foreach_add_(sums, grads)  # pyright: ignore[reportPrivateImportUsage]
-            for param in self.ready:
-                param.grad = None
-            self.ready.clear()
         self.epilogue()
