@@ -113,7 +113,7 @@ class RankZero:
         self.lease.release()
 
     def _write_result(self, result: StageResult, uids: dict[str, str]) -> None:
-        total = time.time() - self.began
+        total = result.earlier_s + time.time() - self.began
         threads = 1 if self.stage.execution.device == "cuda" else self.stage.execution.threads
         busy = result.wall_s.get("train", 0.0) + result.wall_s.get("eval", 0.0)
         metrics = {k: v if is_finite(v) else None for k, v in result.metrics.items()}

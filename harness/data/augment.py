@@ -21,24 +21,26 @@ def view(
     crop_scale: tuple[float, float] = (1.0, 1.0),
     flip: bool = False,
 ) -> np.ndarray:
-    """uint8 [out_size, out_size, 3] of a uint8 [H, W, 3].
+    """uint8 [out_size, out_size, 3] of a uint8 [H, W, 3], or faster of a contiguous [H, W, 4]
+    whose last channel means nothing.
 
     With a key: a crop whose area is a uniform share of the image in `crop_scale` and whose aspect
     is log-uniform in 3/4..4/3 (He et al. 2022, app. A.1), flipped with probability 1/2 if `flip`;
     a function of the key alone. Without: the whole image, squashed to a square.
     """
-    height, width = image_HWC.shape[:2]
-    # frombuffer shares the memory; fromarray would copy it first.
+    height, width, channels = image_HWC.shape
+    mode = "RGBX" if channels == 4 else "RGB"
+    # frombuffer shares the memory of four channels, and copies three once; fromarray copies twice.
     picture = Image.frombuffer(
-        "RGB", (width, height), np.ascontiguousarray(image_HWC), "raw", "RGB", 0, 1
+        mode, (width, height), np.ascontiguousarray(image_HWC), "raw", mode, 0, 1
     )
     if rng_key is None:
         if (width, height) == (out_size, out_size):
-            return image_HWC
-        return np.asarray(picture.resize((out_size, out_size), _BICUBIC))
+            return image_HWC[:, :, :3]
+        return np.asarray(picture.resize((out_size, out_size), _BICUBIC))[:, :, :3]
     box, is_flipped = crop_of(fold(*rng_key), width, height, crop_scale)
     seen = np.asarray(picture.resize((out_size, out_size), _BICUBIC, box=box))
-    return seen[:, ::-1] if flip and is_flipped else seen
+    return seen[:, ::-1, :3] if flip and is_flipped else seen[:, :, :3]
 
 
 def crop_of(

@@ -5,6 +5,7 @@ Only a cache: it can be deleted at any time, and is made again from the shards.
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -19,13 +20,14 @@ CACHE_BYTES = 1 << 30
 
 
 def open_pixels(path: Path, num: int, decode: Callable[[int], np.ndarray]) -> np.ndarray | None:
-    """uint8 [num, H, W, 3] in a mapped file, made with `decode` if absent.
+    """uint8 [num, H, W, 4] in a mapped file, made with `decode` ([H, W, 3]) if absent.
 
-    None if the images differ in size or are too many.
+    The fourth channel means nothing: so Pillow reads images where they lie, without a copy. None if
+    the images differ in size or are too many.
     """
     first = decode(0)
-    shape = (num, *first.shape)
-    if first.nbytes * num > CACHE_BYTES:
+    shape = (num, *first.shape[:2], 4)
+    if math.prod(shape) > CACHE_BYTES:
         return None
     pixels = _mapped(path, shape)
     mixed = path.with_suffix(".mixed")
@@ -44,7 +46,7 @@ def open_pixels(path: Path, num: int, decode: Callable[[int], np.ndarray]) -> np
                 if image.shape != first.shape:
                     mixed.touch()
                     return None
-                made[place] = image
+                made[place, ..., :3] = image
             made.flush()
             del made
             os.replace(temporary, path)

@@ -160,7 +160,7 @@ class Split:
         """uint8 [H, W, 3]. Raises DataError naming the shard and the byte offset."""
         if not self._is_prepared:
             self.prepare()
-        return self._decode(row) if self._pixels is None else self._pixels[row]
+        return self._decode(row) if self._pixels is None else self._pixels[row, ..., :3]
 
     def prepare(self) -> bool:
         """Opens the cache of decoded pixels, making it if need be; False if the set has none."""
@@ -225,8 +225,9 @@ class Split:
 
         Raises DataError naming the shard and the byte offset.
         """
-        if self.prepare():
-            seen = view(self.decode(row), out_1CSS.shape[2], rng_key, crop_scale, flip)
+        self.prepare()
+        if self._pixels is not None:
+            seen = view(self._pixels[row], out_1CSS.shape[2], rng_key, crop_scale, flip)
             put(out_1CSS, seen)
             return
         raw = self.read(row)

@@ -68,3 +68,5 @@ class StageResult:
     flops: float
     wall_s: dict[str, float]
     """Seconds by part: setup, train, eval, checkpoint."""
+    earlier_s: float = 0.0
+    """Seconds among them that earlier attempts took."""

@@ -80,6 +80,7 @@ def run(
         # Without a checkpoint too: an attempt that was killed before its first one left rows.
         ctx.metrics.rewind(progress.step)
         train_before_s = progress.wall_s["train"]
+        earlier_s = sum(progress.wall_s.values())
         row_every = max(1, steps // NUM_ROWS)
         points = execution.eval_points if objective.evaluated_on_the_way else 1
         eval_steps = {round(steps * point / points) for point in range(1, points + 1)} | {steps}
@@ -195,6 +196,7 @@ def run(
             samples=steps * batch,
             flops=stage.flops,
             wall_s=wall_s,
+            earlier_s=earlier_s,
         )
 
 

@@ -5,6 +5,7 @@ Shapes: M images, B images of a block, D features, Q classes.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,50 +55,97 @@ def fit(
     on the device of the features.
     """
     num, width = features_MD.shape
-    weights = torch.zeros(width + 1, num_classes, dtype=torch.float64, device=features_MD.device)
-    weights.requires_grad_()
     rows = max(1, BLOCK // num_classes)
-    blocks = list(zip(features_MD.split(rows), class_M.split(rows), strict=True))
+    pairs = zip(features_MD.split(rows), class_M.split(rows), strict=True)
+    blocks: Sequence[tuple[Tensor, Tensor]] = list(pairs)
+    if len(blocks) == 1:  # prepared once: of more than one the copies might not fit
+        blocks = [_prepared(*blocks[0], num_classes)]
 
-    def closure() -> Tensor:
+    # L-BFGS searches for the point in weights = factor^-T point, where the loss curves alike in
+    # every direction: features are correlated, and with weak penalties it took thousands of steps.
+    factor = _factor(features_MD, rows, num_classes, penalty, start)
+    point = torch.zeros(width + 1, num_classes, dtype=torch.float64, device=features_MD.device)
+    point.requires_grad_()
+
+    def weights() -> Tensor:
+        return torch.linalg.solve_triangular(factor.T, point.detach(), upper=True)
+
+    def loss_and_gradient(weights: Tensor) -> tuple[Tensor, Tensor]:
         # The gradient by hand: two matrix products, no graph.
-        with torch.no_grad():
-            loss, gradient = torch.zeros_like(weights[0, 0]), torch.zeros_like(weights)
-            for block_BD, class_B in blocks:
-                inputs = _with_one(block_BD.double())
-                one_hot_BQ = F.one_hot(class_B, num_classes).double()
-                log_p_BQ = torch.log_softmax(inputs @ weights, dim=1)
-                loss -= (log_p_BQ * one_hot_BQ).sum() / num
-                gradient += inputs.T @ (log_p_BQ.exp() - one_hot_BQ) / num
-            gradient[:-1] += penalty * weights[:-1]
-            weights.grad = gradient
-            return loss + penalty / 2 * weights[:-1].square().sum()
+        loss, gradient = torch.zeros_like(weights[0, 0]), torch.zeros_like(weights)
+        for block in blocks:
+            inputs, one_hot_BQ = block if len(blocks) == 1 else _prepared(*block, num_classes)
+            log_p_BQ = torch.log_softmax(inputs @ weights, dim=1)
+            loss -= (log_p_BQ * one_hot_BQ).sum() / num
+            gradient += inputs.T @ (log_p_BQ.exp() - one_hot_BQ) / num
+        gradient[:-1] += penalty * weights[:-1]
+        return loss + penalty / 2 * weights[:-1].square().sum(), gradient
 
-    def largest_gradient() -> float:
-        closure()
-        assert weights.grad is not None, "closure sets it"
-        return weights.grad.abs().max().item()
+    at_zero = loss_and_gradient(weights())[1].abs().max().item()
 
-    at_zero = largest_gradient()
+    @torch.no_grad()
+    def closure() -> Tensor:
+        loss, gradient = loss_and_gradient(weights())
+        if gradient.abs().max() <= tolerance * at_zero:
+            raise _Converged
+        found = torch.linalg.solve_triangular(factor, gradient, upper=False)
+        point.grad = found.contiguous()  # it comes by columns
+        return loss
+
     if start is not None:
         with torch.no_grad():
-            weights.copy_(start)
+            point.copy_(factor.T @ start)
     optimizer = torch.optim.LBFGS(
-        [weights],
+        [point],
         max_iter=MAX_ITERATIONS,
         max_eval=2 * MAX_ITERATIONS,
         history_size=20,
-        tolerance_grad=tolerance * at_zero,
-        tolerance_change=1e-14,
+        tolerance_grad=0.0,
+        tolerance_change=1e-17,  # of a loss near ln Q: as good as none
         line_search_fn="strong_wolfe",
     )
-    optimizer.step(closure)
+    with contextlib.suppress(_Converged):
+        optimizer.step(closure)
+    found = weights()
+    largest = loss_and_gradient(found)[1].abs().max().item()
     return Fit(
-        weights=weights.detach(),
-        iterations=optimizer.state[weights]["n_iter"],
-        relative_gradient=largest_gradient() / at_zero if at_zero else 0.0,
+        weights=found,
+        iterations=optimizer.state[point].get("n_iter", 0),
+        relative_gradient=largest / at_zero if at_zero else 0.0,
         tolerance=tolerance,
     )
+
+
+class _Converged(Exception):
+    """Raised where the gradient is small enough."""
+
+
+def _prepared(block_BD: Tensor, class_B: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    return _with_one(block_BD.double()), F.one_hot(class_B, num_classes).double()
+
+
+def _factor(
+    features_MD: Tensor, rows: int, num_classes: int, penalty: float, start: Tensor | None
+) -> Tensor:
+    """Lower Cholesky factor [D + 1, D + 1] of the second derivative at `start`, mean over classes.
+
+    Near the minimum of the penalty before, it is the curvature there that counts.
+    """
+    width = features_MD.shape[1]
+    second = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=features_MD.device)
+    for block_BD in features_MD.split(rows):
+        inputs = _with_one(block_BD.double())
+        if start is None:
+            share_B1 = (1 - 1 / num_classes) / num_classes
+        else:
+            p_BQ = torch.softmax(inputs @ start, dim=1)
+            share_B1 = (p_BQ * (1 - p_BQ)).mean(dim=1, keepdim=True)
+        second += inputs.T @ (share_B1 * inputs)
+    second /= len(features_MD)
+    second.diagonal()[:-1].add_(penalty)
+    # Without a penalty, or with features that repeat each other, it may be singular.
+    second.diagonal().add_(1e-12 * second.diagonal().mean())
+    return torch.linalg.cholesky(second)
 
 
 def summary(fits: Sequence[Fit], task: str) -> dict[str, float | None]:

@@ -135,10 +135,10 @@ def test_errors_reach_the_consumer_and_closing_ends_the_thread(
     stream.close()
     assert readers() == before
 
-    def broken(index: int) -> np.ndarray:
+    def broken(*_: object) -> None:
         raise DataError("shard.tar: byte 5: gone")
 
-    monkeypatch.setattr(split, "decode", broken)
+    monkeypatch.setattr(split, "draw", broken)
     with pytest.raises(DataError, match="byte 5"):
         batches(split)
     assert readers() == before

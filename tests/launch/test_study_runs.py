@@ -423,6 +423,9 @@ def test_killed_at_random_moments_the_study_ends_with_the_same_bits(
     for folder in stages(root).values():
         assert not (folder / "lease").exists()
         assert sum(1 for e in read_jsonl(folder / "events.jsonl") if e["event"] == "done") == 1
+        spent = read_json(folder / "result.json")["wall_s"]  # by all attempts
+        assert spent["total"] > spent["train"] + spent["eval"]
+        assert spent["harness"] == pytest.approx(spent["total"] - spent["train"] - spent["eval"])
 
 
 def test_workers_do_not_outlive_a_killed_command(
