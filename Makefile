@@ -26,7 +26,7 @@ JOBS ?= 2
 BESIDE := -n $(JOBS) --dist worksteal
 test: install
 	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not long and not gpu and not slurm and not browser and not system"
-	$(BIN)/python -m pytest $(BESIDE) -m "slow and not long and not gpu and not slurm and not browser and not system"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not long and not gpu and not slurm and not browser and not system"
 
 # Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces. File by
 # file: what the tests of a file share takes minutes, too.

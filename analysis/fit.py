@@ -83,8 +83,7 @@ class Fit:
         if self.inner_draws is None or len(self.inner_draws) < 20:
             return None
         values = self._values(self.inner_draws, inputs)
-        low, high = np.percentile(values, [2.5, 97.5], axis=0)
-        return low, high
+        return resample.ends(values)
 
     def draws_at(self, inputs: Mapping[str, Any]) -> Array:
         """The law of every bootstrap draw at the inputs, (draws, ...)."""
@@ -273,7 +272,7 @@ def _with_numbers(
     }
     if drawn is not None and len(drawn.theta_BK) >= 20:
         draws = form.natural(drawn.theta_BK, centre)
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        low, high = resample.ends(draws)
         numbers |= {
             "ci95": {n: (float(low[i]), float(high[i])) for i, n in enumerate(form.names)},
             "draws": draws,

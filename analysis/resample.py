@@ -129,3 +129,14 @@ def _is_identified(problem: Problem, times_BP: Array) -> Array:
         seen[rows, place[columns]] = True
         good &= seen.sum(axis=1) >= 3
     return good
+
+
+def ends(draws: Array) -> tuple[Array, Array]:
+    """95 % percentile interval over the first axis of (draws, ...); an end may be infinite.
+
+    A scale such as exp(800) is, and numpy makes nan of two of them.
+    """
+    most = np.finfo(float).max / 4
+    found = np.percentile(np.clip(draws, -most, most), [2.5, 97.5], axis=0)
+    low, high = np.where(np.abs(found) > 1e290, np.copysign(math.inf, found), found)
+    return low, high

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
+from analysis import resample
 from analysis.fit import Fit, fit
 from analysis.holdout import compare, held_out
 
@@ -288,3 +289,12 @@ def test_the_form_that_made_the_rows_predicts_best() -> None:
     rows = compare(["power", "power_irreducible", "shifted"], {"x": x}, y, x < 5e4, bootstrap=50)
     assert next(row["law"] for row in rows) == "shifted"
     assert [row["parameters"] for row in rows] == [4, 3, 2]
+
+
+def test_an_interval_whose_end_is_infinite_is_a_number_at_the_other() -> None:
+    draws = np.stack([np.arange(1.0, 201.0), np.where(np.arange(200) < 150, 1.0, np.inf)], axis=1)
+    low, high = resample.ends(draws)
+    # Between the order statistics 5 and 6, and 195 and 196, of 200: numpy's own rule.
+    assert (low[0], high[0]) == pytest.approx(np.percentile(draws[:, 0], [2.5, 97.5]))
+    assert (low[1], high[1]) == (1.0, np.inf)
+    assert resample.ends(np.full((50, 1), np.inf)) == (np.inf, np.inf)

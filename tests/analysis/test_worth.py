@@ -45,7 +45,7 @@ def test_the_parameter_that_was_changed_is_found(name: str, value: float) -> Non
     assert row.cv_log_rmse == pytest.approx(0.004, rel=0.15)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_interval_of_a_change_holds_the_truth_at_the_nominal_rate() -> None:
     inside = 0
     for seed in range(30):
@@ -64,7 +64,7 @@ def test_two_changed_parameters_are_not_called_one() -> None:
     assert "more than one parameter" in found.verdict
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_change_is_called_none_at_the_nominal_rate() -> None:
     verdicts = [
         which_parameter(*two_arms({}, seed=seed), delta=1e-3, bootstrap=0).verdict

@@ -264,6 +264,7 @@ def test_read_only_runs_and_writes_nothing(copied: tuple[Path, Path], tmp_path: 
     assert not empty.exists()
 
 
+@pytest.mark.long
 def test_force_runs_the_selected_stages_anew_and_finds_the_same(
     copied: tuple[Path, Path],
 ) -> None:
@@ -289,6 +290,7 @@ def test_watching_ends_when_nothing_runs(copied: tuple[Path, Path], harness: Har
 # -- things that go wrong ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_diverged_cell_is_a_result_and_the_rest_finishes(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -319,6 +321,7 @@ def test_a_diverged_cell_is_a_result_and_the_rest_finishes(
     assert attempts == {n: 2 if n in bad else 1 for n in found}
 
 
+@pytest.mark.long
 def test_a_truncated_shard_fails_its_stages_with_name_and_offset_and_the_rest_finishes(
     finished: tuple[Path, Path], tmp_path: Path, harness: Harness
 ) -> None:
@@ -469,6 +472,7 @@ def test_weights_from_elsewhere_start_a_cell_as_the_mae_stage_itself_would(
     assert "mae.pth: " in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def stage(recipe: Recipe) -> StageFile:
     return file.model_copy(update={"config": config, "execution": execution})
 
 
+@pytest.mark.long
 def test_the_whole_way_and_a_stop_in_the_middle(tmp_path: Path) -> None:
     def context(name: str, **fields: object) -> tiny.StageContext:
         made = tiny.context(tmp_path / name, **fields)  # type: ignore[arg-type]  # passed on

@@ -235,7 +235,7 @@ resources: {threads: 1}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_record_of_a_diverged_attempt_has_step_samples_and_norm(
     harness: Harness, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_two_ranks_leave_the_bytes_of_one(
         assert (first["processes"], second["processes"]) == (1, 2)
 
 
+@pytest.mark.long
 def test_every_protocol_runs_on_the_real_layouts(
     harness: Harness, tmp_path: Path, packed: dict[str, Path]
 ) -> None:

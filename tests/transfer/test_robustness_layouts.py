@@ -97,6 +97,7 @@ stages:
 """
 
 
+@pytest.mark.long
 def test_one_fine_tuned_model_is_judged_on_the_real_layouts(
     harness: Harness, tmp_path: Path
 ) -> None:
