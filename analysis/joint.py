@@ -92,7 +92,7 @@ class Joint(SumOfPowers):
     def limits(self, u_IP: Array, ln_y_P: Array) -> tuple[Array, Array]:
         """Changes may turn a term into nothing or into everything, no more."""
         low, high = self.base.limits(u_IP, ln_y_P)
-        reach = np.array([2.0 if c in self.base.exponents else 20.0 for c in self.changes])
+        reach = np.array([reach_of(c, self.base) for c in self.changes])
         return np.concatenate([low, -reach]), np.concatenate([high, reach])
 
     def starts(self, u_IP: Array, y_P: Array) -> Array:
@@ -111,6 +111,11 @@ class Joint(SumOfPowers):
         """Those of the base, on unmarked rows."""
         marked = self.marked_P > 0
         return self.base.edges(theta_K[: self.base.size], u_IP[:, ~marked], ln_y_P[~marked])
+
+
+def reach_of(change: str, base: SumOfPowers) -> float:
+    """How far a change is searched for, either way: of an exponent itself, of a scale its ln."""
+    return 2.0 if change in base.exponents else 20.0
 
 
 def joint(base: SumOfPowers, changes: tuple[str, ...], marked: Array, centre_I: Array) -> Joint:

@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MplFigure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 from PIL import Image
 
 from analysis import style
@@ -140,6 +141,9 @@ def _fill(drawing: MplFigure, ax: Axes, canvas: FigureCanvasAgg) -> None:
     bottom = box.y0 - (around.y0 - pad) / height
     top = box.y1 + (height - pad - around.y1) / height
     if right - left > 0.2 and top - bottom > 0.2:
+        # In larger axes other ticks may be chosen, with labels wider than those that were measured.
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(FixedLocator(list(axis.get_majorticklocs())))
         drawing.subplots_adjust(left=left, right=right, bottom=bottom, top=top)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from analysis import design, design_cells, optimum_figures, published, task_laws
+from analysis.forms import CHINCHILLA
+from analysis.joint import reach_of
 from analysis.load import axis_label
 from analysis.sections import Analysis, Section
 from analysis.style import init_label, short
@@ -51,7 +53,7 @@ def laws_over_both(a: Analysis) -> list[Section]:
             title="Laws over model size and data",
             intro="L = E + A / N^alpha + B / D^beta over the finished runs of the main setting: N"
             " model parameters, D distinct images. A law that the runs cannot identify is refused,"
-            " without a number.",
+            " or its search ends at a bound: no numbers then.",
             tables=(_surface_table(found), _form_table(found)),
             numbers={"surfaces": [s.to_json() for s in found]},
         )
@@ -83,7 +85,9 @@ def _surface_table(found: Sequence[Surface]) -> Table:
     for surface in found:
         fit, held = surface.fit, surface.held_out
         names = ("E", "A", "B", "alpha", "beta")
-        numbers = [_with_ends(fit.params.get(k), fit.ci95.get(k)) for k in names]
+        numbers = [NONE for _ in names]
+        if fit.is_number:
+            numbers = [_with_ends(fit.params.get(k), fit.ci95.get(k)) for k in names]
         if "log_rmse" in held:
             last, line = (held["baselines_log_rmse"][k] for k in ("last_value", "log_log_line"))
             error = f"{held['log_rmse']:.4f} (last value {last:.4f}, log-log plane {line:.4f})"
@@ -227,6 +231,17 @@ def worth_of_mae(a: Analysis) -> list[Section]:
     ]
 
 
+def change_text(name: str, value: float, ends: tuple[float, float] | None) -> str:
+    """A change with its interval, or that the search for it ended nowhere."""
+    reach = 0.99 * reach_of(name, CHINCHILLA)
+    if abs(value) >= reach:
+        return "at a limit of the search"
+    if ends is None or max(map(abs, ends)) < reach:
+        return _with_ends(value, ends)
+    low, high = (_number(end) if abs(end) < reach else "no end" for end in ends)
+    return f"{_number(value)} [{low} to {high}]"
+
+
 def _which_table(found: Sequence[InitWorth]) -> Table:
     rows = []
     for item in found:
@@ -246,7 +261,7 @@ def _which_table(found: Sequence[InitWorth]) -> Table:
                     label,
                     name,
                     str(row.parameters),
-                    _with_ends(row.values.get(one), row.ci95.get(one)) if one else NONE,
+                    change_text(one, row.values[one], row.ci95.get(one)) if one else NONE,
                     _number(row.p_against_none, 2),
                     _number(row.p_against_all, 2),
                     _number(row.cv_log_rmse, 3),

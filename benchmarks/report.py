@@ -27,17 +27,31 @@ from typing import Any
 import numpy as np
 from machine import machine
 
+from harness.study.flops import encoder_params
+from harness.study.recipes import Model
+from harness.study.sizes import SIZES
+
 BATCH = 64
+SMALL = [name for name, size in SIZES.items() if size.patch == 4]
 SHAPES = {
-    "grid": {"sizes": 20, "data": 25, "seeds": 10, "rates": 1},
+    "grid": {"sizes": 8, "data": 25, "seeds": 25, "rates": 1},
     "rates": {"sizes": 5, "data": 5, "seeds": 20, "rates": 10},
 }
 """Two studies of 10,000 cells, 2 inits each: of size and data alone, and with a further axis."""
+STUDY = """\
+name: large
+axes: {axes}
+defaults: {{dataset: scenes-{images}, image_size: 24}}
+stages:
+  mae: {{data: full, duration: {{samples: {samples}}}, batch: {batch}}}
+  wsp: {{duration: {{samples: {samples}}}, batch: {batch}}}
+  transfer: {{probe: {{protocol: linear_probe}}}}
+"""
 
 
 def write_tree(root: Path, points: int, sizes: int, data: int, seeds: int, rates: int) -> int:
     """Writes study and stages; returns the number of cells."""
-    params = {f"m{k:02d}": round(8_000 * 1.6**k) for k in range(sizes)}
+    params = {name: _params(name) for name in SMALL[:sizes]}
     axes = {
         "size": list(params),
         "data": [round(500 * 1.5**k) for k in range(data)],
@@ -51,10 +65,19 @@ def write_tree(root: Path, points: int, sizes: int, data: int, seeds: int, rates
         rows.append(_cell(root, dict(zip(axes, values, strict=True)), params[size], points))
     folder = root / "studies" / "large"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.yaml").write_text("name: large\n")
+    text = STUDY.format(
+        axes=json.dumps(axes), images=axes["data"][-1], samples=points * BATCH, batch=BATCH
+    )
+    (folder / "study.yaml").write_text(text)
     _write(folder / "resolved.json", {"schema": 1, "name": "large", "question": None, "axes": axes})
     (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
+
+
+def _params(name: str) -> int:
+    size = SIZES[name]
+    shape = {"width": size.width, "depth": size.depth, "heads": size.heads}
+    return encoder_params(Model(**shape, patch=size.patch, image_size=24))
 
 
 def _cell(root: Path, axes: dict[str, Any], params: int, points: int) -> dict[str, Any]:
@@ -76,7 +99,8 @@ def _cell(root: Path, axes: dict[str, Any], params: int, points: int) -> dict[st
     stages["probe"], kinds[probe], flops["probe"] = probe, "linear_probe", 1.0 * params
     upstream[probe] = [name]
     for role, stage in stages.items():
-        _stage(root, kinds[stage], stage, upstream[stage], flops[role], floor + noise, points)
+        about = {"kind": kinds[stage], "size": size, "uid": f"uid-{stage}", "stage": stage}
+        _stage(root, about, upstream[stage], flops[role], floor + noise, points)
     return {
         **{"schema": 1, "id": f"{name}-0123456789", "name": name, "axes": axes},
         **{"stages": stages, "kinds": kinds, "upstream": upstream, "params": params},
@@ -86,15 +110,16 @@ def _cell(root: Path, axes: dict[str, Any], params: int, points: int) -> dict[st
 
 
 def _stage(
-    root: Path, kind: str, stage: str, upstream: list[str], flops: float, loss: float, points: int
+    root: Path, about: dict[str, str], upstream: list[str], flops: float, loss: float, points: int
 ) -> None:
-    folder = root / "stages" / kind / stage
+    kind = about["kind"]
+    folder = root / "stages" / kind / about["stage"]
     if folder.exists():
         return
     (folder / "attempts" / "1").mkdir(parents=True)
     versions = {"harness": "0.1.0", "torch": "2.15.0"}
-    about = {"schema": 1, "attempt": 1, "end": "done", "host": "made-up", "versions": versions}
-    _write(folder / "attempts" / "1" / "attempt.json", about)
+    ended = {"schema": 1, "attempt": 1, "end": "done", "host": "made-up", "versions": versions}
+    _write(folder / "attempts" / "1" / "attempt.json", ended)
     _write(folder / "attempts" / "1" / "git.json", {"schema": 1, "sha": "0" * 40, "dirty": False})
     status = {"schema": 1, "state": "done", "attempt": 1, "reason": None, "message": None}
     _write(folder / "status.json", status)
@@ -102,9 +127,9 @@ def _stage(
         (folder / "metrics.jsonl").write_text(_curve(loss, flops, points))
     metrics = {"acc1": 1 - loss / 6} if kind == "linear_probe" else {"loss": loss, "val_loss": loss}
     result = {
-        **{"schema": 1, "uid": f"uid-{stage}", "stage": stage, "kind": kind, "metrics": metrics},
+        **{"schema": 1, **about, "metrics": metrics},
         **{"samples": points * BATCH, "steps": points, "flops": flops, "attempts": 1},
-        **{"wall_s": {"total": 3.0}, "device": "cpu", "harness_version": "0.1.0"},
+        **{"wall_s": {"total": 3.0}, "device": "cpu", "processes": 1, "harness_version": "0.1.0"},
         "upstream_uids": {u: f"uid-{u}" for u in upstream},
     }
     _write(folder / "result.json", result)

@@ -29,7 +29,7 @@ def test_pack_plan_run_and_report(harness: Harness, tmp_path: Path) -> None:
 
     small = tmp_path / "small.yaml"
     text = GRID.read_text().replace("name: fashion_mnist", "name: small")
-    for long, short in (("96k}", "4k}"), ("{samples: 16k}", "{samples: 8k}"), ("72k}", "12k}")):
+    for long, short in (("96k}", "4k}"), ("{samples: 16k}", "{samples: 8k}"), ("76k}", "12k}")):
         assert long in text
         text = text.replace(long, short)
     small.write_text(text)

@@ -14,7 +14,7 @@ import pytest
 from conftest import holes
 from runtree import Spec, Truth, write_tree
 
-from analysis import contents, export, page, panels, report, style
+from analysis import contents, export, page, panels, report, scaling_sections, style
 from analysis.checklist import checklist
 from analysis.load import load
 from analysis.markdown import escaped
@@ -338,3 +338,20 @@ def test_processes_draw_what_one_process_draws(
     for name, one in drawn[0].items():
         for left, right in zip(one, drawn[1][name], strict=True):
             assert left.svg == right.svg and np.array_equal(left.pixels, right.pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ends", "text"),
+    [
+        ("A", -0.196, (-0.26, -0.134), "-0.196 [-0.26 to -0.134]"),
+        ("E", -20.0, (-20.0, -20.0), "at a limit of the search"),
+        ("E", -0.267, (-20.0, -0.102), "-0.267 [no end to -0.102]"),
+        ("beta", 2.0, (-0.163, 2.0), "at a limit of the search"),
+        ("beta", 0.1, None, "0.1"),
+    ],
+)
+def test_a_change_at_a_limit_of_the_search_is_no_number(
+    name: str, value: float, ends: tuple[float, float] | None, text: str
+) -> None:
+    # Scales are searched for 20 in ln either way, exponents for 2.
+    assert scaling_sections.change_text(name, value, ends) == text
