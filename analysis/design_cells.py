@@ -18,7 +18,7 @@ from analysis.forms import CHINCHILLA
 from analysis.information import Arm
 from analysis.load import StudyData
 from analysis.metrics import Metric
-from analysis.surface import draws_for
+from analysis.surface import Surface, draws_for
 from harness.errors import UserError
 from harness.ledger import store
 from harness.ledger.files import write_bytes
@@ -55,13 +55,18 @@ def advise_study(
     delta: float = DELTA,
     bootstrap: int = 400,
     seed: int = 0,
+    fitted: Mapping[str, Surface] | None = None,
 ) -> Advice:
     """Advice for a metric's L(N, D), of every init in the study's main setting.
 
-    Raises UserError if the study's own file no longer reads.
+    `fitted` has the laws of this metric that are fitted already, by init. Raises UserError if the
+    study's own file no longer reads.
     """
     loaded = load_registered(study)
     choice = choices(study, loaded, _speeds(study))
+    if fitted:
+        done = [_arm_of(surface) for surface in fitted.values()]
+        return advise(done, choice.candidates, cells=cells, unit=choice.unit, notes=choice.notes)
     rows = metric.rows(study.grid_results).drop_duplicates("cell")
     main = rows[rows["variant"] == _main_variant(study)]
     arms = []
@@ -75,6 +80,11 @@ def advise_study(
         law = fit(CHINCHILLA, {"N": n, "D": d}, y[good], groups=names, **options)
         arms.append(Arm(init=str(init), law=law, form=CHINCHILLA, n=n, d=d, y=y[good]))
     return advise(arms, choice.candidates, cells=cells, unit=choice.unit, notes=choice.notes)
+
+
+def _arm_of(surface: Surface) -> Arm:
+    n, d, y = (surface.rows[k].to_numpy(float) for k in ("params", "data", "y"))
+    return Arm(init=surface.init, law=surface.fit, form=CHINCHILLA, n=n, d=d, y=y)
 
 
 def load_registered(study: StudyData) -> LoadedStudy:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
-import os
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 from PIL import Image
 
-from analysis import style
+from analysis import beside, style
 from harness.ledger.files import write_bytes
 
 _POINTS = 72.0
@@ -85,26 +83,12 @@ def renderer(figures: Sequence[Figure]) -> Iterator[Callable[[], dict[str, tuple
     a fork has and a pickle cannot. Start threads after that, not before.
     """
     panels = [panel for figure in figures for panel in figure.panels]
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if cores == 1 or len(panels) < _WORTH_FORKING:
-        yield lambda: _sorted_in(figures, map(_render, panels))
-        return
-    _waiting.extend(panels)
-    try:
-        with multiprocessing.get_context("fork").Pool(min(cores, 4)) as pool:
-            yield lambda: _sorted_in(
-                figures, pool.imap(_render_waiting, range(len(panels)), chunksize=2)
-            )
-    finally:
-        _waiting.clear()
+    draw = [partial(_render, panel) for panel in panels]
+    with beside.forked(draw, worth_it=_WORTH_FORKING, chunk=2) as run:
+        yield lambda: _sorted_in(figures, run())
 
 
 _WORTH_FORKING = 24
-_waiting: list[Panel] = []
-
-
-def _render_waiting(number: int) -> Drawing:
-    return _render(_waiting[number])
 
 
 def _sorted_in(

@@ -12,7 +12,7 @@ from analysis.joint import reach_of
 from analysis.load import axis_label
 from analysis.sections import Analysis, Section
 from analysis.style import init_label, short
-from analysis.surface import InitWorth, Surface, init_worth, surfaces
+from analysis.surface import InitWorth, Surface
 from analysis.tables import NONE, Source, Table
 from analysis.worth import CHANGES
 from harness.errors import UserError
@@ -43,8 +43,7 @@ def _cells(surface: Surface) -> tuple[Source, ...]:
 
 def laws_over_both(a: Analysis) -> list[Section]:
     """L(N, D) per init, forms compared by what they predict, and the frontier."""
-    judged = [m for m in dict.fromkeys((a.loss, a.main)) if m is not None]
-    found = surfaces(a.data, judged)
+    found = a.scaling.surfaces
     if not found:
         return []
     sections = [
@@ -207,8 +206,7 @@ def worth_of_mae(a: Analysis) -> list[Section]:
     """Which parameter of the law MAE changes, and what that is worth in data and compute."""
     if not a.compares_mae:
         return []
-    judged = [m for m in dict.fromkeys((a.loss, a.main)) if m is not None]
-    found = [init_worth(a.data, metric) for metric in judged]
+    found = a.scaling.worth
     return [
         Section(
             name="worth",
@@ -328,7 +326,7 @@ def _multiplier_table(a: Analysis, found: Sequence[InitWorth]) -> Table:
 
 def laws_of_tasks(a: Analysis) -> list[Section]:
     """Pretraining loss to error, task by task, and both steps chained."""
-    found = task_laws.task_laws(a.data, a.metrics)
+    found = a.scaling.task_laws
     table, figure = task_laws.table(found), task_laws.figure(found)
     if table is None:
         return []
@@ -354,18 +352,16 @@ def published_points(a: Analysis) -> list[Section]:
 
 def next_cells(a: Analysis) -> list[Section]:
     """Cells that would shrink the exponents' intervals most per hour, as a study file."""
-    metric = a.loss or a.main
-    if metric is None:
+    advice = a.scaling.advice
+    if advice is None:
         return []
-    try:
-        loaded = design_cells.load_registered(a.data)
-        advice = design_cells.advise_study(a.data, metric)
-    except UserError as error:
-        text = f"No advice: the study's own file no longer reads ({error})."
+    if isinstance(advice, UserError):
+        text = f"No advice: the study's own file no longer reads ({advice})."
         return [Section(name="next-cells", title="Cells to run next", intro=text)]
     files: Mapping[str, str] = {}
     intro = "Nothing to advise."
     if advice.steps:
+        loaded = design_cells.load_registered(a.data)
         files = {"next_cells.yaml": design_cells.fragment(advice, loaded)}
         intro = (
             "Cells that would shrink the intervals of the exponents most per hour, one after the"

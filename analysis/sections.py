@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from analysis.load import StudyData
 from analysis.metrics import Metric, headline, metrics_of
 from analysis.panels import Figure
 from analysis.pictures import Strip
+from analysis.scaling import Scaling, compute
 from analysis.tables import Table
 
 
@@ -78,6 +80,12 @@ class Analysis:
     def inits(self) -> tuple[str, ...]:
         """Of the study file's own cells."""
         return tuple(dict.fromkeys(self.data.grid["init"])) if len(self.data.grid) else ()
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        """Laws over size and data and what follows from them: most of a report's time."""
+        judged = [m for m in dict.fromkeys((self.loss, self.main)) if m is not None]
+        return compute(self.data, self.metrics, judged, compares_mae=self.compares_mae)
 
     @property
     def compares_mae(self) -> bool:

@@ -7,8 +7,9 @@ schedule are never among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,20 @@ def surfaces(study: StudyData, metrics: list[Metric], bootstrap: int = 400) -> l
     Of hundreds of rows fewer draws are refitted, 100 at least: an interval's end then wobbles by a
     tenth of its width, and the report stays a matter of seconds.
     """
-    found = []
+    return [compute() for compute in surface_tasks(study, metrics, bootstrap)]
+
+
+def surface_tasks(
+    study: StudyData, metrics: list[Metric], bootstrap: int = 400
+) -> list[Callable[[], Surface]]:
+    """What `surfaces` calls, one by one: each is seconds."""
+    tasks: list[Callable[[], Surface]] = []
     for metric in metrics:
         rows = _main_rows(study, metric)
         for init, group in rows.groupby("init", sort=False):
-            found.append(_surface(metric, str(init), group, draws_for(len(group), bootstrap)))
-    return found
+            draws = draws_for(len(group), bootstrap)
+            tasks.append(partial(_surface, metric, str(init), group, draws))
+    return tasks
 
 
 def draws_for(rows: int, bootstrap: int) -> int:

@@ -1,0 +1,56 @@
+"""The computations of a report that take seconds each, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from analysis import beside
+from analysis.design import Advice
+from analysis.design_cells import advise_study
+from analysis.load import StudyData
+from analysis.metrics import Metric
+from analysis.surface import InitWorth, Surface, init_worth, surface_tasks
+from analysis.task_laws import TaskLaw, task_laws
+from harness.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Laws over size and data, what MAE is worth by them, laws of the tasks, cells to run next."""
+
+    surfaces: list[Surface]
+    worth: list[InitWorth]
+    task_laws: list[TaskLaw]
+    advice: Advice | UserError | None
+    """None where the study has no metric to give advice on."""
+
+
+def compute(
+    study: StudyData, metrics: list[Metric], judged: list[Metric], *, compares_mae: bool
+) -> Scaling:
+    """All of it; `judged` are the metrics of the laws, of which advice is given on the first."""
+    surfaces = surface_tasks(study, judged)
+    worth: list[Callable[[], Any]] = []
+    if compares_mae:
+        worth = [partial(init_worth, study, metric) for metric in judged]
+    # The longest first.
+    with beside.forked([*surfaces, *worth, partial(task_laws, study, metrics)]) as run:
+        found = list(run())
+    fitted: list[Surface] = found[: len(surfaces)]
+    return Scaling(
+        surfaces=fitted,
+        worth=found[len(surfaces) : -1],
+        task_laws=found[-1],
+        advice=_advice(study, judged[0], fitted) if judged else None,
+    )
+
+
+def _advice(study: StudyData, metric: Metric, fitted: list[Surface]) -> Advice | UserError:
+    own: Mapping[str, Surface] = {s.init: s for s in fitted if s.metric is metric}
+    try:
+        return advise_study(study, metric, fitted=own)
+    except UserError as error:
+        return error
