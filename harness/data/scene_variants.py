@@ -13,7 +13,7 @@ from harness.study import scenes_spec
 from harness.study.scene_variants_spec import SHIFTED_CLASSES
 
 REAL = Look(number=1, radius=(7.0, 8.5), margin=9.0, has_pair=True, strangers=0.3)
-"""Two large objects in half of the images: both are right. Of some images none is a class."""
+"""Two small objects in half of the images: both are right. Of some images none is a class."""
 V2 = Look(number=2, radius=(9.0, 12.0), margin=13.0, turns=10, noise=0.08)
 """Drawn anew, and somewhat harder."""
 SHIFT = Look(number=3, radius=(7.0, 13.0), margin=11.0, turns=40, levels=(0.3, 0.5))
