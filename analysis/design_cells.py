@@ -122,15 +122,18 @@ def choices(study: StudyData, loaded: LoadedStudy, speeds: Speeds) -> Choice:
     seeds = sorted(set(main["seed"]))
     has: dict[tuple[str, int, str], set[int]] = {}
     done: set[tuple[str, int, str, int]] = set()
-    for _, row in main.iterrows():
-        key = (str(row["size"]), int(row["data"]), str(row["init"]))
-        has.setdefault(key, set()).add(int(row["seed"]))
-        if row["state"] == "done":
-            done.add((*key, int(row["seed"])))
+    columns = [main[name].tolist() for name in (*_MOVED, "state")]
+    for size, data, init, seed, state in zip(*columns, strict=True):
+        key = (str(size), int(data), str(init))
+        has.setdefault(key, set()).add(int(seed))
+        if state == "done":
+            done.add((*key, int(seed)))
     wanted: list[tuple[dict[str, Any], str]] = []
+    levels = _levels(sorted({int(v) for v in columns[1]}))
+    inits = list(dict.fromkeys(map(str, columns[2])))
     for size in _sizes(main):
-        for data in _levels(sorted({int(v) for v in main["data"]})):
-            for init in dict.fromkeys(map(str, main["init"])):
+        for data in levels:
+            for init in inits:
                 key = (size, data, init)
                 own = has.get(key, set())
                 open_seeds = sorted(s for s in own if (*key, s) not in done)

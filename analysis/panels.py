@@ -88,7 +88,7 @@ def renderer(figures: Sequence[Figure]) -> Iterator[Callable[[], dict[str, tuple
         yield lambda: _sorted_in(figures, run())
 
 
-_WORTH_FORKING = 24
+_WORTH_FORKING = 6
 
 
 def _sorted_in(
