@@ -63,7 +63,8 @@ def convert(
     dst: Annotated[
         Path,
         typer.Argument(
-            metavar="DST", help=".safetensors, .pth, .pt or .bin; for hf also a folder."
+            metavar="DST",
+            help="A name without a suffix gets .safetensors; or .pth, .pt, .bin. For hf a folder.",
         ),
     ],
     to: Annotated[
@@ -114,6 +115,8 @@ def convert(
 
     if (image_size is None) != (resize is None):
         raise UserError("--image-size and --resize go together: mae, swag and timm differ")
+    if not dst.suffix and to != "hf":
+        dst = dst.with_suffix(".safetensors")
     if dst.exists() and not force:
         raise UserError(f"{dst}: is there already; --force replaces it")
     found = read_weights(src, drop or [])

@@ -17,8 +17,9 @@ from torch import Tensor
 def keep_whole(engine: Any) -> None:
     """Parameters of a DeepSpeed engine of stage 3 stay whole between its steps; same numbers.
 
-    They are views of the flat share that the optimizer writes to: no memory is added. Nothing is
-    changed where parameters are offloaded.
+    They are views of the flat share that the optimizer writes to, and take no memory twice;
+    gradients are all there at the end of a backward pass, where DeepSpeed moves them on as they
+    come. Nothing is changed where parameters are offloaded.
     """
     zero = engine.optimizer
     offload: Any = zero.parameter_offload

@@ -165,8 +165,17 @@ def test_mistakes_are_a_line_and_write_nothing(
 def test_a_missing_file_and_a_wrong_name(here: Here, mae_file: Path) -> None:
     done = here("weights", "inspect", "absent.pth", check=4)
     assert done.stderr == "absent.pth: no such weight file\n"
-    done = here("weights", "convert", mae_file, "folder", "--to", "mae", check=2)
+    done = here("weights", "convert", mae_file, "x.zip", "--to", "mae", check=2)
     assert "expected a name that ends in .safetensors" in done.stderr
+
+
+def test_a_name_without_a_suffix_is_one_of_safetensors(
+    here: Here, mae_file: Path, tmp_path: Path
+) -> None:
+    here("weights", "convert", mae_file, "encoder", "--to", "timm", "--no-decoder")
+    assert cases.contents(tmp_path) == ["encoder.safetensors", "mae.pth"]
+    done = here("weights", "convert", mae_file, "encoder", "--to", "timm", check=2)
+    assert done.stderr == "encoder.safetensors: is there already; --force replaces it\n"
 
 
 def test_help_imports_no_torch(harness: Harness) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from harness.models.heads import Classifier, pooled
 from harness.models.init import initialize
 from harness.models.vit import VisionEncoder, sincos_positions
+from harness.study.flops import encoder_params
 from harness.study.recipes import Model, Pool
 from harness.study.sizes import SIZES
 
@@ -30,6 +31,8 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     ("size", "bare", "with_head"),
     [
+        ("ti", 5_524_416, 5_717_416),
+        ("s", 21_665_664, 22_050_664),
         ("b", 85_798_656, 86_567_656),
         ("l", 303_301_632, 304_326_632),
         ("h", 630_764_800, 632_045_800),
@@ -72,6 +75,14 @@ def test_parameter_counts_at_high_resolution_and_of_the_heads(
         assert count(hashtags.head) == hashtag_head
         positions = hashtags.encoder.pos_embed.numel()
         assert count(hashtags) == minus_positions + positions + hashtag_head
+
+
+@pytest.mark.parametrize("image_size", [224, 448])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_closed_form_counts_what_the_module_has(size: str, image_size: int) -> None:
+    model = model_of(size, image_size)
+    with torch.device("meta"):
+        assert count(VisionEncoder(model)) == encoder_params(model)
 
 
 def test_timm_weights_load_strictly_and_give_timms_features() -> None:
