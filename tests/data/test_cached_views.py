@@ -1,4 +1,4 @@
-"""Views of images whose pixels are kept with a fourth channel are those of the images themselves."""
+"""Views of images that are kept with a fourth channel are those of the images themselves."""
 
 import numpy as np
 import pytest
