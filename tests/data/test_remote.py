@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import importlib
+import sys
 import threading
 import time
 from collections import Counter
@@ -152,7 +154,10 @@ def test_unknown_schemes_and_missing_readers_say_what_to_install(
 ) -> None:
     with pytest.raises(UserError, match=r"nosuch://x/dataset\.json: .*nosuch"):
         describe("nosuch://x")
-    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    # Not installed, nor remembered by fsspec from an earlier test of the same process.
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    known = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.delitem(known, "gs", raising=False)
     with pytest.raises(UserError, match=r"reading gs:// needs `pip install gcsfs`"):
         describe("gs://bucket/set")
 
