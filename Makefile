@@ -4,19 +4,29 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$p" && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNS := $(VENV)/.runs
+DEVELOPS := $(VENV)/.develops
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: install study test test-long test-system chaos check format clean
 
-install: $(STAMP)
+install: $(DEVELOPS)
 
-$(STAMP): pyproject.toml constraints.txt
+# What a study needs. Bytecode of it by all cores, not by pip's one, nor by each first import; not
+# of tests, nor of the templates in some packages that are no Python.
+$(RUNS): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; set PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) --no-compile -e .
+	$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null 2>&1 || true
 	touch $@
 
-study: install
+# And what tests and checks need.
+$(DEVELOPS): $(RUNS)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+study: $(RUNS)
 	$(BIN)/harness grid grids/scale_study.yaml --submit
 	$(BIN)/harness report scale_study --out reports/
 
