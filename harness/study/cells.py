@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
+from harness.study.again import Built, built, repeat
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
 from harness.study.expand import Point, expand, matches, normalise, same
@@ -145,6 +146,9 @@ class _Builder:
         self.schedules: dict[tuple[int, int, int], Any] = {}
         self.executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]] = {}
         self.features: dict[tuple[Any, ...], Any] = {}
+        self.varied = _varied(loaded)
+        self._built: dict[tuple[Any, ...], Built] = {}
+        self._resource_keys = sorted({k for r in loaded.study.resources for k in r.match})
 
     def grid(self) -> Grid:
         if self.problems:
@@ -208,20 +212,19 @@ class _Builder:
             )
         axes = {**values, "data": images}
         model = self._model(point, meta)
-        chain = Chain(self, meta, model, axes, images)
-        chain.build(recipes)
-        identity_key = identity.canonical({"stages": chain.ids, "axes": _plain(axes)})
-        name = _cell_name(axes, self.loaded, ablation)
+        ids = self._chain(meta, model, axes, images, recipes, is_kept=ablation is None)
+        identity_key = identity.canonical({"stages": ids, "axes": _plain(axes)})
+        name = _cell_name(axes, self.varied, ablation)
         cell = Cell(
             id=f"{name}-{hashlib.sha256(identity_key.encode()).hexdigest()[:10]}",
             name=name,
             axes=axes,
-            stages=chain.ids,
+            stages=ids,
             params=count_flops.encoder_params(model),
             images=images,
             is_full=images == available,
-            flops=sum(self.stages[s].flops for s in chain.ids.values()),
-            flops_by_role={role: self.stages[s].flops for role, s in chain.ids.items()},
+            flops=sum(self.stages[s].flops for s in ids.values()),
+            flops_by_role={role: self.stages[s].flops for role, s in ids.items()},
             tag=ablation.tag if ablation else None,
             parent=ablation.parent if ablation else None,
             set=dict(ablation.set) if ablation else {},
@@ -231,6 +234,28 @@ class _Builder:
         self.cells[cell.id] = cell
         for stage in cell.stages.values():
             self.feeds[stage] = self.feeds.get(stage, 0) + 1
+
+    def _chain(
+        self,
+        meta: DatasetMeta,
+        model: Model,
+        axes: dict[str, Any],
+        images: int,
+        recipes: Stages,
+        is_kept: bool,
+    ) -> dict[str, str]:
+        """Role -> stage id of a cell's stages, all of which are made."""
+        # All that a chain depends on but the seed, unless a rule of `resources` looks at that.
+        asked = tuple((k, repr(axes.get(k))) for k in self._resource_keys)
+        key = (id(recipes), id(model), id(meta), images, str(axes["init"]), asked)
+        known = self._built.get(key)
+        if known is not None:
+            return repeat(known, axes["seed"], self.stages, self.put)
+        chain = Chain(self, meta, model, axes, images)
+        chain.build(recipes)
+        if is_kept:
+            self._built[key] = built(chain, recipes)
+        return chain.ids
 
     def _where(self, point: Point, axis: str) -> str:
         origin = point.origin.get(axis)
@@ -391,17 +416,28 @@ def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:
     return True
 
 
-def _cell_name(axes: dict[str, Any], loaded: LoadedStudy, ablation: Ablation | None) -> str:
+def _varied(loaded: LoadedStudy) -> list[tuple[str, str, Any]]:
+    """Axes besides the usual ones: (key, short name if no other has it, the value of most cells)."""
+    keys = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
+    keys -= {"size", "data", "init", "seed"}
+    last_words = Counter(key.split(".")[-1] for key in keys)
+    found = []
+    for key in sorted(keys):
+        word = key.split(".")[-1]
+        name = word if last_words[word] == 1 else key
+        found.append((key, name, loaded.study.defaults.get(key)))
+    return found
+
+
+def _cell_name(
+    axes: dict[str, Any], varied: list[tuple[str, str, Any]], ablation: Ablation | None
+) -> str:
     parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"]))]
     parts.append(f"s{axes['seed']}")
-    varied = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
-    varied -= {"size", "data", "init", "seed"}
-    last_words = Counter(key.split(".")[-1] for key in varied)
-    for key in sorted(varied):
+    for key, name, usual in varied:
         # What the study says of all cells does not tell one from another.
-        if key in axes and not same(axes[key], loaded.study.defaults.get(key)):
-            word = key.split(".")[-1]
-            parts.append(safe_name(f"{word if last_words[word] == 1 else key}={axes[key]}"))
+        if key in axes and not same(axes[key], usual):
+            parts.append(safe_name(f"{name}={axes[key]}"))
     if ablation:
         parts.append(
             safe_name(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items()))

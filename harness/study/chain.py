@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,15 @@ def path_of(role: str) -> str:
     return f"stages.{role}" if role in ("mae", "wsp") else f"stages.transfer.{role}"
 
 
+@dataclass(frozen=True)
+class Link:
+    """A stage of a chain, and the text that its id is made of."""
+
+    role: str
+    stage: StageFile
+    text: identity.Text
+
+
 class Chain:
     """The stages of one cell, made in order: mae, wsp, transfers."""
 
@@ -74,6 +84,7 @@ class Chain:
         self.builder, self.meta = builder, meta
         self.model, self.axes, self.images = model, axes, images
         self.ids: dict[str, str] = {}
+        self.links: list[Link] = []
         self.weights: Path | None = None
         """Weights from elsewhere that the cell starts from."""
         if is_checkpoint(axes["init"]):
@@ -227,7 +238,8 @@ class Chain:
         if config.kind == "mae":
             readable = f"{config.size}-{format_count(config.images.images)}-s{config.seed}"
         stages = self.builder.stages
-        text = identity.canonical_text(config)
+        kept = identity.Text(config)
+        text = kept.of(config.seed, config.upstream)
         stage = StageFile(
             id=f"{readable}-{identity.digest(text)}",
             kind=config.kind,
@@ -239,6 +251,7 @@ class Chain:
             execution=self._execution(resources or role, config),
         )
         self.ids[role] = self.builder.put(stage, text)
+        self.links.append(Link(role, stage, kept))
         return stage.id
 
     def _execution(self, role: str, config: StageConfig) -> Execution:

@@ -105,6 +105,8 @@ def same(value: Any, wanted: Any) -> bool:
     """Equality that reads '4k' and 4000, 1 and '1', 1e-3 and '0.001' as equal."""
     if value == wanted or str(value) == str(wanted):
         return True
+    if value is None or wanted is None:
+        return False
     try:
         return float(value) == float(wanted)
     except (TypeError, ValueError):

@@ -54,23 +54,32 @@ _texts: dict[int, tuple[Any, str]] = {}
 _MOST_TEXTS = 10_000
 
 
+class Text:
+    """A config's canonical text, but for its seed and what it starts from."""
+
+    def __init__(self, config: StageConfig) -> None:
+        images, recipe, steps = config.images, config.recipe, config.steps
+        model = _text(config.model, lambda: canonical(_fields(config.model)))
+        self._head = f'{{"images":{_text(images, lambda: canonical(_images_fields(images)))}'
+        self._head += f',"kind":{_quoted(config.kind)},"model":{model}'
+        self._head += f',"num_classes":{config.num_classes}' if config.num_classes else ""
+        written = _text(recipe, lambda: canonical(semantic_fields(config)["recipe"]))
+        self._head += f',"recipe":{written}'
+        self._steps = f',"steps":{steps}' if steps else ""
+        weights = f',"weights":{_quoted(config.weights)}' if config.weights else ""
+        self._tail = f',"version":{VERSION}{weights}}}'
+
+    def of(self, seed: int, upstream: dict[str, str]) -> str:
+        """`canonical(semantic_fields(config))` of the config with these."""
+        shown = f',"seed":{seed}' if seed else ""
+        before = ",".join([f"{_quoted(role)}:{_quoted(i)}" for role, i in sorted(upstream.items())])
+        starts = f',"upstream":{{{before}}}' if before else ""
+        return f"{self._head}{shown}{self._steps}{starts}{self._tail}"
+
+
 def canonical_text(config: StageConfig) -> str:
     """`canonical(semantic_fields(config))`, put together from parts that are kept."""
-    images = config.images
-    upstream = [f"{_quoted(role)}:{_quoted(i)}" for role, i in sorted(config.upstream.items())]
-    parts = {
-        "images": _text(images, lambda: canonical(_images_fields(images))),
-        "kind": _quoted(config.kind),
-        "model": _text(config.model, lambda: canonical(_fields(config.model))),
-        "num_classes": str(config.num_classes or ""),
-        "recipe": _text(config.recipe, lambda: canonical(semantic_fields(config)["recipe"])),
-        "seed": str(config.seed or ""),
-        "steps": str(config.steps or ""),
-        "upstream": "{" + ",".join(upstream) + "}" if upstream else "",
-        "version": str(VERSION),
-        "weights": _quoted(config.weights) if config.weights else "",
-    }
-    return "{" + ",".join([f'"{k}":{text}' for k, text in parts.items() if text]) + "}"
+    return Text(config).of(config.seed, config.upstream)
 
 
 def _text(part: Any, write: Callable[[], str]) -> str:
