@@ -96,7 +96,10 @@ def test_attention_alone(size: str, is_fused: bool) -> None:
     assert counter.get_total_flops() == flops.attention(tokens, d) + projections
 
 
-@pytest.mark.parametrize(("size", "side"), [("b", 512), ("h", 518), ("6.5b", 224)])
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [("ti", 224), ("s", 512), ("b", 512), ("l", 224), ("h", 518), ("2b", 224), ("6.5b", 224)],
+)
 def test_the_papers_own_sizes(size: str, side: int) -> None:
     model, recipe = model_of(size, side), MaeRecipe(duration=Duration(steps=1))
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from harness.models import interchange
@@ -15,8 +16,6 @@ from harness.models.pixels import unpatchify
 from harness.models.vit import sincos_positions
 from harness.models.weight_files import write_weights
 from tests.models import weight_cases as cases
-
-transformers = pytest.importorskip("transformers")
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import transformers
 
 from harness.models import interchange
 from harness.models.convert import encoder_tensors_for, tensors_in
@@ -16,8 +17,6 @@ from harness.models.layouts import LAYOUTS, Layout
 from harness.models.vit import VisionEncoder
 from harness.models.weight_files import read_weights, write_weights
 from tests.models import weight_cases as cases
-
-transformers = pytest.importorskip("transformers")
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
