@@ -22,7 +22,8 @@ from analysis.surface import Surface, draws_for
 from harness.errors import UserError
 from harness.ledger import store
 from harness.ledger.files import write_bytes
-from harness.ledger.states import measured_speeds, read_state
+from harness.ledger.speeds import measured_speeds
+from harness.ledger.states import read_state
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.cost import Speeds

@@ -14,13 +14,13 @@ import pandas as pd
 
 from analysis.curves import curves_frame, finished_wsp
 from analysis.stages import StageFacts, clean, read_stages
-from harness.ledger import store
+from harness.ledger import cell_rows
 from harness.ledger.files import read_json
 from harness.ledger.tree import Tree
+from harness.study.cell_states import cell_state
 from harness.study.cells import TUNE
 from harness.study.expand import same
 from harness.study.measures import MEASURES
-from harness.study.plan import cell_state
 from harness.units import format_count
 
 CORE = ("size", "data", "init", "seed")
@@ -81,7 +81,7 @@ def load(root: Path, study: str) -> StudyData:
     """Reads one study. Raises NotFoundError, naming the studies there are."""
     tree = Tree(root)
     # Trials of a search have a section of their own; see analysis.tuning.
-    rows = [_clean(r) for r in store.read_cells(tree, study) if r["tag"] != TUNE]
+    rows = [_clean(r) for r in cell_rows.read_cells(tree, study) if r["tag"] != TUNE]
     folder = tree.study(study)
     resolved = read_json(folder / "resolved.json") or {}
     study_file = folder / "study.yaml"

@@ -103,7 +103,7 @@ def harness(tmp_path: Path) -> Harness:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
     """The same in this process, for what a command says: a process takes a second to start."""
-    from harness.cli.main import app
+    from harness.cli.main import command_line
 
     monkeypatch.chdir(tmp_path)
     for name, value in surroundings(tmp_path).items():
@@ -111,7 +111,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
 
     def run(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         words = [str(a) for a in arguments]
-        done = CliRunner().invoke(app, words, prog_name="harness")
+        done = CliRunner().invoke(command_line(), words, prog_name="harness")
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception  # a process would print a traceback
         if check is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from harness.cli import shared
+from harness.cli import base
 from harness.cli.data import shown_progress
 from harness.cli.show import one_line, printable
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
@@ -50,7 +50,7 @@ def labels(
         bool, typer.Option("--captions", help="Take the hashtags in captions.")
     ] = False,
     words: Annotated[bool, typer.Option("--words", help="Take all words of captions.")] = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Turn raw hashtags into a vocabulary and labels, without copying an image.
 
@@ -72,7 +72,7 @@ def labels(
         words=words,
     )
     with shown_progress("opening", "reading captions") as progress:
-        made = make_labels(src, out, shared.tree(root).root, options, progress)
+        made = make_labels(src, out, base.tree(root).root, options, progress)
     print(printable(made.summary()))
     print(f"report: {made.folder / 'labels.md'}")
     return EXIT_OK
@@ -113,7 +113,7 @@ def overlap(
             show_default=False,
         ),
     ] = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Look for evaluation images among the pretraining images: equal, alike, or mirrored.
 
@@ -128,8 +128,8 @@ def overlap(
     from harness.data.dataset import open_dataset
     from harness.data.sheet import pair_sheet
 
-    base = shared.tree(root).root
-    a, b = open_dataset(pretraining, base), open_dataset(evaluation, base)
+    where = base.tree(root).root
+    a, b = open_dataset(pretraining, where), open_dataset(evaluation, where)
     one = a.split(split_a or a.meta.split_for("pretrain"))
     others = [b.split(name) for name in split_b or [b.meta.split_for("test")]]
     if any(a.location == b.location and one.name == other.name for other in others):
@@ -166,7 +166,7 @@ def verify(
     dataset: Dataset,
     quick: Annotated[bool, typer.Option("--quick", help="Do not decode the images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Check every shard, index and image of a dataset; list all damage, and counts by label.
 
@@ -178,7 +178,7 @@ def verify(
     from harness.data.verify import verify as verify_set
 
     with shown_progress("opening", "checking") as progress:
-        found = verify_set(dataset, shared.tree(root).root, quick=quick, progress=progress)
+        found = verify_set(dataset, base.tree(root).root, quick=quick, progress=progress)
     if as_json:
         print(json.dumps(_verdict_json(found, quick)))
     else:
@@ -204,7 +204,7 @@ def show(
     views: Annotated[
         bool, typer.Option("--views", help="Draw crops as training sees them, image by image.")
     ] = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Draw a sample of the images with their labels.
 
@@ -217,7 +217,7 @@ def show(
     from harness.data.dataset import open_dataset
     from harness.data.sheet import sample_sheet
 
-    data = open_dataset(dataset, shared.tree(root).root)
+    data = open_dataset(dataset, base.tree(root).root)
     picture, many = sample_sheet(
         data,
         split or data.meta.split_for("pretrain"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from harness.cli import shared
+from harness.cli import base
 from harness.cli.show import one_line
 from harness.errors import EXIT_OK, UserError
 
@@ -35,7 +35,7 @@ def sample(
         int, typer.Option(min=1, help="Reading threads of a rank; changes nothing.")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help='Print {"keys": [...]}.')] = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Print the keys of the samples that training reads, in order.
 
@@ -49,7 +49,7 @@ def sample(
 
     if resample is not None and not 1 <= resample <= 1000:  # nan is neither
         raise UserError(f"--resample {resample:g}: expected 1 to 1000")
-    data = open_dataset(dataset, shared.tree(root).root)
+    data = open_dataset(dataset, base.tree(root).root)
     opened = data.split(split or data.meta.split_for("pretrain"))
     stream = opened.stream(subset or opened.num_samples, seed, resample)
     if start >= stream.num_samples:

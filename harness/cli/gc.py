@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from harness.cli import shared, show
+from harness.cli import base, show
 from harness.errors import EXIT_OK
 from harness.launch import queue
 from harness.ledger import gc as waste_of
@@ -22,7 +22,7 @@ def gc(
         bool, typer.Option("--yes", "-y", help="Remove it; without, only say what would go.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Remove checkpoints of done stages and what killed attempts left; dry without --yes.
 
@@ -32,7 +32,7 @@ def gc(
 
       harness gc scale_study
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     wanted = waste_of.stages_of(tree, study)
     graph = waste_of.graph_of_all(tree)
     states = queue.read_graph(tree, graph)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from harness.cli import shared, show
+from harness.cli import base, shared, show_study
 from harness.errors import UserError
 from harness.launch.driver import Mode
 from harness.launch.machine import Machine
@@ -49,10 +49,10 @@ def grid(
         bool, typer.Option("--fail-fast", help="Stop everything once a stage has failed for good.")
     ] = False,
     cluster: shared.Cluster = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Plan a study file: cells, shared stages, cost. With --submit, run what is missing."""
-    tree = shared.tree(root)
+    tree = base.tree(root)
     if device and submit:
         raise UserError("--device is for estimates; where stages run is the machine's own matter")
     if as_json and submit:
@@ -66,9 +66,9 @@ def grid(
         full, grid, machine, plan = _planned(tree, file, only_these, device, cluster)
         if not submit:
             if as_json:
-                shared.print_json(plan.to_json())
+                base.print_json(plan.to_json())
             else:
-                show.plan(plan, tree, len(machine.slots))
+                show_study.plan(plan, tree, len(machine.slots))
             return 0
     check_budget(plan)
     shared.check_images(grid)

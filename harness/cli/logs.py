@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli import shared, show
+from harness.cli import base, show
 from harness.cli.run import find_in_studies
 from harness.errors import NotFoundError
 from harness.launch import queue
@@ -28,7 +28,7 @@ def logs(
     ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more.")] = False,
     study: Annotated[str | None, typer.Option(help="Study, if several have the cell.")] = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Print the logs of a cell's stages, last attempt of each.
 
@@ -36,7 +36,7 @@ def logs(
 
       harness logs d32x3-4k-mae-s0 --stage wsp
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     _, row = find_in_studies(tree, cell, study, stages_too=True)
     roles: dict[str, str] = row["stages"]
     if stage is not None and stage not in roles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -13,22 +14,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from harness.cli import (
-    data,
-    data_checks,
-    data_sample,
-    fit,
-    gc,
-    grid,
-    logs,
-    report,
-    run,
-    show,
-    status,
-    steer,
-    tune,
-    weights,
-)
+from harness.cli import show
 from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, HarnessError, storage_error
 
 
@@ -45,18 +31,6 @@ class _Guessing(typer.core.TyperGroup):
             if near:
                 error.message += f" Did you mean '{near[0]}'?"
             raise
-
-
-app = typer.Typer(
-    cls=_Guessing,
-    name="harness",
-    help="Scaling studies of vision pretraining: does MAE before weak supervision pay, and does it"
-    " keep paying as model and data grow?",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 
 
 def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
@@ -94,7 +68,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _top(
     version: Annotated[
         bool,
@@ -104,33 +77,66 @@ def _top(
     pass
 
 
-app.command("grid")(_exiting(grid.grid))
-app.command("status")(_exiting(status.status))
-app.command("logs")(_exiting(logs.logs))
-app.command("run")(_exiting(run.run))
-app.command("cancel")(_exiting(steer.cancel))
-app.command("resume")(_exiting(steer.resume))
-app.command("retry")(_exiting(steer.retry))
-app.command("gc")(_exiting(gc.gc))
-app.command("tune")(_exiting(tune.tune))
-app.command("report")(_exiting(report.report))
-app.command("fit")(_exiting(fit.fit))
+_VERBS: dict[str, str] = {
+    "grid": "grid",
+    "status": "status",
+    "logs": "logs",
+    "run": "run",
+    "cancel": "steer",
+    "resume": "steer",
+    "retry": "steer",
+    "gc": "gc",
+    "tune": "tune",
+    "report": "report",
+    "fit": "fit",
+}
+"""Verb -> the module of `harness.cli` that has a function of its name, in the order of --help."""
+_GROUPS: dict[str, dict[str, str]] = {
+    "data": {
+        "pack": "data",
+        "sample": "data_sample",
+        "labels": "data_checks",
+        "overlap": "data_checks",
+        "verify": "data_checks",
+        "show": "data_checks",
+    },
+    "weights": {"inspect": "weights", "convert": "weights"},
+}
+"""The same of verbs that are two words; the group's help stands in a function of its own name."""
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-data_app.callback()(data.data)
-data_app.command("pack")(_exiting(data.pack))
-data_app.command("sample")(_exiting(data_sample.sample))
-data_app.command("labels")(_exiting(data_checks.labels))
-data_app.command("overlap")(_exiting(data_checks.overlap))
-data_app.command("verify")(_exiting(data_checks.verify))
-data_app.command("show")(_exiting(data_checks.show))
-app.add_typer(data_app, name="data")
 
-weights_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-weights_app.callback()(weights.weights)
-weights_app.command("inspect")(_exiting(weights.inspect))
-weights_app.command("convert")(_exiting(weights.convert))
-app.add_typer(weights_app, name="weights")
+def command_line(verb: str | None = None) -> typer.Typer:
+    """The parser of all verbs; of just one where it is known which, for the sake of its start.
+
+    What a study is made of takes half a second to import, and `status` needs none of it.
+    """
+    app = typer.Typer(
+        cls=_Guessing,
+        name="harness",
+        help="Scaling studies of vision pretraining: does MAE before weak supervision pay, and does"
+        " it keep paying as model and data grow?",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_top)
+    one = {verb} if verb in _VERBS or verb in _GROUPS else {*_VERBS, *_GROUPS}
+    for name, module in _VERBS.items():
+        if name in one:
+            app.command(name)(_exiting(_function(module, name)))
+    for group, verbs in _GROUPS.items():
+        if group in one:
+            inner = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+            inner.callback()(_function(group, group))
+            for name, module in verbs.items():
+                inner.command(name)(_exiting(_function(module, name)))
+            app.add_typer(inner, name=group)
+    return app
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"harness.cli.{module}"), name)
 
 
 def main() -> None:
@@ -139,7 +145,7 @@ def main() -> None:
     Exit codes: 0 ok, 1 something failed, 2 usage or config, 4 not found, 130 Ctrl-C. Workers, whose
     codes schedulers see, also have 74 (a file cannot be written) and 75 (asked to stop, run again).
     """
-    app()
+    command_line(sys.argv[1] if len(sys.argv) > 1 else None)()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from harness.cli import shared
+from harness.cli import base
 from harness.errors import NotFoundError, StorageError
-from harness.ledger import store
+from harness.ledger import cell_rows
 
 
 def report(
@@ -19,7 +19,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder; each study gets one below it.")] = Path(
         "reports"
     ),
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Write a report: convergence curves, transfer, gain of MAE, scaling-law fits, every cell.
 
@@ -27,7 +27,7 @@ def report(
 
       harness report scale_study --out reports/
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     names = [study] if study else tree.studies()
     if not names:
         raise NotFoundError(f"no study in {tree.root}; run `harness grid FILE --submit` first")
@@ -35,7 +35,7 @@ def report(
     from analysis.report import build
 
     for name in names:
-        store.read_cells(tree, name)  # raises if there is none of that name
+        cell_rows.read_cells(tree, name)  # raises if there is none of that name
         try:
             (out / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:

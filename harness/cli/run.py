@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli import shared
+from harness.cli import base, shared
 from harness.errors import UserError
 from harness.launch.driver import Mode
-from harness.ledger import store
+from harness.ledger import cell_rows, store
 from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, build_grid, only
 from harness.study.schema import check_name, load_study
@@ -26,7 +26,7 @@ def run(
     study: Annotated[str | None, typer.Option(help="Study, if several have the cell.")] = None,
     mode: Annotated[Mode, typer.Option(help="As in `harness grid`.")] = "cached",
     cluster: shared.Cluster = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Run one cell of a submitted study. With --set, run a changed copy that remembers its parent.
 
@@ -36,7 +36,7 @@ def run(
 
       harness run d32x3-4k-mae-s0 --set wsp.lr=3e-4 --tag low-lr
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     name, row = find_in_studies(tree, cell, study)
     loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
     ablations = store.read_ablations(tree, name)
@@ -69,7 +69,7 @@ def find_in_studies(
     `stages_too`: the id of a stage, as progress and failures name it, is a cell of that stage only.
     """
     names = [study] if study else tree.studies()
-    rows = [{**row, "study": name} for name in names for row in store.read_cells(tree, name)]
+    rows = [{**row, "study": name} for name in names for row in cell_rows.read_cells(tree, name)]
     of_stage = next((r for r in rows if cell in r["stages"].values()), None)
     if stages_too and of_stage is not None:
         roles = {role: s for role, s in of_stage["stages"].items() if s == cell}

@@ -5,39 +5,25 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 import harness
-from harness.cli import show
+from harness.cli import show_study
 from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
 from harness.launch import queue, settings
 from harness.launch.driver import Driver, Mode, reset
 from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.machine import Machine, detect, this_machine
-from harness.ledger import states, store
-from harness.ledger.tree import Tree, default_root
+from harness.ledger import drift, states, store
+from harness.ledger.speeds import measured_speeds
+from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, Grid
 from harness.study.plan import Plan, make_plan
-
-Root = Annotated[
-    Path | None,
-    typer.Option("--root", help="Run root. Default: HARNESS_ROOT, or ./runs.", show_default=False),
-]
-
-
-def tree(root: Path | None) -> Tree:
-    """The run tree a verb works on: the flag, HARNESS_ROOT, the settings, or ./runs."""
-    named = None if root or os.environ.get("HARNESS_ROOT") else settings.load_settings().root
-    found = (root or named or default_root()).expanduser().absolute()
-    if found.exists() and not found.is_dir():
-        raise UserError(f"run root {found}: is a file; expected a folder, new or of earlier runs")
-    return Tree(found)
 
 
 def known_ablations(tree: Tree, study: str) -> list[Ablation]:
@@ -80,7 +66,7 @@ def plan(
         most = max(s.execution.ranks for s in grid.stages.values())
         machine = this_machine(device, most)
     found = {k: v.state for k, v in queue.read_states(tree, grid.stages).items()}
-    speeds = states.measured_speeds(tree, machine.device)
+    speeds = measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))
 
 
@@ -92,13 +78,6 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """JSON on stdout, indented as long as a person may read it: that takes seconds for a lot."""
-    parts = [value, *(v for k, v in value.items() if k == "studies" for v in v)]
-    is_large = any(isinstance(v, list) and len(v) > 1000 for p in parts for v in p.values())
-    print(json.dumps(value, indent=None if is_large else 1))
 
 
 def study_file(path: Path) -> Path:
@@ -124,7 +103,7 @@ def check_images(grid: Grid) -> None:
 
 def check_drift(tree: Tree, grid: Grid) -> None:
     """Raises UserError if a stored stage is not what its id says it is."""
-    lines = states.check_drift(tree, grid)
+    lines = drift.check_drift(tree, grid)
     if lines:
         raise UserError(
             *lines, "an id stands for its config: restore the stage folders above or remove them"
@@ -171,10 +150,10 @@ def submit(
     if isinstance(profile, settings.Slurm) and mode != "read-only":
         return _to_slurm(tree, grid, name, profile, mode)
     ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
-    with show.Live(plan, machine) as live:
+    with show_study.Live(plan, machine) as live:
         driver = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh, fail_fast=fail_fast)
         summary = driver.run(mode)
-    show.summary(summary, grid, tree, mode)
+    show_study.summary(summary, grid, tree, mode)
     if summary.interrupted:
         return EXIT_INTERRUPTED
     incomplete = mode == "read-only" and summary.left
@@ -191,7 +170,7 @@ def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: 
     reset(tree, grid.stages, found, mode, study.retry)
     done = slurm.submit(tree, study.name, grid.stages, profile, study.retry)
     found = queue.read_states(tree, grid.stages, max_age_s=_COMMAND_S)
-    show.submitted(done, grid, name, found)
+    show_study.submitted(done, grid, name, found)
     bad = [s for s in found.values() if s.state in states.FAILED]
     is_short = done.left and done.caretaker is None
     return EXIT_FAILED if bad or is_short else EXIT_OK

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from harness.cli import shared, show
+from harness.cli import base, show
 from harness.launch import queue
 from harness.ledger import summary
 from harness.ledger.states import RESUMABLE
@@ -27,7 +27,7 @@ def status(
     study: Annotated[str | None, typer.Argument(help="Name of the study; all by default.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until all is over.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Show cells and stages by state, progress of running stages, failures with their reason.
 
@@ -35,9 +35,9 @@ def status(
 
       harness status scale_study --watch
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     if as_json:
-        shared.print_json(summary.summarise(tree, study, queue.read_graph))
+        base.print_json(summary.summarise(tree, study, queue.read_graph))
         return 0
     if not watch:
         for part in _render(summary.summarise(tree, study, queue.read_graph)):

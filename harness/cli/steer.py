@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from harness.cli import shared, show
+from harness.cli import base, shared, show
 from harness.errors import EXIT_OK, EXIT_USAGE, NotFoundError
 from harness.launch import queue
-from harness.ledger import store
+from harness.ledger import cell_rows, store
 from harness.ledger.claim import ask_to_stop, clear_stop, start_over
 from harness.ledger.lease import this_host
 from harness.ledger.states import ACTIVE, StageState
@@ -57,7 +57,7 @@ class _Choice:
 @shared.no_collection()
 def _choices(tree: Tree, study: str | None, selectors: list[str]) -> list[_Choice]:
     if study is not None:
-        store.read_cells(tree, study)  # raises if there is none of that name
+        cell_rows.read_cells(tree, study)  # raises if there is none of that name
     found: list[_Choice] = []
     problems: list[str] = []
     grids: dict[str, tuple[Grid, list[Ablation]]] = {}
@@ -134,7 +134,7 @@ def cancel(
     yes: Yes = False,
     dry: Dry = False,
     as_json: Json = False,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Stop stages at a checkpoint, wherever they run, and hold those that wait, until `resume`.
 
@@ -142,7 +142,7 @@ def cancel(
 
       harness cancel 'size=d64x4,init=mae' --dry-run
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     wanted, spared = [], 0
     for choice in _choices(tree, study, selectors):
         chosen = set(choice.chosen)
@@ -187,7 +187,7 @@ def resume(
     dry: Dry = False,
     as_json: Json = False,
     cluster: shared.Cluster = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Let cancelled stages run again, from their last checkpoint, and run them.
 
@@ -195,7 +195,7 @@ def resume(
 
       harness resume state=cancelled --dry-run
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     wanted = [
         (c, [s for s in c.chosen if c.states[s].held or c.states[s].state == "cancelled"])
         for c in _choices(tree, study, selectors)
@@ -225,7 +225,7 @@ def retry(
     dry: Dry = False,
     as_json: Json = False,
     cluster: shared.Cluster = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Run failed and diverged stages again, from their last checkpoint.
 
@@ -235,7 +235,7 @@ def retry(
 
       harness retry state=failed --dry-run
     """
-    tree = shared.tree(root)
+    tree = base.tree(root)
     wanted: list[tuple[_Choice, list[str]]] = []
     for choice in _choices(tree, study, selectors):
         state = {s: choice.states[s].state for s in choice.chosen}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli import shared, show
+from harness.cli import base, shared, show_study
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 from harness.launch import settings
 from harness.launch.driver import Driver, Mode
@@ -38,7 +38,7 @@ def tune(
     ] = "cached",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     cluster: shared.Cluster = None,
-    root: shared.Root = None,
+    root: base.Root = None,
 ) -> int:
     """Search the study's `tune` section with optuna; every trial is a cell of the study.
 
@@ -51,7 +51,7 @@ def tune(
     # optuna takes half a second to import; the other verbs must not wait for it
     from harness.tune import Search
 
-    tree = shared.tree(root)
+    tree = base.tree(root)
     profile = _profile(cluster, mode)
     loaded = load_study(shared.study_file(file))
     grid = build_grid(loaded)
@@ -72,7 +72,7 @@ def tune(
         part = replace(grid, cells=[], stages=dict(search.stages), feeds={})
         machine, plan = shared.plan(tree, part, cluster=cluster)
         ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
-        with show.Live(plan, machine) as live:
+        with show_study.Live(plan, machine) as live:
             driver = Driver(part, tree, machine, plan.speeds, live.update, search, ssh)
             interrupted = driver.run(mode).interrupted
         search.register()

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
 from harness.ledger import states
@@ -24,7 +24,9 @@ from harness.ledger.files import read_json
 from harness.ledger.lease import BEAT_S, owner_is_dead, read_lease
 from harness.ledger.states import TOKEN, StageState
 from harness.ledger.tree import Tree
-from harness.study.stages import StageFile
+
+if TYPE_CHECKING:
+    from harness.study.stages import StageFile
 
 _TIMEOUT_S = 60
 _MOST_SKEW_S = 1200.0

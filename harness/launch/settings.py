@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 
 from harness.errors import UserError
 from harness.launch.machine import Device
+from harness.launch.settings_file import settings_path
 from harness.study import source
 from harness.study.recipes import Count, Frozen, Positive
 from harness.study.schema import Seconds, problems_of
@@ -86,15 +87,6 @@ class Settings(Frozen):
     cluster: str | None = None
     root: Path | None = None
     profiles: dict[str, Profile] = {}
-
-
-def settings_path() -> Path:
-    """HARNESS_SETTINGS, or ~/.config/harness/settings.yaml (XDG_CONFIG_HOME honoured)."""
-    named = os.environ.get("HARNESS_SETTINGS")
-    if named:
-        return Path(named)
-    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(config) / "harness" / "settings.yaml"
 
 
 def load_settings() -> Settings:

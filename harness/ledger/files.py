@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from harness.errors import StorageError, UserError
 
 _DAY_S = 86_400.0
@@ -92,6 +94,17 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (dump(value) + "\n").encode())
 
 
+def parse(raw: bytes) -> Any:
+    """JSON, by the fast parser; by Python's own what that refuses, such as a lone surrogate.
+
+    Raises ValueError.
+    """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return json.loads(raw)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The content, or None if there is no such file. Raises UserError if it is not JSON."""
     try:
@@ -99,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        value = json.loads(raw)
+        value = parse(raw)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); remove the file and submit again") from None
     if not isinstance(value, dict):
@@ -122,7 +135,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse(line)
         except ValueError as error:
             raise UserError(
                 f"{path}:{number}: not JSON ({error}); mend or remove the line"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.ledger import store
+from harness.ledger import cell_rows
 from harness.ledger.attempts import last_checkpoint
 from harness.ledger.claim import is_as_seen
 from harness.ledger.files import leftovers
@@ -37,13 +37,13 @@ class Waste:
 
 def graph_of_all(tree: Tree) -> dict[str, Node]:
     """Stages of every study of the root: one may feed cells of several."""
-    return graph_of_rows(row for name in tree.studies() for row in store.read_cells(tree, name))
+    return graph_of_rows(row for name in tree.studies() for row in cell_rows.read_cells(tree, name))
 
 
 def stages_of(tree: Tree, study: str | None) -> set[str]:
     """Ids of the stages of a study, or of all. Raises NotFoundError for an unknown study."""
     names = [study] if study else tree.studies()
-    rows = (row for name in names for row in store.read_cells(tree, name))
+    rows = (row for name in names for row in cell_rows.read_cells(tree, name))
     return {stage for row in rows for stage in row["stages"].values()}
 
 

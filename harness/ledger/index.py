@@ -7,11 +7,12 @@ when it was read; whatever is missing or wrong is read again from the files.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from harness.errors import UserError
 from harness.ledger.files import read_json, write_bytes
@@ -71,7 +72,7 @@ def results(tree: Tree, kind: str, ids: Iterable[str]) -> dict[str, dict[str, An
 
 def _load(path: Path) -> _Rows:
     try:
-        content = json.loads(path.read_bytes())
+        content = orjson.loads(path.read_bytes())
         if content["schema"] != _SCHEMA or content["keys"] != list(KEYS):
             return {}
         return {
@@ -87,4 +88,4 @@ def _save(path: Path, rows: _Rows) -> None:
     content = {"schema": _SCHEMA, "keys": list(KEYS), "rows": rows}
     # Whoever may only look at the tree does without.
     with contextlib.suppress(UserError, OSError):
-        write_bytes(path, json.dumps(content, separators=(",", ":")).encode())
+        write_bytes(path, orjson.dumps(content))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
 from harness.ledger.files import read_json
 from harness.ledger.index import results
 from harness.ledger.lease import owner_is_dead, read_lease
 from harness.ledger.tree import StageFolder, Tree
-from harness.study.cells import Grid
-from harness.study.cost import CalibrationKey, Speeds
-from harness.study.identity import field_diff, semantic_fields
-from harness.study.stages import StageConfig, StageFile
+
+if TYPE_CHECKING:
+    # What a stage is made of takes half a second to import, and states do not ask.
+    from harness.study.stages import StageFile
 
 RESUMABLE = frozenset({"planned", "waiting", "preempted", "timeout", "cancelled", "lost"})
 """States that `--submit` runs in mode cached."""
@@ -210,38 +210,3 @@ def _in_graph(own: StageState, node: Node, upstream: list[StageState]) -> StageS
             state = "planned" if ready else "waiting"
             return own if own.state == state else replace(own, state=state)
     return own
-
-
-def check_drift(tree: Tree, grid: Grid) -> list[str]:
-    """Stages whose stored config differs from the wanted one under the same id, a line each.
-
-    An id stands for its config; a difference means that a default or the meaning of a field
-    changed without a new `identity.VERSION`, or that somebody edited stage.json.
-    """
-    lines = []
-    for stage in grid.stages.values():
-        stored = read_json(tree.stage(stage.kind, stage.id).stage)
-        if stored is None:
-            continue
-        old = semantic_fields(StageConfig.model_validate(stored["config"]))
-        diff = field_diff(old, semantic_fields(stage.config))
-        if diff:
-            lines.append(f"{stage.id}: stored config differs: {'; '.join(diff)}")
-    return lines
-
-
-def measured_speeds(tree: Tree, device: str) -> Speeds:
-    """FLOP/s by (kind, size) from the finished stages of this root, on this kind of device."""
-    sums: dict[CalibrationKey, tuple[float, float]] = {}
-    stages = tree.root / "stages"
-    kinds = sorted(p.name for p in stages.iterdir() if p.is_dir()) if stages.is_dir() else []
-    for result in (r for k in kinds for r in results(tree, k, sorted(tree.begun(k))).values()):
-        if result.get("device", device) != device:
-            continue
-        busy = float(result["wall_s"].get("total", 0.0)) * result.get("processes", 1)
-        if busy <= 0 or not result["flops"]:
-            continue
-        key = (result["kind"], result["size"])
-        flops, seconds = sums.get(key, (0.0, 0.0))
-        sums[key] = (flops + result["flops"], seconds + busy)
-    return Speeds(device=device, flops_per_s={k: f / s for k, (f, s) in sums.items()})

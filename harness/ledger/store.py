@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import NotFoundError, UserError
+from harness.errors import NotFoundError
+from harness.ledger.cell_rows import check_keys
 from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Ablation, Cell, Grid
@@ -51,7 +52,7 @@ def read_ablations(tree: Tree, study: str) -> list[Ablation]:
     """The ablations that were run on a study so far."""
     path = tree.study(study) / "ablations.jsonl"
     rows = read_jsonl(path)
-    _check_keys(path, rows, "parent", "values", "set", "tag")
+    check_keys(path, rows, "parent", "values", "set", "tag")
     return [
         Ablation(
             parent=r["parent"],
@@ -84,24 +85,6 @@ def cell_row(cell: Cell, grid: Grid) -> dict[str, Any]:
         "parent": cell.parent,
         "set": _jsonable(cell.set),
     }
-
-
-def read_cells(tree: Tree, study: str) -> list[dict[str, Any]]:
-    """Rows of cells.jsonl. Raises NotFoundError, naming the studies there are."""
-    if study not in tree.studies():
-        known = ", ".join(tree.studies()) or "none; run `harness grid FILE --submit` first"
-        raise NotFoundError(f"no study '{study}' in {tree.root}; known: {known}")
-    path = tree.study(study) / "cells.jsonl"
-    rows = read_jsonl(path)
-    _check_keys(path, rows, "id", "name", "axes", "stages", "kinds")
-    return rows
-
-
-def _check_keys(path: Path, rows: list[dict[str, Any]], *keys: str) -> None:
-    for number, row in enumerate(rows, 1):
-        missing = [key for key in keys if key not in row]
-        if missing:
-            raise UserError(f"{path}: row {number} has no '{missing[0]}'; submit the study again")
 
 
 def read_stage(folder: StageFolder) -> StageFile:

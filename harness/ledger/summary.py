@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness.ledger import store
+from harness.ledger import cell_rows
 from harness.ledger.files import read_json
 from harness.ledger.states import ACTIVE, Node, StageState, graph_of_rows, read_graph
 from harness.ledger.tree import Tree
-from harness.study.plan import cell_state
+from harness.study.cell_states import cell_state
 
 Read = Callable[[Tree, Mapping[str, Node]], dict[str, StageState]]
 
@@ -21,7 +21,7 @@ def summarise(tree: Tree, study: str | None = None, read: Read = read_graph) -> 
     `read` may know more than the files, such as what a scheduler says of its jobs.
     """
     names = [study] if study else tree.studies()
-    rows = {name: store.read_cells(tree, name) for name in names}
+    rows = {name: cell_rows.read_cells(tree, name) for name in names}
     # One graph of all: a scheduler is asked once.
     graph = graph_of_rows(row for found in rows.values() for row in found)
     states = read(tree, graph)

@@ -1,4 +1,4 @@
-"""A cell's chain once more, for another seed: the same stages but for seeds and what they start from.
+"""A cell's chain once more, for another seed: the same stages, but for what that changes.
 
 Building a chain checks its recipes, counts its FLOPs and writes out its texts. Of thousands of
 cells most differ in the seed alone, which has no say in any of that.

@@ -417,7 +417,7 @@ def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:
 
 
 def _varied(loaded: LoadedStudy) -> list[tuple[str, str, Any]]:
-    """Axes besides the usual ones: (key, short name if no other has it, the value of most cells)."""
+    """Axes besides the usual ones: (key, its name in cells' names, the value of most cells)."""
     keys = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
     keys -= {"size", "data", "init", "seed"}
     last_words = Counter(key.split(".")[-1] for key in keys)

@@ -7,23 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import UserError
+from harness.study.cell_states import cell_state
 from harness.study.cells import Grid
 from harness.study.cost import Speeds, checkpoint_bytes, makespan
 from harness.units import format_seconds, format_si
-
-# The first of these that any stage of a cell is in is the state of the cell.
-CELL_STATES = (
-    "failed",
-    "diverged",
-    "blocked",
-    "lost",
-    "running",
-    "submitted",
-    "preempted",
-    "timeout",
-    "cancelled",
-)
-"""All states but planned, waiting and done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +97,6 @@ class Plan:
                 "measured_share": totals.measured_share,
             },
         }
-
-
-def cell_state(states: list[str]) -> str:
-    """One word for a cell: done when all its stages are, else the worst thing that happened."""
-    if all(s == "done" for s in states):
-        return "done"
-    for state in CELL_STATES:
-        if state in states:
-            return state
-    return "waiting" if "done" in states else "planned"
 
 
 def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int) -> Plan:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import NotFoundError, UserError
+from harness.study.cell_states import CELL_STATES
 from harness.study.cells import TUNE, Cell
 from harness.study.expand import same
-from harness.study.plan import CELL_STATES
 from harness.units import safe_name
 
 STATES = ("planned", "waiting", *CELL_STATES, "done")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from analysis.fit_file import LAWS
 from analysis.shapes import FORMS
-from harness.cli.main import app
+from harness.cli.main import command_line
 
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path, rows: pd.DataFrame, *options: str) -> tuple[dict[str, An
     """fit.json and what was printed."""
     path, out = tmp_path / "rows.csv", tmp_path / "fit.json"
     rows.to_csv(path, index=False)
-    done = CliRunner().invoke(app, ["fit", str(path), *options, "--out", str(out)])
+    done = CliRunner().invoke(command_line(), ["fit", str(path), *options, "--out", str(out)])
     assert done.exit_code == 0, done.output
     return json.loads(out.read_text()), done.output
 
@@ -188,7 +188,9 @@ def test_compute_optimal_models_come_from_curves(tmp_path: Path, law: str) -> No
 def test_mistakes_are_told_in_a_line(tmp_path: Path, options: list[str], message: str) -> None:
     table().to_csv(tmp_path / "rows.csv", index=False)
     out = tmp_path / "fit.json"
-    done = CliRunner().invoke(app, ["fit", str(tmp_path / "rows.csv"), *options, "--out", str(out)])
+    done = CliRunner().invoke(
+        command_line(), ["fit", str(tmp_path / "rows.csv"), *options, "--out", str(out)]
+    )
     assert done.exit_code == 2
     assert message in done.output and "Traceback" not in done.output
     assert not out.exists()
@@ -198,17 +200,17 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path, options: list[str], message
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.csv").write_text(text)
     options = ["--law", "power", "--x", "x", "--y", "y", "--out", str(tmp_path / "fit.json")]
-    done = CliRunner().invoke(app, ["fit", str(tmp_path / "rows.csv"), *options])
+    done = CliRunner().invoke(command_line(), ["fit", str(tmp_path / "rows.csv"), *options])
     assert done.exit_code == 2 and "Traceback" not in done.output
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["fit", str(tmp_path / "no.csv"), *SURFACE])
+    done = CliRunner().invoke(command_line(), ["fit", str(tmp_path / "no.csv"), *SURFACE])
     assert done.exit_code == 4 and "no such file" in done.output
 
 
 def test_help_states_every_law_as_it_is_fitted() -> None:
-    text = " ".join(CliRunner().invoke(app, ["fit", "--help"]).output.split())
+    text = " ".join(CliRunner().invoke(command_line(), ["fit", "--help"]).output.split())
     for law in LAWS:
         assert law in text
     for form in FORMS.values():

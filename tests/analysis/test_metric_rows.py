@@ -15,7 +15,7 @@ from runtree import Spec, Truth, write_tree
 from analysis import curves, metric_rows
 from analysis.load import load
 from analysis.metric_rows import MetricRows, read_many
-from harness.ledger import store
+from harness.ledger import cell_rows
 from harness.ledger.tree import Tree
 
 GOOD = '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null, "val_loss": 1e-3}\n'
@@ -109,7 +109,7 @@ def test_curves_of_a_study_do_not_depend_on_the_way(tmp_path: Path) -> None:
     path.write_text("broken\n" + path.read_text() + '{"step": 1')
     study = load(tmp_path, "made")
     notes: list[str] = []
-    cells = store.read_cells(Tree(tmp_path), "made")
+    cells = cell_rows.read_cells(Tree(tmp_path), "made")
     slow = curves.curves_frame(cells, study.cells, study.stages, notes, fast=False)
     pd.testing.assert_frame_equal(study.curves, slow)
     assert notes == list(study.notes) and len(notes) == 1

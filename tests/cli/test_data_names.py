@@ -10,14 +10,14 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from harness.cli.main import app
+from harness.cli.main import command_line
 from harness.data.pack import pack
 
 ODD = "a\x1b[2J\x07b\x9b31mc"
 
 
 def run(*arguments: object, check: int = 0) -> Result:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    done = CliRunner().invoke(command_line(), [str(a) for a in arguments])
     assert done.exit_code == check, f"{done.stdout}\n{done.stderr}\n{done.exception!r}"
     return done
 

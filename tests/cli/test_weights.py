@@ -11,7 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from harness.cli.main import app
+from harness.cli.main import command_line
 from harness.models.convert import tensors_in
 from harness.models.weight_files import read_weights, write_weights
 from tests.conftest import Harness
@@ -25,7 +25,7 @@ class Here:
         self.runner = runner
 
     def __call__(self, *arguments: object, check: int = 0) -> Result:
-        done = self.runner.invoke(app, [str(a) for a in arguments])
+        done = self.runner.invoke(command_line(), [str(a) for a in arguments])
         assert done.exit_code == check, f"{done.stdout}\n{done.stderr}\n{done.exception!r}"
         return done
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from harness.ledger import store
+from harness.ledger.drift import check_drift
 from harness.ledger.files import write_json
 from harness.ledger.lease import process_started, this_host
-from harness.ledger.states import check_drift, measured_speeds, read_states
+from harness.ledger.speeds import measured_speeds
+from harness.ledger.states import read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study

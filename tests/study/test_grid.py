@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from harness.errors import NotFoundError, UserError
+from harness.study.cell_states import cell_state
 from harness.study.cells import Ablation, Grid, build_grid
 from harness.study.cost import Speeds, makespan, pace, running_left
 from harness.study.flops import mae_train, vit_forward, vit_train
-from harness.study.plan import cell_state, check_budget, make_plan
+from harness.study.plan import check_budget, make_plan
 from harness.study.recipes import MaeRecipe
 from harness.study.schema import load_study
 from harness.study.select import choose, find_cell, parse_filter, select
