@@ -5,8 +5,11 @@ Nothing here imports what a study is made of: that takes half a second, and `sta
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +41,16 @@ def _root_of_settings() -> Path | None:
     from harness.launch import settings  # as above
 
     return settings.load_settings().root
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection: all of the many objects of a plan or a status stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def grid(
     if mode != "cached" and not submit:
         raise UserError(f"--mode {mode} says how to run; add --submit, or leave it out for a plan")
     only_these = None if selection is None else ",".join(selection)
-    with shared.no_collection():
+    with base.no_collection():
         full, grid, machine, plan = _planned(tree, file, only_these, device, cluster)
         if not submit:
             if as_json:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,16 +65,6 @@ def plan(
     found = {k: v.state for k, v in queue.read_states(tree, grid.stages).items()}
     speeds = measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """No garbage collection: all of a plan's many objects stay."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def study_file(path: Path) -> Path:

@@ -37,16 +37,19 @@ def status(
     """
     tree = base.tree(root)
     if as_json:
-        base.print_json(summary.summarise(tree, study, queue.read_graph))
+        with base.no_collection():
+            base.print_json(summary.summarise(tree, study, queue.read_graph))
         return 0
     if not watch:
-        for part in _render(summary.summarise(tree, study, queue.read_graph)):
+        with base.no_collection():
+            found = summary.summarise(tree, study, queue.read_graph, _MOST_LINES)
+        for part in _render(found):
             show.console().print(part)
         return 0
     quiet_since: float | None = None
     with Live(console=show.console(), refresh_per_second=2) as live:
         while True:
-            now = summary.summarise(tree, study, queue.read_graph)
+            now = summary.summarise(tree, study, queue.read_graph, _MOST_LINES)
             live.update(Group(*_render(now)))
             if any(s["active"] for s in now["studies"]):
                 quiet_since = None
@@ -130,6 +133,7 @@ def _idle(study: dict[str, Any]) -> list[RenderableType]:
                 why += f"{' ' if why else ''}waits for {', '.join(row['waits_for'])}"
             name = escape(row["id"])
             parts.append(f"  {show.state_text(state)} {name}  {show.plain(why)}".rstrip())
-        if len(rows) > _MOST_LINES:
-            parts.append(f"  ... and {len(rows) - _MOST_LINES} more {state}; --json has all")
+        count = sum(states.get(state, 0) for states in study["kinds"].values())
+        if count > _MOST_LINES:
+            parts.append(f"  ... and {count - _MOST_LINES} more {state}; --json has all")
     return parts

@@ -54,7 +54,7 @@ class _Choice:
         return tree.stage(self.grid.stages[stage].kind, stage)
 
 
-@shared.no_collection()
+@base.no_collection()
 def _choices(tree: Tree, study: str | None, selectors: list[str]) -> list[_Choice]:
     if study is not None:
         cell_rows.read_cells(tree, study)  # raises if there is none of that name

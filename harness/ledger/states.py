@@ -167,6 +167,8 @@ def read_graph(
             own_ids[node.kind].append(stage_id)
     done = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
     unbegun = StageState(state="planned", status={})
+    # Of most stages of a large study nothing is known but that they wait: one object for all.
+    unbegun_by = {state: replace(unbegun, state=state) for state in ("planned", "waiting")}
     for stage_id, node in graph.items():
         upstream = [states[u] for u in node.upstream if u in states]
         row = done[node.kind].get(stage_id)
@@ -176,8 +178,9 @@ def read_graph(
             if _in_graph(own, node, upstream).state == "done":
                 states[stage_id] = own
                 continue
-        if not upstream and stage_id not in begun[node.kind]:
-            states[stage_id] = unbegun
+        if stage_id not in begun[node.kind] and not any(map(_blocks, upstream)):
+            is_ready = all(s.state == "done" for s in upstream)
+            states[stage_id] = unbegun_by["planned" if is_ready else "waiting"]
             continue
         own = unbegun
         if stage_id in begun[node.kind]:
@@ -185,6 +188,10 @@ def read_graph(
             own = read_state(folder, (over or {}).get(stage_id), (waiting or {}).get(stage_id))
         states[stage_id] = _in_graph(own, node, upstream)
     return states
+
+
+def _blocks(upstream: StageState) -> bool:
+    return upstream.held or upstream.state in FAILED
 
 
 def _in_graph(own: StageState, node: Node, upstream: list[StageState]) -> StageState:
@@ -201,7 +208,7 @@ def _in_graph(own: StageState, node: Node, upstream: list[StageState]) -> StageS
     if own.state in RESUMABLE or own.state == "blocked":
         if own.held:
             return own
-        bad = [s for s in upstream if s.state in FAILED or s.held]
+        bad = list(filter(_blocks, upstream))
         if bad:
             what = "upstream is cancelled" if bad[0].held else "upstream failed"
             return replace(own, state="blocked", reason="upstream", message=what)

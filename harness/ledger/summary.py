@@ -15,17 +15,20 @@ from harness.study.cell_states import cell_state
 Read = Callable[[Tree, Mapping[str, Node]], dict[str, StageState]]
 
 
-def summarise(tree: Tree, study: str | None = None, read: Read = read_graph) -> dict[str, Any]:
+def summarise(
+    tree: Tree, study: str | None = None, read: Read = read_graph, most: int | None = None
+) -> dict[str, Any]:
     """All studies of a root, or one. Raises NotFoundError for a study that is not there.
 
-    `read` may know more than the files, such as what a scheduler says of its jobs.
+    `read` may know more than the files, such as what a scheduler says of its jobs. `most`: no more
+    `stages` of a kind and state are listed than that.
     """
     names = [study] if study else tree.studies()
     rows = {name: cell_rows.read_cells(tree, name) for name in names}
     # One graph of all: a scheduler is asked once.
     graph = graph_of_rows(row for found in rows.values() for row in found)
     states = read(tree, graph)
-    studies = [_study(tree, name, found, graph, states) for name, found in rows.items()]
+    studies = [_study(tree, name, found, graph, states, most) for name, found in rows.items()]
     return {"schema": 1, "root": str(tree.root), "studies": studies}
 
 
@@ -35,13 +38,18 @@ def _study(
     cells: list[dict[str, Any]],
     graph: Mapping[str, Node],
     all_states: Mapping[str, StageState],
+    most: int | None,
 ) -> dict[str, Any]:
     kinds = {s: graph[s].kind for c in cells for s in c["stages"].values()}
     states = {s: all_states[s] for s in kinds}
     shown = {s: v.state for s, v in states.items()}
     by_kind: dict[str, Counter[str]] = {}
+    listed: list[str] = []
     for stage, kind in kinds.items():
-        by_kind.setdefault(kind, Counter())[shown[stage]] += 1
+        counts = by_kind.setdefault(kind, Counter())
+        counts[shown[stage]] += 1
+        if most is None or counts[shown[stage]] <= most:
+            listed.append(stage)
     return {
         "name": name,
         "cells": dict(Counter(cell_state([shown[s] for s in c["stages"].values()]) for c in cells)),
@@ -53,7 +61,7 @@ def _study(
                     u for u in graph[s].upstream if shown[s] != "done" and shown.get(u) != "done"
                 ],
             }
-            for s in kinds
+            for s in listed
         ],
         "running": [
             _running(tree, s, kinds[s], states[s]) for s in states if states[s].state in ACTIVE
