@@ -13,7 +13,7 @@ import pytest
 
 from harness.ledger.files import read_json, write_json
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 WRITER = """
 import os, signal, sys

@@ -16,7 +16,7 @@ from harness.ledger.context import Whereabouts
 from harness.ledger.files import read_json
 from harness.watchdog import Watchdog
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 HANG_AFTER_S = 2.0
 

@@ -1,8 +1,9 @@
-"""A Slurm of scripts on PATH."""
+"""A Slurm of scripts on PATH; a finished study for the tests of a module to look at."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from harness.launch import queue
 from tests.launch.fake_slurm import FakeSlurm
+from tests.launch.small_study import TINY, submit
 
 
 @pytest.fixture
@@ -20,3 +22,22 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]
     monkeypatch.setattr(queue, "_last", None)
     yield fake
     queue._config.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(run root, study file) of the finished tiny study."""
+    folder = tmp_path_factory.mktemp("tiny")
+    file = folder / "tiny.yaml"
+    file.write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_TENSORBOARD", "1")
+        submit(folder / "runs", file)
+    return folder / "runs", file
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    root = tmp_path / "runs"
+    shutil.copytree(finished[0], root)
+    return root, finished[1]

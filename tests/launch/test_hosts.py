@@ -29,7 +29,7 @@ from harness.study.cells import build_grid
 from harness.study.cost import Speeds
 from harness.study.schema import load_study
 from tests.launch.made import end, is_alive, noted, poll_until, stage, start, wait_for
-from tests.launch.test_study_runs import CHECKPOINTING, numbers
+from tests.launch.small_study import CHECKPOINTING, numbers
 
 TOP = Path(__file__).parents[2]
 SSH = shutil.which("ssh") or "ssh"

@@ -12,7 +12,7 @@ import pytest
 
 from harness.ledger.attempts import read_attempts
 from harness.ledger.tree import StageFolder
-from tests.launch.test_study_runs import environment
+from tests.launch.small_study import environment
 
 pytestmark = pytest.mark.long
 
