@@ -77,8 +77,8 @@ def decode_simplejpeg(raw: bytes, factor: int, is_fast: bool = False) -> np.ndar
 def decode_fast(raw: bytes, factor: int) -> np.ndarray:
     """The same with libjpeg-turbo's fast inverse transform, colours not interpolated.
 
-    Takes a fifth less time. A view differs by 38 to 46 dB, where the JPEG itself, at qualities of
-    75 to 95, has lost more.
+    Takes a fifth less time. A view differs by 38 to 46 dB, where the JPEG itself, at qualities of 75
+    to 95, has lost more.
     """
     return decode_simplejpeg(raw, factor, is_fast=True)
 
