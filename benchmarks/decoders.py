@@ -4,8 +4,8 @@
 
 Everybody decodes the same JPEGs from memory to RGB, whole, on one core; `draft` and `factor 2` give
 half the width and height. `view` is the whole way from bytes to a crop of 224 pixels, by the
-decoder that the loader uses in training. PyTurboJPEG calls the library that simplejpeg brings with
-it, but only where the system has it installed: it is measured there and left out elsewhere.
+decoder that the loader uses. PyTurboJPEG calls the library that simplejpeg brings with it, but only
+where the system has it installed: it is measured there and left out elsewhere.
 
 Decoders take turns, in an order that is reversed every time. Rates count the process's CPU time.
 """
@@ -48,7 +48,6 @@ def decoders(files: list[bytes]) -> dict[str, Callable[[bytes], object]]:
         "Pillow, draft": lambda raw: decode.decode_pillow(raw, 2),
         "torchvision.io": lambda raw: decode_jpeg(tensors[raw], ImageReadMode.RGB),
         "simplejpeg": lambda raw: decode.decode_simplejpeg(raw, 1),
-        "simplejpeg, fast": lambda raw: decode.decode_fast(raw, 1),
         "simplejpeg, factor 2": lambda raw: decode.decode_simplejpeg(raw, 2),
         "view": view,
     }

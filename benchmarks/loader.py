@@ -6,9 +6,8 @@ Everybody reads the same JPEGs and makes batches of 64 random crops of 224 pixel
 reading thread here, num_workers=0 in the others. The peers do what their manuals show: webdataset
 decodes with Pillow, ImageFolder does by default, both crop with torchvision's RandomResizedCrop
 (bicubic) and end with ToTensor and Normalize; here normalising is left to the device, which is part
-of the design and of the difference. `decoder alone` decodes the same bytes from memory, whole
-images, and does nothing else: by simplejpeg with its defaults, the fastest exact decoder measured.
-The loader's own, which skips the interpolation of colours, is beside it as `fast decoder alone`.
+of the design and of the difference. `decoder alone` decodes the same bytes from memory with the
+loader's decoder, whole images, and does nothing else.
 
 Arms take turns in one process, in an order that is reversed every time; ratios are the median of
 paired log-ratios with a bootstrap 95 % interval. Rates count the process's own CPU time, so that a
@@ -102,12 +101,7 @@ def arms(folder: Path, name: str) -> tuple[dict[str, Callable[[], int]], dict[st
 
     def alone() -> int:
         for raw in files:
-            decode.EXACT(raw, 1)
-        return len(files)
-
-    def alone_fast() -> int:
-        for raw in files:
-            decode.TRAINING(raw, 1)
+            decode.DEFAULT(raw, 1)
         return len(files)
 
     about = {"images": num, "mean_kB": round(sum(map(len, files)) / num / 1000, 1)}
@@ -116,7 +110,6 @@ def arms(folder: Path, name: str) -> tuple[dict[str, Callable[[], int]], dict[st
         "webdataset": web,
         "ImageFolder": folders,
         "decoder alone": alone,
-        "fast decoder alone": alone_fast,
     }, about
 
 

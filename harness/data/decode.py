@@ -1,7 +1,6 @@
 """Stored bytes to pixels: whole images, and views drawn straight from JPEG bytes.
 
-The one place that names decoders. Models are judged on exact pixels and trained on views that are
-decoded faster. Of a JPEG no more is decoded than the view needs: where the crop
+The one place that names decoders. Of a JPEG no more is decoded than the view needs: where the crop
 is at least f = 2, 4 or 8 times as wide and high as the view, the decoder's inverse transform makes
 an image f times smaller (these are the factors that libjpeg-turbo has SIMD code for). The crop's
 edges are then multiples of f, so that the crop is the same whatever f is. It is resized by
@@ -58,29 +57,14 @@ def _memory(name: str, size: int) -> np.ndarray:
     return buffer[:size]
 
 
-def decode_simplejpeg(raw: bytes, factor: int, is_fast: bool = False) -> np.ndarray:
+def decode_simplejpeg(raw: bytes, factor: int) -> np.ndarray:
     """By libjpeg-turbo, through simplejpeg; any damage is an error. Valid until the next call."""
     height, width, _ = _header(raw)
     height, width = -(-height // factor), -(-width // factor)
     buffer = _memory("image", height * width * 3)
     return simplejpeg.decode_jpeg(
-        raw,
-        min_height=height,
-        min_width=width,
-        min_factor=factor,
-        buffer=buffer,
-        fastdct=is_fast,
-        fastupsample=is_fast,
+        raw, min_height=height, min_width=width, min_factor=factor, buffer=buffer
     )
-
-
-def decode_fast(raw: bytes, factor: int) -> np.ndarray:
-    """The same with libjpeg-turbo's fast inverse transform, colours not interpolated.
-
-    Takes a fifth less time. A view differs by 38 to 46 dB, where the JPEG itself, at qualities of 75
-    to 95, has lost more.
-    """
-    return decode_simplejpeg(raw, factor, is_fast=True)
 
 
 def decode_pillow(raw: bytes, factor: int) -> np.ndarray:
@@ -91,15 +75,9 @@ def decode_pillow(raw: bytes, factor: int) -> np.ndarray:
         return np.array(picture.convert("RGB"))
 
 
-DECODERS: dict[str, Decoder] = {
-    "simplejpeg": decode_simplejpeg,
-    "simplejpeg, fast": decode_fast,
-    "pillow": decode_pillow,
-}
-EXACT = decode_simplejpeg
-"""Of whole images, by which models are judged: the pixels that everybody's decoder makes."""
-TRAINING = decode_fast
-"""Of random views. The fastest of those measured by benchmarks/decoders.py."""
+DECODERS: dict[str, Decoder] = {"simplejpeg": decode_simplejpeg, "pillow": decode_pillow}
+DEFAULT = decode_simplejpeg
+"""The fastest of those measured by benchmarks/decoders.py. Another may change single pixels."""
 
 
 def decode_image(raw: bytes) -> np.ndarray:
@@ -114,14 +92,12 @@ def draw_view(
     rng_key: tuple[int, ...] | None,
     crop_scale: tuple[float, float] = (1.0, 1.0),
     flip: bool = False,
-    decoder: Decoder | None = None,
+    decoder: Decoder = DEFAULT,
 ) -> None:
     """Draws the view that `augment.view` describes into uint8 [1, 3, S, S] (channels last).
 
-    By default TRAINING decodes views with a key and EXACT those without. A function of the bytes
-    and the key alone. Raises whatever Pillow raises for what is no image.
+    A function of the bytes and the key alone. Raises whatever Pillow raises for what is no image.
     """
-    decoder = decoder or (EXACT if rng_key is None else TRAINING)
     if raw.startswith(_JPEG) and _draw_jpeg(out_1CSS, raw, rng_key, crop_scale, flip, decoder):
         return
     seen_SSC = view(decode_image(raw), out_1CSS.shape[2], rng_key, crop_scale, flip)

@@ -58,8 +58,7 @@ def test_a_view_of_a_jpeg_is_the_crop_of_the_whole_picture_resized(mode: str) ->
             expected = np.asarray(picture.convert("RGB").crop(edges).resize((112, 112), 3))
         expected = expected[:, ::-1] if flipped else expected
         # Pillow's bicubic is another implementation of the same filter: it rounds elsewhere.
-        assert psnr(drawn(raw, 112, key, (0.2, 1.0), True, decode.EXACT), expected) > 48
-        assert psnr(drawn(raw, 112, key, (0.2, 1.0), True), expected) > 38
+        assert psnr(drawn(raw, 112, key, (0.2, 1.0), True), expected) > 48
 
 
 @pytest.mark.parametrize("side, factors", [(224, {2, 4}), (96, {4, 8})])
@@ -83,29 +82,13 @@ def test_fewer_pixels_are_decoded_where_the_crop_allows(side: int, factors: set[
     assert worst > 30, worst
 
 
-@pytest.mark.parametrize("quality", [75, 90, 95])
-def test_decoding_fast_loses_less_than_the_jpeg_has_lost(quality: int) -> None:
-    picture = Image.fromarray(load_sample_images().images[1]).resize((500, 375), 3)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
-    key = (0, 0, 3)
-    box, flipped = crop_of(fold(*key), 500, 375, (0.3, 0.9))
-    truth = np.asarray(picture.crop(tuple(round(edge) for edge in box)).resize((160, 160), 3))
-    truth = truth[:, ::-1] if flipped else truth
-    args = (file.getvalue(), 160, key, (0.3, 0.9), True)
-    fast, exact = drawn(*args), drawn(*args, decode.EXACT)
-    assert 1 < psnr(fast, exact) - psnr(exact, truth)
-    assert psnr(exact, truth) - psnr(fast, truth) < 1.5
-
-
 def test_a_decoder_may_be_swapped_for_another() -> None:
     raw = photo(640, 480, quality=90)
     views = [
         drawn(raw, 112, (0, 1, 2), (0.5, 1.0), True, decoder)
         for decoder in decode.DECODERS.values()
     ]
-    assert len(views) == 3
-    assert psnr(views[0], views[2]) > 48 and psnr(views[1], views[2]) > 40
+    assert len(views) == 2 and psnr(*views) > 40
 
 
 def test_whole_images_are_squashed_for_evaluation() -> None:
@@ -114,7 +97,6 @@ def test_whole_images_are_squashed_for_evaluation() -> None:
         expected = np.asarray(picture.resize((96, 96), 3))
     found = drawn(raw, 96, None)
     assert psnr(found, expected) > 30
-    assert np.array_equal(found, drawn(raw, 96, None, decoder=decode.EXACT))  # never the fast way
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
