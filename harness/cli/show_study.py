@@ -134,15 +134,13 @@ def _print_totals(out: Console, plan: Plan, tree: Tree, slots: int) -> None:
 
 
 _MOST_ROWS = 400
+"""A table longer than this nobody reads, and it takes seconds to lay out."""
 _OF_MANY = 50
 
 
 def _rows_of(count: int) -> int:
     """Rows to show of so many: all, or a few as examples."""
     return count if count <= _MOST_ROWS else _OF_MANY
-
-
-"""A table longer than this nobody reads, and it takes seconds to lay out."""
 
 
 class Live:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +15,11 @@ from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
 from harness.study.again import Built, built, repeat
+from harness.study.cell_names import cell_name, plain, varied
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
-from harness.study.expand import Point, expand, matches, normalise, same
+from harness.study.expand import Point, expand, matches, normalise
+from harness.study.recipe_fields import assign, cut
 from harness.study.recipes import Model
 from harness.study.rules import check_datasets, check_rules
 from harness.study.schema import (
@@ -31,9 +32,8 @@ from harness.study.schema import (
 from harness.study.sizes import SIZES
 from harness.study.source import Location
 from harness.study.stages import Execution, Images, StageFile
-from harness.study.starting import label_of
 from harness.study.zero_files import checked_name
-from harness.units import format_count, safe_name
+from harness.units import format_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class _Builder:
         self.schedules: dict[tuple[int, int, int], Any] = {}
         self.executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]] = {}
         self.features: dict[tuple[Any, ...], Any] = {}
-        self.varied = _varied(loaded)
+        self.varied = varied(loaded)
         self._built: dict[tuple[Any, ...], Built] = {}
         self._resource_keys = sorted({k for r in loaded.study.resources for k in r.match})
 
@@ -202,7 +202,7 @@ class _Builder:
     ) -> None:
         values = point.values
         if ablation and ablation.until:
-            recipes = _cut(recipes, ablation.until)
+            recipes = cut(recipes, ablation.until)
         available = meta.count("pretrain")
         images = available if values["data"] == "full" else int(values["data"])
         if images > available:
@@ -213,8 +213,8 @@ class _Builder:
         axes = {**values, "data": images}
         model = self._model(point, meta)
         ids = self._chain(meta, model, axes, images, recipes, is_kept=ablation is None)
-        identity_key = identity.canonical({"stages": ids, "axes": _plain(axes)})
-        name = _cell_name(axes, self.varied, ablation)
+        identity_key = identity.canonical({"stages": ids, "axes": plain(axes)})
+        name = cell_name(axes, self.varied, ablation)
         cell = Cell(
             id=f"{name}-{hashlib.sha256(identity_key.encode()).hexdigest()[:10]}",
             name=name,
@@ -310,7 +310,7 @@ class _Builder:
         origin: dict[Location, Location] = {}
         for path, value, location in sets:
             parts = tuple(path.split("."))
-            if not _assign(raw, parts, value):
+            if not assign(raw, parts, value):
                 known = ", ".join(k for k in raw)
                 self.problems.append(
                     f"{self.at(location)}'{path}': the study has no such stage; it has: {known}"
@@ -387,66 +387,6 @@ class _Builder:
             return merged
         self._resources[repr(new)] = found
         return new
-
-
-def _cut(recipes: Stages, until: str) -> Stages:
-    """The recipes that a cell needs to come to the stage of this role."""
-    wanted = [until]
-    while (before := getattr(recipes.transfer.get(wanted[-1]), "of", None)) not in (None, *wanted):
-        wanted.append(before)
-    kept = {task: recipe for task, recipe in recipes.transfer.items() if task in wanted}
-    wsp = None if until == "mae" else recipes.wsp
-    return recipes.model_copy(update={"wsp": wsp, "transfer": kept})
-
-
-def _assign(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> bool:
-    """Sets raw[a][b][c] = value. False if the first part is no stage of the study."""
-    if len(parts) < 2 or not isinstance(raw.get(parts[0]), dict):
-        return False
-    node = raw
-    for part in parts[:-1]:
-        child = node.get(part)
-        if not isinstance(child, dict):
-            child = node[part] = {}
-        if part in ("duration", "warmup", "cooldown"):
-            # A duration has one unit: setting another replaces it.
-            child.clear()
-        node = child
-    node[parts[-1]] = value
-    return True
-
-
-def _varied(loaded: LoadedStudy) -> list[tuple[str, str, Any]]:
-    """Axes besides the usual ones: (key, its name in cells' names, the value of most cells)."""
-    keys = {*loaded.study.axes, *(k for i in loaded.study.include for k in i)}
-    keys -= {"size", "data", "init", "seed"}
-    last_words = Counter(key.split(".")[-1] for key in keys)
-    found = []
-    for key in sorted(keys):
-        word = key.split(".")[-1]
-        name = word if last_words[word] == 1 else key
-        found.append((key, name, loaded.study.defaults.get(key)))
-    return found
-
-
-def _cell_name(
-    axes: dict[str, Any], varied: list[tuple[str, str, Any]], ablation: Ablation | None
-) -> str:
-    parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"]))]
-    parts.append(f"s{axes['seed']}")
-    for key, name, usual in varied:
-        # What the study says of all cells does not tell one from another.
-        if key in axes and not same(axes[key], usual):
-            parts.append(safe_name(f"{name}={axes[key]}"))
-    if ablation:
-        parts.append(
-            safe_name(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items()))
-        )
-    return "-".join(parts)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, bool)) else repr(v) for k, v in values.items()}
 
 
 def only(grid: Grid, cells: list[Cell]) -> Grid:

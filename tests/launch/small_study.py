@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,14 @@ def submit(
 
 def environment(root: Path) -> dict[str, str]:
     return {**os.environ, "HARNESS_ROOT": str(root), "HARNESS_DEVICE": "cpu", "HARNESS_CORES": "2"}
+
+
+def fresh(finished: tuple[Path, Path], folder: Path, text: str = TINY) -> tuple[Path, Path]:
+    """Another run root and study file, with the images of the finished study."""
+    root, file = folder / "runs", folder / "tiny.yaml"
+    file.write_text(text)
+    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    return root, file
 
 
 def stages(root: Path) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from tests.conftest import Harness
 from tests.launch.small_study import (
     CHECKPOINTING,
     TINY,
+    fresh,
     kill_group,
     num_attempts,
     numbers,
@@ -36,11 +37,7 @@ pytestmark = pytest.mark.long
 
 
 def test_two_ranks_train_the_same_stage(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    file = tmp_path / "tiny.yaml"
-    file.write_text(TINY + "resources: {ranks: 2}\n")
-    root = tmp_path / "runs"
-    (root / "datasets").parent.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path, TINY + "resources: {ranks: 2}\n")
     submit(root, file, "--only", "data=2k,init=mae")
     one, two = numbers(finished[0]), numbers(root)
     assert set(two) < set(one)
@@ -71,11 +68,8 @@ def test_force_runs_the_selected_stages_anew_and_finds_the_same(
 def test_a_diverged_cell_is_a_result_and_the_rest_finishes(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
     text = TINY + "overrides:\n- match: {data: 500}\n  set: {wsp.lr: 1.0e+30, wsp.clip: 0}\n"
-    file.write_text(text)
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path, text)
     done = submit(root, file, check=1)
     found = {n: (read_json(p / "status.json") or {}) for n, p in stages(root).items()}
     bad = {n: s for n, s in found.items() if s["state"] != "done"}
@@ -112,10 +106,7 @@ def test_a_truncated_shard_fails_its_stages_with_name_and_offset_and_the_rest_fi
     )
     text = text.replace("  dataset: scenes-2k\n  image_size: 24", "  data: 500")
     text += "zip: [[dataset, image_size]]\n"
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(text)
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path, text)
     done = submit(root, file, check=1)
     cells = read_jsonl(root / "studies/tiny/cells.jsonl")
     for cell in cells:
@@ -135,10 +126,7 @@ def test_a_truncated_shard_fails_its_stages_with_name_and_offset_and_the_rest_fi
 def test_killed_at_random_moments_the_study_ends_with_the_same_bits(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(CHECKPOINTING)
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path, CHECKPOINTING)
     rng = random.Random(0)
     kills = 0
     for _ in range(4):
@@ -166,10 +154,8 @@ def test_killed_at_random_moments_the_study_ends_with_the_same_bits(
 def test_workers_do_not_outlive_a_killed_command(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(TINY.replace("steps: 30", "steps: 3000").replace("steps: 40", "steps: 4000"))
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    text = TINY.replace("steps: 30", "steps: 3000").replace("steps: 40", "steps: 4000")
+    root, file = fresh(finished, tmp_path, text)
     process = start(root, file)
     assert wait_for(lambda: any(root.glob("stages/*/*/lease")))
     pids = [json.loads(p.read_text())["pid"] for p in root.glob("stages/*/*/lease")]
@@ -182,15 +168,12 @@ def test_weights_from_elsewhere_start_a_cell_as_the_mae_stage_itself_would(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """The encoder of the study's own MAE run, taken out as a .pth of timm and brought back in."""
-    root = tmp_path / "runs"
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    text = TINY.replace("[random, mae]", "['checkpoint:mae.pth']").replace("[500, 2k]", "[2k]")
+    root, file = fresh(finished, tmp_path, text)
     (mae,) = (finished[0] / "stages/mae").iterdir()
     command = [sys.executable, "-m", "harness.cli.main", "weights", "convert"]
     taken = [str(mae / "weights.safetensors"), str(tmp_path / "mae.pth"), "--to", "timm"]
     subprocess.run([*command, *taken], check=True, capture_output=True)
-    file = tmp_path / "tiny.yaml"
-    text = TINY.replace("[random, mae]", "['checkpoint:mae.pth']").replace("[500, 2k]", "[2k]")
-    file.write_text(text)
     submit(root, file)
     for kind in ("wsp", "linear_probe", "fine_tune"):
         (found,) = (root / "stages" / kind).iterdir()
@@ -206,10 +189,7 @@ def test_weights_from_elsewhere_start_a_cell_as_the_mae_stage_itself_would(
 def test_ctrl_c_saves_and_the_next_call_goes_on_from_there(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(TINY.replace("steps: 40", "steps: 200"))
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path, TINY.replace("steps: 40", "steps: 200"))
     only = ("--only", "data=500")
     process = start(root, file, *only)
 
@@ -277,10 +257,7 @@ def test_a_study_stopped_with_one_rank_goes_on_with_two(
 def test_two_submissions_at_once_run_each_stage_once(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(TINY)
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path)
     both = [start(root, file), start(root, file)]
     for process in both:
         output, _ = process.communicate(timeout=300)
@@ -294,10 +271,7 @@ def test_two_submissions_at_once_run_each_stage_once(
 def test_a_study_survives_the_death_of_the_pools_process(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(CHECKPOINTING)
-    root.mkdir()
-    shutil.copytree(finished[0] / "datasets", root / "datasets")
+    root, file = fresh(finished, tmp_path, CHECKPOINTING)
     process = start(root, file)
     assert wait_for(lambda: any(root.glob("stages/wsp/*/lease")))
     lease = next(root.glob("stages/wsp/*/lease"))
