@@ -282,7 +282,7 @@ def test_band_is_that_of_the_draws() -> None:
     assert band[1] == pytest.approx(np.percentile(values, 97.5, axis=0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_truth_is_inside_the_interval_at_least_at_the_nominal_rate() -> None:
     """Conservative: a draw lacks a third of the sizes, which moves it more than noise does."""
     truth, inside = exponent(BESIROGLU), 0

@@ -77,7 +77,7 @@ def test_beyond_the_limit_a_gradient_passes_only_if_it_leads_back() -> None:
         assert found.item() == passes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_have_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -77,7 +77,7 @@ def test_a_class_is_the_mean_of_its_names_in_all_prompts_made_length_one(towers:
     assert not torch.allclose(found[0], class_vectors(lit, [("ring",)], templates)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accuracies_are_those_of_torchmetrics(root: Path, towers: Path, tmp_path: Path) -> None:
     judge(ZERO_SHOT, root, tmp_path, towers, "scenes-64")
     table = columns(tmp_path / "predictions.parquet")
