@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests and real clusters may take long: minutes are many more where cores are shared.
 
     Tests that need the trained encoder come first: workers side by side begin with one half of the
-    tests each and take from the ends of the others', so that only one of them trains it. So do those
-    of the finished study: where workers take whole files, the longest is not begun last.
+    tests each and take from the ends of the others', so that only one of them trains it. So do
+    those of the finished study: where workers take whole files, the longest is not begun last.
     """
     first = {"trained_encoder", "finished"}
     items.sort(key=lambda item: first.isdisjoint(getattr(item, "fixturenames", ())))
