@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -34,6 +35,7 @@ def parse_count(value: object) -> int:
     return exact
 
 
+@functools.lru_cache(maxsize=10_000, typed=True)
 def format_count(number: int) -> str:
     """The shortest exact form: 16000 -> '16k', 1797 -> '1797', 3000000000 -> '3B'."""
     for suffix, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -42,6 +44,7 @@ def format_count(number: int) -> str:
     return str(number)
 
 
+@functools.lru_cache(maxsize=10_000, typed=True)
 def safe_name(text: str) -> str:
     """At most 48 characters that are safe in a folder's name; others become '_'."""
     return "".join(c if c.isalnum() or c in "_.+=" else "_" for c in text)[:48]

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
@@ -19,6 +19,8 @@ import typer
 from harness.errors import UserError
 from harness.launch.settings_file import settings_path
 from harness.ledger.tree import Tree, default_root
+
+T = TypeVar("T")
 
 Root = Annotated[
     Path | None,
@@ -43,13 +45,25 @@ def _root_of_settings() -> Path | None:
     return settings.load_settings().root
 
 
+held: list[object] = []
+"""What is large and not freed before the process ends: object by object, that takes a second."""
+
+
+def hold(value: T) -> T:
+    """Holds a value until the process ends."""
+    held.append(value)
+    return value
+
+
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
     """No garbage collection: all of the many objects of a plan or a status stay."""
+    held.clear()  # of an earlier verb, where a process runs several
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()  # or the first collection of what comes next would look at all of them
         gc.enable()
 
 

@@ -65,6 +65,7 @@ def grid(
     with base.no_collection():
         full, grid, machine, plan = _planned(tree, file, only_these, device, cluster)
         if not submit:
+            base.hold((full, plan))
             if as_json:
                 base.print_json(plan.to_json())
             else:

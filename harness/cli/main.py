@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import functools
 import importlib
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
@@ -14,7 +17,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from harness.cli import show
+from harness.cli import base, show
 from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, HarnessError, storage_error
 
 
@@ -145,7 +148,21 @@ def main() -> None:
     Exit codes: 0 ok, 1 something failed, 2 usage or config, 4 not found, 130 Ctrl-C. Workers, whose
     codes schedulers see, also have 74 (a file cannot be written) and 75 (asked to stop, run again).
     """
-    command_line(sys.argv[1] if len(sys.argv) > 1 else None)()
+    try:
+        command_line(sys.argv[1] if len(sys.argv) > 1 else None)()
+    except SystemExit as end:
+        if base.held and threading.active_count() == 1 and isinstance(end.code, int):
+            _leave(end.code)
+        raise
+
+
+def _leave(code: int) -> None:
+    """Ends the process without freeing what it holds."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

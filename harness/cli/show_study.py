@@ -20,12 +20,13 @@ from harness.launch.driver import Mode, Progress, Summary
 from harness.launch.machine import Machine
 from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
-from harness.study.cells import Grid
+from harness.study.cells import Cell, Grid
 from harness.study.plan import Plan
 from harness.units import format_count, format_seconds, format_si
 
 if TYPE_CHECKING:
     from harness.launch.slurm import Submitted  # submitit is slow to import
+    from harness.study.stages import StageFile
 
 
 def plan(plan: Plan, tree: Tree, slots: int) -> None:
@@ -49,12 +50,10 @@ def _cell_table(plan: Plan) -> Table:
     table.add_column("state", no_wrap=True)
     shown = _rows_of(len(plan.grid.cells))
     # What all cells have in common stands in the study file, not in every row.
-    values: dict[str, set[str]] = {}
-    for cell in plan.grid.cells:
-        for axis, value in cell.axes.items():
-            values.setdefault(axis, set()).add(str(value))
-    varied = [axis for axis, found in values.items() if len(found) > 1]
-    for cell in plan.grid.cells[:shown]:
+    cells = plan.grid.cells
+    axes = dict.fromkeys(axis for cell in cells for axis in cell.axes)
+    varied = [axis for axis in axes if _varies(axis, cells)]
+    for cell in cells[:shown]:
         stages = [plan.grid.stages[s] for s in cell.stages.values()]
         table.add_row(
             escape(cell.id),
@@ -65,13 +64,20 @@ def _cell_table(plan: Plan) -> Table:
             format_count(cell.images),
             format_si(sum(s.config.samples for s in stages)),
             format_si(cell.flops),
-            format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
+            format_seconds(sum(plan.seconds[s.id] for s in stages)),
             state_text(plan.cell_state(cell.stages)),
         )
-    more = len(plan.grid.cells) - shown
+    more = len(cells) - shown
     if more > 0:
         table.add_row(f"... and {more} more: --only AXIS=VALUE, or --json for all of them")
     return table
+
+
+def _varies(axis: str, cells: list[Cell]) -> bool:
+    """Whether cells that have the axis differ in it."""
+    shown = (str(cell.axes[axis]) for cell in cells if axis in cell.axes)
+    first = next(shown)
+    return any(text != first for text in shown)
 
 
 def _axis_text(axis: str, value: object) -> str:
@@ -85,19 +91,19 @@ def _stage_table(plan: Plan) -> Table:
     for name in ("feeds cells", "samples", "FLOPs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[StageFile]] = {}
     for stage in plan.grid.stages.values():
-        kinds.setdefault(stage.kind, []).append(stage.id)
-    for kind, ids in kinds.items():
-        stages = [plan.grid.stages[i] for i in ids]
-        done = sum(plan.states[i] == "done" for i in ids)
+        kinds.setdefault(stage.kind, []).append(stage)
+    for kind, stages in kinds.items():
+        ids = [stage.id for stage in stages]
+        done = sum([plan.states[i] == "done" for i in ids])
         feeds = sorted(plan.grid.feeds[i] for i in ids)
         table.add_row(
             f"{kind} x {len(ids)}",
             str(feeds[0]) if feeds[0] == feeds[-1] else f"{feeds[0]}-{feeds[-1]}",
-            format_si(sum(s.config.samples for s in stages)),
-            format_si(sum(s.flops for s in stages)),
-            format_seconds(sum(plan.speeds.seconds(s) for s in stages)),
+            format_si(sum([s.config.samples for s in stages])),
+            format_si(sum([s.flops for s in stages])),
+            format_seconds(sum([plan.seconds[i] for i in ids])),
             f"{done}/{len(ids)} done",
             style="bold",
         )
@@ -108,7 +114,7 @@ def _stage_table(plan: Plan) -> Table:
                 str(plan.grid.feeds[stage.id]),
                 format_si(stage.config.samples),
                 format_si(stage.flops),
-                format_seconds(plan.speeds.seconds(stage)),
+                format_seconds(plan.seconds[stage.id]),
                 state_text(plan.states[stage.id]),
             )
     return table
@@ -135,7 +141,7 @@ def _print_totals(out: Console, plan: Plan, tree: Tree, slots: int) -> None:
 
 _MOST_ROWS = 400
 """A table longer than this nobody reads, and it takes seconds to lay out."""
-_OF_MANY = 50
+_OF_MANY = 20
 
 
 def _rows_of(count: int) -> int:

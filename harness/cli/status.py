@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,8 @@ from rich.table import Table
 from harness.cli import base, show
 from harness.launch import queue
 from harness.ledger import summary
-from harness.ledger.states import RESUMABLE
+from harness.ledger.states import RESUMABLE, Node, StageState
+from harness.ledger.tree import Tree
 from harness.units import format_seconds, format_si
 
 _QUIET_S = 20.0
@@ -38,11 +40,11 @@ def status(
     tree = base.tree(root)
     if as_json:
         with base.no_collection():
-            base.print_json(summary.summarise(tree, study, queue.read_graph))
+            base.print_json(summary.summarise(tree, study, _read))
         return 0
     if not watch:
         with base.no_collection():
-            found = summary.summarise(tree, study, queue.read_graph, _MOST_LINES)
+            found = summary.summarise(tree, study, _read, _MOST_LINES)
         for part in _render(found):
             show.console().print(part)
         return 0
@@ -62,6 +64,10 @@ def status(
             # A scheduler serves many: its queue is not asked every second.
             in_queue = any(r.get("job") for s in now["studies"] for r in s["running"])
             time.sleep(10.0 if in_queue else 1.0)
+
+
+def _read(tree: Tree, graph: Mapping[str, Node]) -> dict[str, StageState]:
+    return base.hold((graph, queue.read_graph(tree, graph)))[1]
 
 
 def _render(found: dict[str, Any]) -> list[RenderableType]:

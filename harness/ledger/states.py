@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import UserError
 from harness.ledger.files import read_json
@@ -116,8 +116,7 @@ def read_states(
     return read_graph(tree, graph_of(stages), over, waiting)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Node:
+class Node(NamedTuple):
     """What the state of a stage depends on besides its own files."""
 
     kind: str
@@ -127,8 +126,7 @@ class Node:
 def graph_of(stages: Mapping[str, StageFile]) -> dict[str, Node]:
     """Kinds and edges of a stage graph."""
     return {
-        s: Node(kind=stage.kind, upstream=tuple(stage.config.upstream.values()))
-        for s, stage in stages.items()
+        s: Node(stage.kind, tuple(stage.config.upstream.values())) for s, stage in stages.items()
     }
 
 
@@ -168,22 +166,23 @@ def read_graph(
     done = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
     unbegun = StageState(state="planned", status={})
     # Of most stages of a large study nothing is known but that they wait: one object for all.
-    unbegun_by = {state: replace(unbegun, state=state) for state in ("planned", "waiting")}
+    ready, waits = unbegun, replace(unbegun, state="waiting")
     for stage_id, node in graph.items():
         upstream = [states[u] for u in node.upstream if u in states]
-        row = done[node.kind].get(stage_id)
+        is_begun = stage_id in begun[node.kind]
+        if not is_begun and not any(map(_blocks, upstream)):
+            is_ready = all([s.state == "done" for s in upstream])
+            states[stage_id] = ready if is_ready else waits
+            continue
+        row = done[node.kind].get(stage_id) if is_begun else None
         if row is not None and row["told"]:
             status = {"state": "done", "attempt": row.get("attempts")}
             own = StageState(state="done", status=status, result=row)
             if _in_graph(own, node, upstream).state == "done":
                 states[stage_id] = own
                 continue
-        if stage_id not in begun[node.kind] and not any(map(_blocks, upstream)):
-            is_ready = all(s.state == "done" for s in upstream)
-            states[stage_id] = unbegun_by["planned" if is_ready else "waiting"]
-            continue
         own = unbegun
-        if stage_id in begun[node.kind]:
+        if is_begun:
             folder = tree.stage(node.kind, stage_id)
             own = read_state(folder, (over or {}).get(stage_id), (waiting or {}).get(stage_id))
         states[stage_id] = _in_graph(own, node, upstream)

@@ -43,17 +43,21 @@ def _study(
     kinds = {s: graph[s].kind for c in cells for s in c["stages"].values()}
     states = {s: all_states[s] for s in kinds}
     shown = {s: v.state for s, v in states.items()}
-    by_kind: dict[str, Counter[str]] = {}
+    by_kind: dict[str, dict[str, int]] = {}
     listed: list[str] = []
+    # Plain loops: a study may have forty thousand stages.
     for stage, kind in kinds.items():
-        counts = by_kind.setdefault(kind, Counter())
-        counts[shown[stage]] += 1
-        if most is None or counts[shown[stage]] <= most:
+        counts = by_kind.get(kind)
+        if counts is None:
+            counts = by_kind[kind] = {}
+        state = shown[stage]
+        counts[state] = counts.get(state, 0) + 1
+        if most is None or counts[state] <= most:
             listed.append(stage)
     return {
         "name": name,
         "cells": dict(Counter(cell_state([shown[s] for s in c["stages"].values()]) for c in cells)),
-        "kinds": {k: dict(v) for k, v in by_kind.items()},
+        "kinds": by_kind,
         "stages": [
             {
                 **{"id": s, "kind": kinds[s], "state": shown[s], **_details(states[s])},

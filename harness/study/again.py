@@ -1,49 +1,83 @@
-"""A cell's chain once more, for another seed: the same stages, but for what that changes.
+"""A cell once more, for another seed: the same stages, but for what that changes.
 
-Building a chain checks its recipes, counts its FLOPs and writes out its texts. Of thousands of
-cells most differ in the seed alone, which has no say in any of that.
+Building a cell checks its recipes, counts its FLOPs and writes out its texts. Of thousands of cells
+most differ in the seed alone, which has no say in any of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from harness.study import identity
-from harness.study.chain import Chain, Link
-from harness.study.schema import Stages
+from harness.study.chain import Link
 from harness.study.stages import StageFile
 
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A chain that was built, and the recipes whose id() stands in the key it is kept by."""
-
-    recipes: Stages
-    links: tuple[Link, ...]
+T = TypeVar("T", bound=BaseModel)
 
 
-def built(chain: Chain, recipes: Stages) -> Built:
-    """What `repeat` needs of a chain."""
-    return Built(recipes=recipes, links=tuple(chain.links))
+class Step:
+    """A link of a chain, taken apart: what is the same whatever the seed."""
+
+    def __init__(self, link: Link) -> None:
+        self.role, self.stage = link.role, link.stage
+        config = link.stage.config
+        self._text = link.text
+        self._name = link.stage.name.removesuffix(str(config.seed))
+        self._upstream = tuple(config.upstream.items())
+        self._kinds = tuple(link.stage.upstream_kinds.items())
+        self.flops = link.stage.flops
+
+    def of(
+        self,
+        seed: int,
+        ids: dict[str, str],
+        known: dict[str, StageFile],
+        put: Callable[[StageFile, str], str],
+    ) -> str:
+        """The id of the stage with this seed, which is `put` where it is not `known`.
+
+        `ids`: of the stages that it starts from, by those of the chain that was built.
+        """
+        old = self.stage
+        upstream = {role: ids[i] for role, i in self._upstream}
+        text = self._text.of(seed, upstream)
+        name = f"{self._name}{seed}"
+        stage_id = f"{name}-{identity.digest(text)}"
+        if stage_id not in known:
+            config = renewed(old.config, {"seed": seed, "upstream": upstream})
+            kinds = {ids[i]: kind for i, kind in self._kinds}
+            fields = {"id": stage_id, "name": name, "config": config, "upstream_kinds": kinds}
+            put(renewed(old, fields), text)
+        return stage_id
 
 
 def repeat(
-    known: Built, seed: int, stages: dict[str, StageFile], put: Callable[[StageFile, str], str]
+    steps: Sequence[Step],
+    seed: int,
+    known: dict[str, StageFile],
+    put: Callable[[StageFile, str], str],
 ) -> dict[str, str]:
-    """Role -> stage id of the same chain with another seed; each stage is `put` where it is new."""
-    new_ids: dict[str, str] = {}
+    """Role -> stage id of the same chain with another seed."""
     ids: dict[str, str] = {}
-    for link in known.links:
-        old = link.stage
-        upstream = {role: new_ids[i] for role, i in old.config.upstream.items()}
-        text = link.text.of(seed, upstream)
-        name = old.name.removesuffix(f"-s{old.config.seed}") + f"-s{seed}"
-        new_id = f"{name}-{identity.digest(text)}"
-        if new_id not in stages:
-            config = old.config.model_copy(update={"seed": seed, "upstream": upstream})
-            kinds = {i: stages[i].kind for i in upstream.values()}
-            fields = {"id": new_id, "name": name, "config": config, "upstream_kinds": kinds}
-            put(old.model_copy(update=fields), text)
-        new_ids[old.id] = ids[link.role] = new_id
-    return ids
+    roles: dict[str, str] = {}
+    for step in steps:
+        ids[step.stage.id] = roles[step.role] = step.of(seed, ids, known, put)
+    return roles
+
+
+def renewed(model: T, fields: dict[str, Any]) -> T:
+    """`model.model_copy(update=fields)`, of a model without private or extra fields.
+
+    Set up as pydantic's own `model_construct` does it; its general copy takes ten times as long.
+    """
+    made = model.__class__.__new__(model.__class__)
+    put = object.__setattr__
+    put(made, "__dict__", {**model.__dict__, **fields})
+    told = model.__pydantic_fields_set__
+    put(made, "__pydantic_fields_set__", told if fields.keys() <= told else {*told, *fields})
+    put(made, "__pydantic_extra__", None)
+    put(made, "__pydantic_private__", None)
+    return made

@@ -31,17 +31,25 @@ def cell_name(
     axes: dict[str, Any], varied: list[tuple[str, str, Any]], ablation: Ablation | None
 ) -> str:
     """Readable part of a cell's id, such as `d64x4-4k-mae-s0`."""
-    parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"]))]
-    parts.append(f"s{axes['seed']}")
+    before, after = around_seed(axes, varied, ablation)
+    return f"{before}{axes['seed']}{after}"
+
+
+def around_seed(
+    axes: dict[str, Any], varied: list[tuple[str, str, Any]], ablation: Ablation | None
+) -> tuple[str, str]:
+    """The name up to its seed, and from there on."""
+    parts = [str(axes["size"]), format_count(axes["data"]), safe_name(label_of(axes["init"])), "s"]
+    more = []
     for key, name, usual in varied:
         # What the study says of all cells does not tell one from another.
         if key in axes and not same(axes[key], usual):
-            parts.append(safe_name(f"{name}={axes[key]}"))
+            more.append(safe_name(f"{name}={axes[key]}"))
     if ablation:
-        parts.append(
+        more.append(
             safe_name(ablation.tag or "-".join(f"{k}={v}" for k, v in ablation.set.items()))
         )
-    return "-".join(parts)
+    return "-".join(parts), "".join(f"-{part}" for part in more)
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

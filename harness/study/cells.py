@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,8 +13,8 @@ from pydantic import ValidationError
 from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
-from harness.study.again import Built, built, repeat
-from harness.study.cell_names import cell_name, plain, varied
+from harness.study.again import Step, repeat
+from harness.study.cell_names import around_seed, plain, varied
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
 from harness.study.expand import Point, expand, matches, normalise
@@ -126,6 +125,22 @@ def _ablation_point(ablation: Ablation, loaded: LoadedStudy, problems: list[str]
     return normalise(point, loaded, problems)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What cells that differ in the seed alone have in common."""
+
+    name: tuple[str, str]
+    """Before and after the seed."""
+    text: identity.CellText
+    steps: list[Step]
+    params: int
+    images: int
+    is_full: bool
+    flops: float
+    flops_by_role: dict[str, float]
+    ablation: Ablation | None
+
+
 class _Builder:
     def __init__(self, loaded: LoadedStudy) -> None:
         self.loaded = loaded
@@ -147,8 +162,10 @@ class _Builder:
         self.executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]] = {}
         self.features: dict[tuple[Any, ...], Any] = {}
         self.varied = varied(loaded)
-        self._built: dict[tuple[Any, ...], Built] = {}
-        self._resource_keys = sorted({k for r in loaded.study.resources for k in r.match})
+        self._families: dict[str, _Family] = {}
+        """Cells that differ in the seed alone, by their other values."""
+        rules = (*loaded.study.overrides, *loaded.study.resources)
+        self._seed_matters = any("seed" in rule.match for rule in rules)
 
     def grid(self) -> Grid:
         if self.problems:
@@ -171,11 +188,23 @@ class _Builder:
     # -- one cell ---------------------------------------------------------------------------
 
     def add(self, point: Point, ablation: Ablation | None = None) -> None:
+        others = ""
+        if ablation is None and not self._seed_matters:
+            others = repr([value for value in point.values.items() if value[0] != "seed"])
+            family = self._families.get(others)
+            if family is not None:
+                self._keep(
+                    family, point, repeat(family.steps, point.values["seed"], self.stages, self.put)
+                )
+                return
         recipes = self._recipes(point) if self.loaded.has_stages else None
         try:
             meta = self.dataset(str(point.values["dataset"]))
             if recipes is not None:
-                self._add(point, meta, recipes, ablation)
+                family, ids = self._new(point, meta, recipes, ablation)
+                if others:
+                    self._families[others] = family
+                self._keep(family, point, ids)
         except UserError as error:
             self.problems += [self._located(p, point, recipes) for p in error.problems]
 
@@ -197,9 +226,10 @@ class _Builder:
         ]
         return known[max(found, key=len)] if found else ("stages", *field)
 
-    def _add(
+    def _new(
         self, point: Point, meta: DatasetMeta, recipes: Stages, ablation: Ablation | None
-    ) -> None:
+    ) -> tuple[_Family, dict[str, str]]:
+        """A cell's family, and the stages that were made for the cell: role -> stage id."""
         values = point.values
         if ablation and ablation.until:
             recipes = cut(recipes, ablation.until)
@@ -212,50 +242,46 @@ class _Builder:
             )
         axes = {**values, "data": images}
         model = self._model(point, meta)
-        ids = self._chain(meta, model, axes, images, recipes, is_kept=ablation is None)
-        identity_key = identity.canonical({"stages": ids, "axes": plain(axes)})
-        name = cell_name(axes, self.varied, ablation)
-        cell = Cell(
-            id=f"{name}-{hashlib.sha256(identity_key.encode()).hexdigest()[:10]}",
-            name=name,
-            axes=axes,
-            stages=ids,
+        chain = Chain(self, meta, model, axes, images)
+        chain.build(recipes)
+        flops = {role: self.stages[s].flops for role, s in chain.ids.items()}
+        family = _Family(
+            name=around_seed(axes, self.varied, ablation),
+            text=identity.CellText(plain(axes)),
+            steps=[Step(link) for link in chain.links],
             params=count_flops.encoder_params(model),
             images=images,
             is_full=images == available,
-            flops=sum(self.stages[s].flops for s in ids.values()),
-            flops_by_role={role: self.stages[s].flops for role, s in ids.items()},
-            tag=ablation.tag if ablation else None,
-            parent=ablation.parent if ablation else None,
-            set=dict(ablation.set) if ablation else {},
+            flops=sum(flops.values()),
+            flops_by_role=flops,
+            ablation=ablation,
         )
-        if cell.id in self.cells:
-            return
-        self.cells[cell.id] = cell
-        for stage in cell.stages.values():
-            self.feeds[stage] = self.feeds.get(stage, 0) + 1
+        return family, chain.ids
 
-    def _chain(
-        self,
-        meta: DatasetMeta,
-        model: Model,
-        axes: dict[str, Any],
-        images: int,
-        recipes: Stages,
-        is_kept: bool,
-    ) -> dict[str, str]:
-        """Role -> stage id of a cell's stages, all of which are made."""
-        # All that a chain depends on but the seed, unless a rule of `resources` looks at that.
-        asked = tuple((k, repr(axes.get(k))) for k in self._resource_keys)
-        key = (id(recipes), id(model), id(meta), images, str(axes["init"]), asked)
-        known = self._built.get(key)
-        if known is not None:
-            return repeat(known, axes["seed"], self.stages, self.put)
-        chain = Chain(self, meta, model, axes, images)
-        chain.build(recipes)
-        if is_kept:
-            self._built[key] = built(chain, recipes)
-        return chain.ids
+    def _keep(self, family: _Family, point: Point, ids: dict[str, str]) -> None:
+        """Keeps the family's cell of a point, whose stages are `ids`, once."""
+        seed = point.values["seed"]
+        before, after = family.name
+        name = f"{before}{seed}{after}"
+        cell_id = f"{name}-{family.text.digest(seed, ids)}"
+        if cell_id in self.cells:
+            return
+        self.cells[cell_id] = Cell(
+            id=cell_id,
+            name=name,
+            axes={**point.values, "data": family.images},
+            stages=ids,
+            params=family.params,
+            images=family.images,
+            is_full=family.is_full,
+            flops=family.flops,
+            flops_by_role=family.flops_by_role,
+            tag=family.ablation.tag if family.ablation else None,
+            parent=family.ablation.parent if family.ablation else None,
+            set=dict(family.ablation.set) if family.ablation else {},
+        )
+        for stage in ids.values():
+            self.feeds[stage] = self.feeds.get(stage, 0) + 1
 
     def _where(self, point: Point, axis: str) -> str:
         origin = point.origin.get(axis)

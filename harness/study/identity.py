@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ VERSION = 1
 """Part of every hash. Bump it when the meaning of existing fields or a default changes."""
 
 HASH_CHARS = 12
+CELL_HASH_CHARS = 10
 
 
 def semantic_fields(config: StageConfig) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def semantic_fields(config: StageConfig) -> dict[str, Any]:
     return {"version": VERSION, **fields}
 
 
-def canonical(fields: dict[str, Any]) -> str:
+def canonical(fields: Any) -> str:
     """One spelling per value: sorted keys, no spaces, floats as repr."""
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
@@ -68,11 +70,12 @@ class Text:
         self._steps = f',"steps":{steps}' if steps else ""
         weights = f',"weights":{_quoted(config.weights)}' if config.weights else ""
         self._tail = f',"version":{VERSION}{weights}}}'
+        self._roles = [(role, f"{_quoted(role)}:") for role in sorted(config.upstream)]
 
     def of(self, seed: int, upstream: dict[str, str]) -> str:
-        """`canonical(semantic_fields(config))` of the config with these."""
+        """`canonical(semantic_fields(config))` of the config with these, roles as they were."""
         shown = f',"seed":{seed}' if seed else ""
-        before = ",".join([f"{_quoted(role)}:{_quoted(i)}" for role, i in sorted(upstream.items())])
+        before = ",".join([text + _quoted(upstream[role]) for role, text in self._roles])
         starts = f',"upstream":{{{before}}}' if before else ""
         return f"{self._head}{shown}{self._steps}{starts}{self._tail}"
 
@@ -105,6 +108,33 @@ _quoted = json.encoder.encode_basestring_ascii
 def digest(text: str) -> str:
     """The hash part of an id, of a canonical text."""
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARS]
+
+
+class CellText:
+    """A cell's canonical text, but for its seed and its stages."""
+
+    def __init__(self, axes: dict[str, Any]) -> None:
+        """`axes`: plain values (`harness.study.cell_names.plain`)."""
+        shown = [(k, f"{_quoted(k)}:{_value(v)}") for k, v in sorted(axes.items()) if k != "seed"]
+        self._before = "".join(f"{text}," for k, text in shown if k < "seed")
+        self._after = "".join(f",{text}" for k, text in shown if k > "seed")
+
+    def digest(self, seed: int, stages: dict[str, str]) -> str:
+        """The hash part of its id, of `canonical({"axes": axes, "stages": stages})`."""
+        ids = ",".join([f"{_quoted(k)}:{_quoted(stages[k])}" for k in sorted(stages)])
+        axes = f'{{{self._before}"seed":{seed}{self._after}}}'
+        text = f'{{"axes":{axes},"stages":{{{ids}}}}}'
+        return hashlib.sha256(text.encode()).hexdigest()[:CELL_HASH_CHARS]
+
+
+def _value(value: Any) -> str:
+    return _quoted(value) if isinstance(value, str) else _spelled(type(value), value)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _spelled(kind: type, value: Any) -> str:
+    """JSON of a number or a truth; `kind` tells 1 from 1.0 and True, which are equal keys."""
+    return canonical(value)
 
 
 def stage_name(config: StageConfig) -> str:

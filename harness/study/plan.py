@@ -39,6 +39,8 @@ class Plan:
     states: Mapping[str, str]
     totals: Totals
     speeds: Speeds
+    seconds: Mapping[str, float]
+    """Stage id -> its wall time, as estimated."""
 
     def cell_state(self, stages: Mapping[str, str]) -> str:
         """State of a cell, from its stages' states."""
@@ -61,7 +63,7 @@ class Plan:
                 "images": c.images,
                 "samples": sum(self.grid.stages[s].config.samples for s in c.stages.values()),
                 "flops": c.flops,
-                "seconds": sum(self.speeds.seconds(self.grid.stages[s]) for s in c.stages.values()),
+                "seconds": sum(self.seconds[s] for s in c.stages.values()),
                 "tag": c.tag,
                 "parent": c.parent,
             }
@@ -76,7 +78,7 @@ class Plan:
                 "samples": s.config.samples,
                 "flops": s.flops,
                 "params": s.params,
-                "seconds": self.speeds.seconds(s),
+                "seconds": self.seconds[s.id],
                 "state": self.states[s.id],
             }
             for s in self.grid.stages.values()
@@ -101,25 +103,43 @@ class Plan:
 
 def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int) -> Plan:
     """Adds up what is shared, done and left."""
-    stages = list(grid.stages.values())
-    left = [s for s in stages if states[s.id] != "done"]
-    flops_left = sum(s.flops for s in left)
-    measured = sum(s.flops for s in left if speeds.is_measured(s))
-    seconds = [speeds.seconds(s) for s in left]
+    seconds = _seconds(grid, speeds)
+    shared = remaining = measured = disk = hours = 0.0
+    work: list[tuple[float, int]] = []
+    for stage_id, stage in grid.stages.items():
+        shared += stage.flops
+        disk += checkpoint_bytes(stage)
+        if states[stage_id] == "done":
+            continue
+        remaining += stage.flops
+        measured += stage.flops if speeds.is_measured(stage) else 0.0
+        ranks = stage.execution.ranks
+        hours += seconds[stage_id] * ranks / 3600
+        work.append((seconds[stage_id], ranks))
     totals = Totals(
         flops_naive=sum(c.flops for c in grid.cells),
-        flops_shared=sum(s.flops for s in stages),
-        flops_remaining=flops_left,
-        seconds_remaining=makespan(
-            [(t, s.execution.ranks) for t, s in zip(seconds, left, strict=True)], slots
-        ),
-        process_hours_remaining=sum(
-            t * s.execution.ranks / 3600 for t, s in zip(seconds, left, strict=True)
-        ),
-        disk_bytes=sum(map(checkpoint_bytes, stages)),
-        measured_share=measured / flops_left if flops_left else 1.0,
+        flops_shared=shared,
+        flops_remaining=remaining,
+        seconds_remaining=makespan(work, slots),
+        process_hours_remaining=hours,
+        disk_bytes=disk,
+        measured_share=measured / remaining if remaining else 1.0,
     )
-    return Plan(grid=grid, states=states, totals=totals, speeds=speeds)
+    return Plan(grid=grid, states=states, totals=totals, speeds=speeds, seconds=seconds)
+
+
+def _seconds(grid: Grid, speeds: Speeds) -> dict[str, float]:
+    """Stage id -> `Speeds.seconds`, computed once for stages that differ in the seed alone."""
+    known: dict[tuple[object, ...], float] = {}
+    found = {}
+    for stage_id, stage in grid.stages.items():
+        config = stage.config
+        key = (stage.kind, config.size, stage.flops, config.steps, id(stage.execution))
+        seconds = known.get(key)
+        if seconds is None:
+            seconds = known[key] = speeds.seconds(stage)
+        found[stage_id] = seconds
+    return found
 
 
 def check_budget(plan: Plan) -> None:

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from harness.errors import NotFoundError, UserError
 from harness.study.cell_states import cell_state
@@ -18,7 +16,6 @@ from harness.study.plan import check_budget, make_plan
 from harness.study.recipes import MaeRecipe
 from harness.study.schema import load_study
 from harness.study.select import choose, find_cell, parse_filter, select
-from harness.study.stages import StageFile
 from tests.conftest import SMALL
 
 Write = Callable[..., Path]
@@ -431,65 +428,3 @@ def test_guessed_times_count_steps_on_a_cpu_and_the_slower_of_two_on_a_gpu(
     # What was measured holds the steps already.
     known = Speeds(flops_per_s={("wsp", stage.config.size): 1e9})
     assert known.seconds(long) == pytest.approx(1.5 + 1e6) and known.is_measured(long)
-
-
-@pytest.mark.parametrize("name", ["smoke", "scale_study", "transfer", "maws"])
-def test_ids_put_together_from_parts_are_those_of_the_whole(name: str) -> None:
-    from harness.study import identity
-
-    grid = build_grid(load_study(Path(__file__).parents[2] / f"grids/{name}.yaml"))
-    for stage in grid.stages.values():
-        whole = identity.canonical(identity.semantic_fields(stage.config))
-        assert identity.canonical_text(stage.config) == whole
-
-
-SEEDS_MATTER = """
-overrides:
-- {match: {seed: 1, init: mae}, set: {wsp.lr: 1e-4}}
-resources:
-- {match: {seed: 2, stage: wsp}, set: {micro_batch: 16}}
-"""
-
-
-@pytest.mark.parametrize(
-    "name", ["smoke", "scale_study", "mae_data", "one_gpu", "maws", "transfer", "rules"]
-)
-def test_cells_of_several_seeds_are_those_of_each_seed_alone(name: str, tmp_path: Path) -> None:
-    """A chain is built for one seed and repeated for others; alone, each is built in full."""
-    folder = tmp_path / "grids"
-    shutil.copytree(GRIDS, folder)  # a study names files beside it
-    raw = SMALL + SEEDS_MATTER if name == "rules" else (GRIDS / f"{name}.yaml").read_text()
-    study = yaml.safe_load(raw)
-    extra = study.pop("include", [])
-    study["include"] = [e for e in extra if e.get("seed", 0) == 0]
-    study["axes"].pop("seed", None)
-
-    def grid(seeds: list[int]) -> Grid:
-        include = [{**e, "seed": s} for e in study["include"] for s in seeds]
-        text = yaml.safe_dump(study | {"axes": study["axes"] | {"seed": seeds}, "include": include})
-        (folder / "study.yaml").write_text(text)
-        return build_grid(load_study(folder / "study.yaml"))
-
-    if name == "rules":  # of a rule that matches no cell a study is refused
-        seeds = [2, 0, 1]
-        whole = grid(seeds)
-        apart = {s: whole for s in seeds}
-        for stage in whole.stages.values():
-            is_two = stage.config.seed == 2 and stage.kind == "wsp"
-            assert stage.execution.micro_batch == (16 if is_two else None)
-            if stage.kind == "wsp":
-                slow = stage.config.seed == 1 and "mae" in stage.name
-                assert (stage.config.recipe.lr == 1e-4) == slow
-    else:
-        seeds = [3, 0, 11]
-        whole, apart = grid(seeds), {s: grid([s]) for s in seeds}
-    for seed in seeds:
-        alone = apart[seed]
-        mine = [c for c in whole.cells if c.axes["seed"] == seed]
-        assert mine == [c for c in alone.cells if c.axes["seed"] == seed]
-        for cell in mine:
-            for stage in cell.stages.values():
-                assert whole.stages[stage] == alone.stages[stage]
-                written = whole.stages[stage].model_dump(mode="json", by_alias=True)
-                assert StageFile.model_validate(written) == whole.stages[stage]
-    assert {s for c in whole.cells for s in c.stages.values()} == whole.stages.keys()
