@@ -19,19 +19,21 @@ from harness.ledger import attempts
 from harness.ledger.claim import claim, complete, is_untold, start_over
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Silence, exclusive
-from harness.ledger.states import ACTIVE, StageState, read_states
+from harness.ledger.states import ACTIVE, StageState, graph_of, read_graph
 from harness.ledger.tree import Tree
+from harness.study.again import renewed
 from harness.study.cells import Grid
 from harness.study.cost import Speeds, pace, running_left
 from harness.study.schema import Retry
-from harness.study.stages import StageFile
+from harness.study.stages import Execution, StageFile
 
 Mode = Literal["cached", "retry", "force", "read-only"]
 
 _POLL_S = 0.5
 _REREAD_S = 10.0
-# A driver that only waits takes at most a fiftieth of a core, however many stages it looks over.
-_IDLE = 50
+# A driver that only waits takes at most a fiftieth of a core, however many stages it looks over: a
+# hundredth to read their files, as much for the rest.
+_IDLE = 100
 _LONGEST_WAIT_S = 10.0
 _STOP_GRACE_S = 60.0
 
@@ -97,12 +99,12 @@ class _Summed:
     """Estimated seconds of slots of what is not over."""
 
     @classmethod
-    def of(cls, states: dict[str, StageState], cost: Callable[[str], float]) -> _Summed:
+    def of(cls, states: dict[str, StageState], costs: Mapping[str, float]) -> _Summed:
         return cls(
             states=states,
-            counts=Counter(state.state for state in states.values()),
+            counts=Counter([state.state for state in states.values()]),
             bad={s: v.state for s, v in states.items() if v.state in ("failed", "diverged")},
-            left=sum(cost(s) for s, v in states.items() if not v.is_over),
+            left=sum([costs[s] for s, v in states.items() if not v.is_over]),
         )
 
 
@@ -153,7 +155,9 @@ class Driver:
         self.grid, self.tree, self.machine, self.speeds = grid, tree, machine, speeds
         self.watch, self.feed, self.ssh = watch, feed, ssh
         self.retry: Retry = grid.loaded.study.retry
+        self._executions: dict[int, tuple[Execution, Execution]] = {}
         self.stages = {k: self._placed(s) for k, s in grid.stages.items()}
+        self._graph = graph_of(self.stages)
         self.interrupted = False
         self.fail_fast, self._failed_fast = fail_fast, False
         self._kill = False
@@ -165,20 +169,29 @@ class Driver:
         self._summed: _Summed | None = None
         self._pace: dict[str, float] = {}
         self._began: dict[tuple[str, int], float] = {}
-        self._ordered: tuple[dict[str, StageState], list[_Job]] | None = None
+        self._ordered: tuple[dict[str, StageState], dict[str, _Job]] | None = None
+        self._costs: dict[str, float] = {}
+        """Stage id -> seconds of slots, by measured speeds alone."""
 
     def _placed(self, stage: StageFile) -> StageFile:
-        execution = stage.execution.model_copy(update={"device": self.machine.device})
-        return stage.model_copy(update={"execution": execution})
+        # Thousands of stages have a few ways to run; each is kept, and with it its id().
+        known = self._executions.get(id(stage.execution))
+        if known is None:
+            execution = stage.execution.model_copy(update={"device": self.machine.device})
+            known = self._executions[id(stage.execution)] = (stage.execution, execution)
+        return renewed(stage, {"execution": known[1]})
+
+    def _read_states(self) -> dict[str, StageState]:
+        return read_graph(self.tree, self._graph)
 
     def run(self, mode: Mode) -> Summary:
         """Runs all that is missing and can run; returns when nothing is left to wait for."""
         started = time.monotonic()
         self._check_slots()
-        states = read_states(self.tree, self.stages)
+        states = self._read_states()
         if mode != "read-only":
             reset(self.tree, self.stages, states, mode, self.retry)
-            states = read_states(self.tree, self.stages)
+            states = self._read_states()
         for stage_id, state in states.items() if mode != "read-only" else ():
             folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
             if is_untold(folder, state):
@@ -197,7 +210,7 @@ class Driver:
             pool.close()
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
-        return self._summary(read_states(self.tree, self.stages), started)
+        return self._summary(self._read_states(), started)
 
     # -- before -------------------------------------------------------------------------------
 
@@ -238,26 +251,28 @@ class Driver:
             began = time.process_time()
             # Every stage's files are read when something ended here, and now and then for what
             # other submissions do; in between only the progress of running stages is.
-            if changed or time.monotonic() - read_at > max(_REREAD_S, _IDLE * read_cost):
-                states = read_states(self.tree, self.stages)
+            is_reading = changed or time.monotonic() - read_at > max(_REREAD_S, _IDLE * read_cost)
+            if is_reading:
+                states = self._read_states()
                 read_at, changed = time.monotonic(), False
-                read_cost = time.process_time() - began
-                began = time.process_time()
             if self.feed is not None and not self.interrupted:
                 # Again after new stages: some may be done already, and their end is news too.
                 while self._obey(self.feed(states, pool.running), pool, todo):
-                    states = read_states(self.tree, self.stages)
-            waiting = self._waiting(states, todo, pool)
+                    states = self._read_states()
+            ordered = self._in_order(states, todo)
             if not self.interrupted:
-                changed = self._place(pool, waiting, states)
+                changed = self._place(pool, ordered, states)
             self._tell(states, pool, started)
             active = pool.running or (self._external_alive(states) and not self.interrupted)
-            if not active and (self.interrupted or not waiting):
+            is_waiting = len(ordered) > sum(s in ordered for s in pool.running)
+            if not active and (self.interrupted or not is_waiting):
                 return
             if self.interrupted:
                 stop_at = stop_at or time.monotonic() + _STOP_GRACE_S
                 self._stop_all(pool, kill=self._kill or time.monotonic() > stop_at)
             cost = time.process_time() - began
+            if is_reading:
+                read_cost, cost = cost, 0.0
             for ended in pool.poll(min(max(_POLL_S, _IDLE * cost), _LONGEST_WAIT_S)):
                 self._ended(ended, todo)
                 changed = True
@@ -271,30 +286,31 @@ class Driver:
         new = {k: self._placed(s) for k, s in orders.add.items() if k not in self.stages}
         if new:
             self.stages |= new
+            self._graph = graph_of(self.stages)
             self._check_slots()
-            jobs = self._todo(read_states(self.tree, self.stages))
+            jobs = self._todo(self._read_states())
             todo |= {k: job for k, job in jobs.items() if k in new}
         return bool(new)
 
-    def _waiting(
-        self, states: dict[str, StageState], todo: dict[str, _Job], pool: Pool
-    ) -> list[_Job]:
-        """Jobs that may still run, best first: neither done, failed, blocked nor running."""
+    def _in_order(self, states: dict[str, StageState], todo: dict[str, _Job]) -> dict[str, _Job]:
+        """Jobs that run or may still run, best first: neither done, failed nor blocked."""
         if self._ordered is None or self._ordered[0] is not states:
-            open_ = [job for s, job in todo.items() if not states[s].is_over]
-            self._ordered = (states, sorted(open_, key=lambda j: -j.priority))
-        return [job for job in self._ordered[1] if job.stage.id not in pool.running]
+            open_ = [(s, job) for s, job in todo.items() if not states[s].is_over]
+            self._ordered = (states, dict(sorted(open_, key=lambda pair: -pair[1].priority)))
+        return self._ordered[1]
 
     def _external_alive(self, states: dict[str, StageState]) -> bool:
         self._external = {s for s in self._external if states[s].state in ACTIVE}
         return bool(self._external)
 
-    def _place(self, pool: Pool, waiting: list[_Job], states: dict[str, StageState]) -> bool:
+    def _place(self, pool: Pool, ordered: dict[str, _Job], states: dict[str, StageState]) -> bool:
         """Starts what is ready and fits; True if another submission was quicker somewhere."""
         was_late = False
-        for job in waiting:
+        for job in ordered.values():
             if not pool.free:
                 break
+            if job.stage.id in pool.running:
+                continue
             state = states[job.stage.id]
             if state.state in ACTIVE and not self._is_silent(job.stage):
                 self._external.add(job.stage.id)
@@ -372,7 +388,7 @@ class Driver:
         # Thousands of stages are summed up when their files were read, not twice a second.
         if self._summed is None or self._summed.states is not states:
             self._pace = self._measured_pace(states)
-            self._summed = _Summed.of(states, lambda s: self._cost(s, pool))
+            self._summed = _Summed.of(states, {s: self._cost(s, pool) for s in self.stages})
         counts, left, longest = Counter(self._summed.counts), self._summed.left, 0.0
         for stage_id, running in pool.running.items():
             stage = running.stage
@@ -403,8 +419,10 @@ class Driver:
     def _cost(self, stage_id: str, pool: Pool) -> float:
         """Estimated seconds of slots, at the pace of what ended in this submission."""
         stage = self.stages[stage_id]
-        faster = self._pace.get(stage.kind, self._pace.get("", 1.0))
-        return self.speeds.seconds(stage) * faster * pool.needs(stage)
+        known = self._costs.get(stage_id)
+        if known is None:
+            known = self._costs[stage_id] = self.speeds.seconds(stage) * pool.needs(stage)
+        return known * self._pace.get(stage.kind, self._pace.get("", 1.0))
 
     def _measured_pace(self, states: dict[str, StageState]) -> dict[str, float]:
         done = {s: states[s].result for s in self._ran if s in states}
