@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,28 @@ class StudyData:
     study_file: str
     cells: pd.DataFrame
     results: pd.DataFrame
-    curves: pd.DataFrame
+    read_curves: Callable[[list[str]], pd.DataFrame]
+    """Reads them, and adds to a list what it met."""
     stages: Mapping[str, StageFacts]
     varying: tuple[str, ...]
     """Axes beyond size, data, init and seed that take more than one value in the grid."""
-    notes: tuple[str, ...]
-    """Oddities met while reading: torn or broken lines, unreadable files."""
+    early_notes: tuple[str, ...]
+    """Oddities met while cells and results were read."""
+
+    @cached_property
+    def _curves(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        notes: list[str] = []
+        return self.read_curves(notes), tuple(notes)
+
+    @property
+    def curves(self) -> pd.DataFrame:
+        """Read when they are asked for first: of a large study they are gigabytes."""
+        return self._curves[0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Oddities met while reading: torn or broken lines, unreadable files."""
+        return self.early_notes + self._curves[1]
 
     @property
     def grid(self) -> pd.DataFrame:
@@ -100,10 +116,10 @@ def load(root: Path, study: str) -> StudyData:
         study_file=study_file.read_text("utf-8", "replace") if study_file.is_file() else "",
         cells=cells,
         results=_results_frame(rows, cells, stages, resolved),
-        curves=curves_frame(rows, cells, stages, notes),
+        read_curves=partial(curves_frame, rows, cells, stages),
         stages=stages,
         varying=varying,
-        notes=tuple(notes),
+        early_notes=tuple(notes),
     )
 
 

@@ -17,7 +17,7 @@ from analysis.finding import Counts
 from analysis.load import load
 from analysis.markdown import markdown
 from analysis.page import page
-from analysis.sections import Analysis, Section, analyse
+from analysis.sections import Analysis, Section, analysed
 from harness.ledger.files import write_bytes
 
 SECTIONS: tuple[Callable[[Analysis], list[Section]], ...] = (
@@ -75,9 +75,9 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     data = load(root, study)
     folder = out / study
     folder.mkdir(parents=True, exist_ok=True)
-    a = analyse(data, root)
-    style.introduce(a.inits)
-    sections = [section for build_section in SECTIONS for section in build_section(a)]
+    with analysed(data, root) as a:
+        style.introduce(a.inits)
+        sections = [section for build_section in SECTIONS for section in build_section(a)]
     _check(sections)
 
     own = {n: f for section in sections for n, f in section.frames.items() if len(f[1])}

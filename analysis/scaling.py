@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,24 +30,35 @@ class Scaling:
     """None where the study has no metric to give advice on."""
 
 
-def compute(
+@contextlib.contextmanager
+def begun(
     study: StudyData, metrics: list[Metric], judged: list[Metric], *, compares_mae: bool
-) -> Scaling:
-    """All of it; `judged` are the metrics of the laws, of which advice is given on the first."""
+) -> Iterator[Callable[[], Scaling]]:
+    """Begins all of it, and gives a function that waits for it.
+
+    `judged` are the metrics of the laws, of which advice is given on the first. Where there are
+    several cores, it goes on in processes of its own: none of it needs the curves, which may be
+    read meanwhile.
+    """
     surfaces = surface_tasks(study, judged)
     worth: list[Callable[[], Any]] = []
     if compares_mae:
         worth = [partial(init_worth, study, metric) for metric in judged]
     # The longest first.
     with beside.forked([*surfaces, *worth, partial(task_laws, study, metrics)]) as run:
-        found = list(run())
-    fitted: list[Surface] = found[: len(surfaces)]
-    return Scaling(
-        surfaces=fitted,
-        worth=found[len(surfaces) : -1],
-        task_laws=found[-1],
-        advice=_advice(study, judged[0], fitted) if judged else None,
-    )
+        results = run()
+
+        def wait() -> Scaling:
+            found = list(results)
+            fitted: list[Surface] = found[: len(surfaces)]
+            return Scaling(
+                surfaces=fitted,
+                worth=found[len(surfaces) : -1],
+                task_laws=found[-1],
+                advice=_advice(study, judged[0], fitted) if judged else None,
+            )
+
+        yield functools.cache(wait)
 
 
 def _advice(study: StudyData, metric: Metric, fitted: list[Surface]) -> Advice | UserError:

@@ -7,21 +7,21 @@ its own, and its name into that list. It returns no section where the study has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import gain, laws, provenance, tasks, tuning
+from analysis import gain, laws, provenance, scaling, tasks, tuning
 from analysis.finding import Counts, count, sentences
 from analysis.load import StudyData
 from analysis.metrics import Metric, headline, metrics_of
 from analysis.panels import Figure
 from analysis.pictures import Strip
-from analysis.scaling import Scaling, compute
+from analysis.scaling import Scaling
 from analysis.tables import Table
 
 
@@ -76,45 +76,59 @@ class Analysis:
     """Its sentences."""
     counts: Counts
 
+    wait_for_scaling: Callable[[], Scaling]
+
     @property
     def inits(self) -> tuple[str, ...]:
         """Of the study file's own cells."""
-        return tuple(dict.fromkeys(self.data.grid["init"])) if len(self.data.grid) else ()
+        return _inits(self.data)
 
-    @cached_property
+    @property
     def scaling(self) -> Scaling:
         """Laws over size and data and what follows from them: most of a report's time."""
-        judged = [m for m in dict.fromkeys((self.loss, self.main)) if m is not None]
-        return compute(self.data, self.metrics, judged, compares_mae=self.compares_mae)
+        return self.wait_for_scaling()
 
     @property
     def compares_mae(self) -> bool:
         """Whether the study has cells with an MAE stage and cells with random weights."""
-        return {gain.WITH, gain.WITHOUT} <= {*self.inits}
+        return _compares_mae(self.data)
 
 
-def analyse(data: StudyData, root: Path) -> Analysis:
-    """Runs every analysis a report rests on."""
+@contextlib.contextmanager
+def analysed(data: StudyData, root: Path) -> Iterator[Analysis]:
+    """Runs every analysis a report rests on; inside the context, the laws over size and data."""
     metrics = metrics_of(data)
     main = headline(metrics)
     loss = next((m for m in metrics if m.kind == "wsp"), None)
-    pairs = gain.paired(data, metrics)
-    charged = gain.charged_curves(data)
-    charged_runs = gain.charged_results(data, metrics)
-    fitted = laws.fit_all(data, metrics)
-    return Analysis(
-        data=data,
-        metrics=metrics,
-        main=main,
-        loss=loss,
-        pairs=pairs,
-        charged=charged,
-        charged_runs=charged_runs,
-        worth=gain.data_multiplier(pairs, metrics),
-        laws=fitted,
-        tasks=tasks.measure(data, metrics),
-        tuning=tuning.load_tuning(root, data.name),
-        origins=provenance.origins(data),
-        finding=tuple(sentences(data, main, pairs, charged, charged_runs, fitted)),
-        counts=count(data),
-    )
+    judged = [m for m in dict.fromkeys((loss, main)) if m is not None]
+    # What takes longest begins first; what reads the curves comes after that.
+    with scaling.begun(data, metrics, judged, compares_mae=_compares_mae(data)) as wait:
+        pairs = gain.paired(data, metrics)
+        charged = gain.charged_curves(data)
+        charged_runs = gain.charged_results(data, metrics)
+        fitted = laws.fit_all(data, metrics)
+        yield Analysis(
+            data=data,
+            metrics=metrics,
+            main=main,
+            loss=loss,
+            pairs=pairs,
+            charged=charged,
+            charged_runs=charged_runs,
+            worth=gain.data_multiplier(pairs, metrics),
+            laws=fitted,
+            tasks=tasks.measure(data, metrics),
+            tuning=tuning.load_tuning(root, data.name),
+            origins=provenance.origins(data),
+            finding=tuple(sentences(data, main, pairs, charged, charged_runs, fitted)),
+            counts=count(data),
+            wait_for_scaling=wait,
+        )
+
+
+def _inits(data: StudyData) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(data.grid["init"])) if len(data.grid) else ()
+
+
+def _compares_mae(data: StudyData) -> bool:
+    return {gain.WITH, gain.WITHOUT} <= {*_inits(data)}

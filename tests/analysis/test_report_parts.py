@@ -19,7 +19,7 @@ from analysis.checklist import checklist
 from analysis.load import load
 from analysis.markdown import escaped
 from analysis.report import build
-from analysis.sections import Analysis, Section, analyse
+from analysis.sections import Analysis, Section, analysed
 from analysis.tables import Table
 
 SMALL: dict[str, Any] = {"sizes": ["xs", "s"], "data": [1_000, 4_000], "seeds": [0]}
@@ -225,7 +225,8 @@ def test_checklist_is_filled_from_the_study_and_shows_what_is_missing(
     made: tuple[Path, Path],
 ) -> None:
     root, folder = made
-    groups = {f.title: dict(f.rows) for f in checklist(analyse(load(root, "made"), root))[0].facts}
+    with analysed(load(root, "made"), root) as a:
+        groups = {f.title: dict(f.rows) for f in checklist(a)[0].facts}
     assert list(groups) == [
         *("Hypothesis", "Training setup", "Data collection", "Fitting", "Validation")
     ]
@@ -328,8 +329,8 @@ def test_processes_draw_what_one_process_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tree(tmp_path, Spec(**SMALL, tasks=("probe",)))
-    a = analyse(load(tmp_path, "made"), tmp_path)
-    figures = [f for s in contents.convergence(a) + contents.gains(a) for f in s.figures]
+    with analysed(load(tmp_path, "made"), tmp_path) as a:
+        figures = [f for s in contents.convergence(a) + contents.gains(a) for f in s.figures]
     drawn = []
     for limit in (1, 1000):
         monkeypatch.setattr(panels, "_WORTH_FORKING", limit)
