@@ -130,6 +130,14 @@ def _notes(a: Analysis) -> list[str]:
             f"curves.csv has every k-th of the {len(a.data.curves):,} logged rows, the ends of each"
             f" curve among them, {export.MAX_CSV_ROWS:,} at most; curves.parquet has all."
         )
+    results = [s.result for s in a.data.stages.values() if s.kind == "wsp"]
+    passes = [float(r.get("passes") or 1.0) for r in results]
+    partial = sum(p < 1 for p in passes)
+    if partial:
+        notes.append(
+            f"{partial} of {len(passes)} WSP runs were over before they had seen every image of"
+            f" theirs ({min(passes):.2g} passes at least): of their data size that part counts."
+        )
     return notes
 
 

@@ -33,7 +33,7 @@ def test_pack_plan_run_and_report(harness: Harness, tmp_path: Path) -> None:
         assert long in text
         text = text.replace(long, short)
     small.write_text(text)
-    chosen = ("--only", "size=d32x3,data=full,seed=0")
+    chosen = ("--only", "size=d32x3,data=16k,seed=0")
     harness("grid", small, "--submit", *chosen, env={"HARNESS_CORES": "2"})
     probes = [
         json.loads(p.read_text())["metrics"]["acc1"]

@@ -21,7 +21,7 @@ from harness.launch.machine import Machine
 from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import Cell, Grid
-from harness.study.plan import Plan
+from harness.study.plan import Plan, unseen_images
 from harness.units import format_count, format_seconds, format_si
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def plan(plan: Plan, tree: Tree, slots: int) -> None:
     out.print(_cell_table(plan))
     out.print(_stage_table(plan))
     _print_totals(out, plan, tree, slots)
+    for note in unseen_images(grid):
+        out.print(f"note: {note}")
 
 
 def _cell_table(plan: Plan) -> Table:

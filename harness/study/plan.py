@@ -10,7 +10,7 @@ from harness.errors import UserError
 from harness.study.cell_states import cell_state
 from harness.study.cells import Grid
 from harness.study.cost import Speeds, checkpoint_bytes, makespan
-from harness.units import format_seconds, format_si
+from harness.units import format_count, format_seconds, format_si
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ class Plan:
         return {
             "schema": 1,
             "study": self.grid.loaded.study.name,
+            "notes": unseen_images(self.grid),
             "cells": cells,
             "stages": stages,
             "totals": {
@@ -140,6 +141,21 @@ def _seconds(grid: Grid, speeds: Speeds) -> dict[str, float]:
             seconds = known[key] = speeds.seconds(stage)
         found[stage_id] = seconds
     return found
+
+
+def unseen_images(grid: Grid) -> list[str]:
+    """A line for every data size of which WSP does not get to see all: it is no larger then."""
+    found: dict[tuple[int, int], int] = {}
+    for cell in grid.cells:
+        stage = grid.stages[cell.stages["wsp"]] if "wsp" in cell.stages else None
+        if stage is not None and stage.config.samples < stage.config.images.images:
+            key = (stage.config.images.images, stage.config.samples)
+            found[key] = found.get(key, 0) + 1
+    return [
+        f"{cells} cells of {format_count(images)} images see {format_count(samples)} of them at"
+        " most, the samples of their wsp stage: train longer, or do not read them as more data"
+        for (images, samples), cells in sorted(found.items())
+    ]
 
 
 def check_budget(plan: Plan) -> None:

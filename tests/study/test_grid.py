@@ -12,7 +12,7 @@ from harness.study.cell_states import cell_state
 from harness.study.cells import Ablation, Grid, build_grid
 from harness.study.cost import Speeds, makespan, pace, running_left
 from harness.study.flops import mae_train, vit_forward, vit_train
-from harness.study.plan import check_budget, make_plan
+from harness.study.plan import check_budget, make_plan, unseen_images
 from harness.study.recipes import MaeRecipe
 from harness.study.schema import load_study
 from harness.study.select import choose, find_cell, parse_filter, select
@@ -428,3 +428,11 @@ def test_guessed_times_count_steps_on_a_cpu_and_the_slower_of_two_on_a_gpu(
     # What was measured holds the steps already.
     known = Speeds(flops_per_s={("wsp", stage.config.size): 1e9})
     assert known.seconds(long) == pytest.approx(1.5 + 1e6) and known.is_measured(long)
+
+
+def test_a_data_size_that_wsp_does_not_get_to_see_is_told(study_file: Write) -> None:
+    # 2000 samples are 16 steps of 128: 2048 samples, of 4k images half.
+    (note,) = unseen_images(grid_of(study_file))
+    assert note.startswith("4 cells of 4k images see 2048 of them at most")
+    longer = SMALL.replace("samples: 2k", "samples: 4k")
+    assert longer != SMALL and not unseen_images(grid_of(study_file, longer))
