@@ -23,8 +23,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from harness.errors import UserError
-from harness.launch.driver import Orders
 from harness.launch.pool import Running
+from harness.launch.progress import Orders
 from harness.ledger import store
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.states import ACTIVE, StageState
@@ -111,7 +111,7 @@ class Search:
     # -- the feed -----------------------------------------------------------------------------
 
     def __call__(self, states: Mapping[str, StageState], running: Mapping[str, Running]) -> Orders:
-        """Tells what ended, stops what is poor, asks for more; see `harness.launch.driver.Feed`."""
+        """Tells what ended, stops what is poor, asks for more; see `launch.progress.Feed`."""
         if states is not self._states:
             self._states = states
             self._take_up()

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cli.show import console, plain, state_text
-from harness.launch.driver import Mode, Progress, Summary
+from harness.launch.driver import Mode
 from harness.launch.machine import Machine
+from harness.launch.progress import Progress, Summary
 from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import Cell, Grid

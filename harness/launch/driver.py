@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
@@ -14,7 +14,8 @@ from harness.errors import EXIT_BUSY, UserError
 from harness.launch import ends, provenance
 from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.policy import lost_on
-from harness.launch.pool import Ended, Pool, Running
+from harness.launch.pool import Ended, Pool
+from harness.launch.progress import Feed, Orders, Progress, Summary, Summed
 from harness.ledger import attempts
 from harness.ledger.claim import claim, complete, is_untold, start_over
 from harness.ledger.files import read_json, write_json
@@ -36,76 +37,6 @@ _REREAD_S = 10.0
 _IDLE = 100
 _LONGEST_WAIT_S = 10.0
 _STOP_GRACE_S = 60.0
-
-
-@dataclass
-class Progress:
-    """What a watcher of the driver is told; a new one with every call."""
-
-    total: int
-    counts: dict[str, int]
-    """Stages by state."""
-    bad: dict[str, str]
-    """Stage id -> state, of those that failed or diverged."""
-    running: list[Running]
-    live: dict[str, dict[str, object]]
-    """status.json of the running stages."""
-    seconds_left: float
-    started: float
-    interrupted: bool = False
-    elsewhere: list[str] = field(default_factory=list)
-    """GPUs that another command uses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """How a submission ended."""
-
-    ran: list[str]
-    done: list[str]
-    failed: dict[str, str]
-    """Stage id -> what happened, for stages that failed or diverged on their own."""
-    blocked: list[str]
-    left: list[str]
-    held: list[str]
-    """Cancelled, and not to be run until somebody says `resume`."""
-    interrupted: bool
-    wall_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What a feed wants of a driver that runs already."""
-
-    add: Mapping[str, StageFile] = field(default_factory=dict)
-    """More stages, in dependency order; those known already are left as they are."""
-    cancel: Mapping[str, str] = field(default_factory=dict)
-    """Stages running here to stop at a checkpoint, and the reason their state will have."""
-
-
-Feed = Callable[[Mapping[str, StageState], Mapping[str, Running]], Orders]
-"""Asked every half second, with the states of all stages (a new mapping when they were read
-again) and the stages running here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Summed:
-    """What watchers are told of all stages, as of one reading of their files."""
-
-    states: dict[str, StageState]
-    counts: dict[str, int]
-    bad: dict[str, str]
-    left: float
-    """Estimated seconds of slots of what is not over."""
-
-    @classmethod
-    def of(cls, states: dict[str, StageState], costs: Mapping[str, float]) -> _Summed:
-        return cls(
-            states=states,
-            counts=Counter([state.state for state in states.values()]),
-            bad={s: v.state for s, v in states.items() if v.state in ("failed", "diverged")},
-            left=sum([costs[s] for s, v in states.items() if not v.is_over]),
-        )
 
 
 @dataclass
@@ -166,7 +97,7 @@ class Driver:
         self._silence = Silence()
         self._cancelled: dict[str, str] = {}
         self.live: dict[str, dict[str, object]] = {}
-        self._summed: _Summed | None = None
+        self._summed: Summed | None = None
         self._pace: dict[str, float] = {}
         self._began: dict[tuple[str, int], float] = {}
         self._ordered: tuple[dict[str, StageState], dict[str, _Job]] | None = None
@@ -388,7 +319,7 @@ class Driver:
         # Thousands of stages are summed up when their files were read, not twice a second.
         if self._summed is None or self._summed.states is not states:
             self._pace = self._measured_pace(states)
-            self._summed = _Summed.of(states, {s: self._cost(s, pool) for s in self.stages})
+            self._summed = Summed.of(states, {s: self._cost(s, pool) for s in self.stages})
         counts, left, longest = Counter(self._summed.counts), self._summed.left, 0.0
         for stage_id, running in pool.running.items():
             stage = running.stage

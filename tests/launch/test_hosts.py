@@ -18,11 +18,12 @@ import pytest
 import yaml
 
 from harness.errors import HarnessError
-from harness.launch.driver import Driver, Progress
+from harness.launch.driver import Driver
 from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.hosts import RECONNECT_S
 from harness.launch.machine import Machine, this_machine
 from harness.launch.pool import Pool
+from harness.launch.progress import Progress
 from harness.ledger.files import read_json
 from harness.ledger.tree import Tree
 from harness.study.cells import build_grid

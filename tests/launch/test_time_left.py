@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from harness.launch.driver import Driver, Progress
+from harness.launch.driver import Driver
 from harness.launch.machine import this_machine
 from harness.launch.pool import Pool, Running
+from harness.launch.progress import Progress
 from harness.ledger.files import write_json
 from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
