@@ -41,7 +41,7 @@ test: install
 # Proofs that take minutes: several ranks, searches, a report to DeepSpeed that reproduces. File by
 # file: what the tests of a file share takes minutes, too.
 test-long: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "long and not gpu and not slurm and not system" --durations=5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "long and not gpu and not slurm and not system" --durations=5
 
 # Tests that need packages of the operating system: real Fashion-MNIST files, chromium, sshd, a
 # Slurm. One at a time: there is one cluster.

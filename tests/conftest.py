@@ -39,6 +39,26 @@ stages:
 Harness = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+LONGEST_FILES = (
+    "train/test_zero3.py",
+    "launch/test_study_stops.py",
+    "test_docs.py",
+    "chaos/test_clocks.py",
+    "analysis/test_coverage.py",
+    "transfer/test_frozen.py",
+    "launch/test_steer.py",
+    "chaos/test_rank_counts.py",
+    "transfer/test_video_task.py",
+    "train/test_ranks.py",
+    "data/test_pack_resume.py",
+    "transfer/test_robustness.py",
+    "analysis/test_worth.py",
+    "train/test_memory.py",
+)
+"""Of `long`, those of two minutes and more, the longest first: where workers take whole files, none
+of them is begun last, with the others idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests and real clusters may take long: minutes are many more where cores are shared.
 
@@ -48,6 +68,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     first = {"trained_encoder", "finished"}
     items.sort(key=lambda item: first.isdisjoint(getattr(item, "fixturenames", ())))
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST_FILES)}
+    assert all(path.is_file() for path in place), place
+    items.sort(
+        key=lambda item: (
+            place.get(item.path, len(place)) if item.get_closest_marker("long") else len(place)
+        )
+    )
     for item in items:
         if any(item.get_closest_marker(name) for name in ("long", "slurm", "system")):
             item.add_marker(pytest.mark.timeout(1800))
