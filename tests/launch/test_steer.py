@@ -21,10 +21,10 @@ name: tiny
 axes: {init: [random], seed: [0, 1]}
 defaults: {data: 500, size: d16x2, dataset: scenes-2k, image_size: 24}
 stages:
-  wsp: {duration: {steps: 900}, batch: 60}
+  wsp: {duration: {steps: 900}, batch: 16}
   transfer:
     tune: {protocol: fine_tune, duration: {steps: 5}, batch: 64, train_images: 500}
-resources: {checkpoint_every: 0.3}
+resources: {checkpoint_every: 1}
 """
 
 
