@@ -436,3 +436,10 @@ def test_a_data_size_that_wsp_does_not_get_to_see_is_told(study_file: Write) -> 
     assert note.startswith("4 cells of 4k images see 2048 of them at most")
     longer = SMALL.replace("samples: 2k", "samples: 4k")
     assert longer != SMALL and not unseen_images(grid_of(study_file, longer))
+
+
+def test_what_scale_study_has_run_is_not_run_again_for_mae_data() -> None:
+    known, own = (build_grid(load_study(GRIDS / f"{n}.yaml")) for n in ("scale_study", "mae_data"))
+    random = [c for c in own.cells if c.axes["init"] == "random"]
+    assert len(random) == 16
+    assert {s for c in random for s in c.stages.values()} <= known.stages.keys()
