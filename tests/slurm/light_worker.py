@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
         for step in range(attempts.progress_of(folder) + 1, (stage.config.steps or 0) + 1):
             time.sleep(0.05)
             checkpoint = folder.checkpoints / f"step_{step}"
-            checkpoint.mkdir(parents=True)
+            # A worker killed between the two lines leaves the folder.
+            checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / "COMPLETE").touch()
             if heard or stop_asked(folder):
                 end = "timeout" if heard[:1] == [signal.SIGUSR2] else "preempted"
