@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from analysis.fit import DELTA, Fit, fit
 from analysis.forms import CHINCHILLA, Array
-from analysis.holdout import largest_out
+from analysis.holdout import largest_out, nearest_mean
 from analysis.loss_to_error import LossToError, fit_loss_to_error, observed
 
 Mask = NDArray[np.bool_]
@@ -87,7 +87,7 @@ def chain(
             return ChainError(status="refused", reason=reason, **facts)
     wanted = first.predict({"N": n[out], "D": d[out]})
     chained, curve = second.predict(wanted), second.predict(loss[out])
-    seen = error[out]
+    seen, sizes = error[out], np.log(np.stack([n, d], axis=1))
     numbers: dict[str, Any] = {
         "extrapolation_factor": float(n[out].max() / n[kept].max()),
         "loss_error": float(np.expm1(np.log(wanted / loss[out]).mean())),
@@ -95,7 +95,7 @@ def chain(
         "chained_error": float((chained - seen).mean()),
         "curve_rmse": _rms(curve - seen),
         "chained_rmse": _rms(chained - seen),
-        "last_value_rmse": _rms(_nearest(n, d, error, kept) - seen),
+        "last_value_rmse": _rms(nearest_mean(sizes[kept], error[kept], sizes[out]) - seen),
     }
     held_tests = None if num_tests is None else num_tests[out]
     if held_tests is not None:
@@ -129,13 +129,6 @@ def _spread(
         "chained_interval": (float(low), float(high)),
         "rows_inside": int(((least <= seen) & (seen <= most)).sum()),
     }
-
-
-def _nearest(n: Array, d: Array, error: Array, kept: Mask) -> Array:
-    """Mean error of the nearest fitted rows in log sizes, for every row held out."""
-    sizes = np.log(np.stack([n, d], axis=1))
-    far = np.abs(sizes[~kept][:, None] - sizes[kept][None]).sum(axis=2)
-    return np.array([error[kept][row <= row.min() + 1e-9].mean() for row in far])
 
 
 def _rms(values: Array) -> float:

@@ -223,11 +223,11 @@ def _minimise(
         jacobian = _jacobian(theta, x_P, chance)
         weighted = weight_P[None, :, None] * jacobian
         residual = _value(theta, x_P[None], chance) - y_BP
-        gradient = np.einsum("bpk,bp->bk", weighted, residual)
+        gradient = np.matmul(residual[:, None, :], weighted)[:, 0]
         # A parameter that pushes against its limit stays there.
         held = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
         gradient = np.where(held, 0.0, gradient)
-        matrix = np.einsum("bpk,bpl->bkl", weighted, jacobian)
+        matrix = np.matmul(weighted.transpose(0, 2, 1), jacobian)
         scale = np.sqrt(np.einsum("bkk->bk", matrix)) + 1e-150
         matrix = matrix / (scale[:, :, None] * scale[:, None, :])
         matrix[held[:, :, None] | held[:, None, :]] = 0.0

@@ -23,8 +23,8 @@ import numpy as np
 
 from analysis.forms import Array, Form
 
-_CHUNK_NUMBERS = 400_000
-"""Jacobian entries worked on at once: a few MB, which a core's cache holds."""
+_CHUNK_NUMBERS = 150_000
+"""Jacobian entries, or rows, worked on at once: a dozen arrays so large fit a core's cache."""
 _QUIET = 6
 """Steps without a gain before a problem counts as settled."""
 _WORTH_SORTING = 150
@@ -200,12 +200,26 @@ def _on_cores(
 
 @dataclass(frozen=True, kw_only=True)
 class _Local:
-    """Derivatives at a point, on what is free to move."""
+    """A point with the value and the derivatives there, each by problem."""
 
+    theta_BK: Array
+    value_B: Array
     gradient_BK: Array
-    majorizer_BKK: Array
-    newton_BKK: Array | None
     held_BK: Array
+    """Parameters at a limit that want to go further: they are held there, their gradient is 0."""
+    matrix_BKK: Array
+    """Of a reweighted step or, where that was wanted, of a Newton step."""
+    scale_BK: Array
+    """Square root of the diagonal that a reweighted step has."""
+
+    def of(self, chosen: Array) -> _Local:
+        """The same of some of the problems."""
+        return _Local(**{name: part[chosen] for name, part in self.__dict__.items()})
+
+    def put(self, places: Array, other: _Local, chosen: Array) -> None:
+        """Takes over some of another's problems."""
+        for name, part in self.__dict__.items():
+            part[places] = getattr(other, name)[chosen]
 
 
 def _local(
@@ -214,25 +228,36 @@ def _local(
     weight: Array,
     limits: tuple[Array, Array],
     want_newton: bool,
-) -> tuple[Array, _Local]:
+) -> _Local:
     form, delta = rows.form, rows.delta
     value, jacobian = form.jacobian(theta, rows.u_IG)
+    # All that is as long as the rows, in as few passes over them as may be.
     residual = rows.of_rows(value) - rows.ln_y_P
-    psi = rows.by_point(weight * np.clip(residual, -delta, delta))
+    size = np.abs(residual)
+    inside = np.minimum(size, delta)
+    within = rows.by_point(np.where(size <= delta, weight, 0.0)) if want_newton else None
+    weighted = weight * inside
+    psi = rows.by_point(np.copysign(weighted, residual))
+    weighted *= size - 0.5 * inside
+    total = weighted.sum(axis=1)
+    np.divide(delta, np.maximum(size, 1e-300, out=size), out=size)
+    pull = rows.by_point(np.multiply(np.minimum(size, 1.0, out=size), weight, out=size))
     gradient = np.matmul(psi[:, None, :], jacobian)[:, 0]
-    # A parameter at its limit that wants to go further is held there.
     held = ((theta <= limits[0]) & (gradient > 0)) | ((theta >= limits[1]) & (gradient < 0))
-    size = np.maximum(np.abs(residual), 1e-300)
-    majorizer = _gram(jacobian, rows.by_point(weight * np.minimum(1.0, delta / size)))
-    newton = None
-    if want_newton:
-        newton = _gram(jacobian, rows.by_point(weight * (np.abs(residual) <= delta)))
-        newton += form.curvature(theta, rows.u_IG, jacobian, psi)
-    return (weight * huber(residual, delta)).sum(axis=1), _Local(
+    if within is None:
+        matrix = _gram(jacobian, pull)
+        diagonal = np.einsum("bkk->bk", matrix)
+    else:
+        matrix = _gram(jacobian, within)
+        matrix += form.curvature(theta, rows.u_IG, jacobian, psi)
+        diagonal = np.matmul(pull[:, None, :], jacobian**2)[:, 0]
+    return _Local(
+        theta_BK=theta,
+        value_B=total,
         gradient_BK=np.where(held, 0.0, gradient),
-        majorizer_BKK=majorizer,
-        newton_BKK=newton,
         held_BK=held,
+        matrix_BKK=matrix,
+        scale_BK=np.sqrt(diagonal + 1e-10 * diagonal.max(axis=1, keepdims=True) + 1e-300),
     )
 
 
@@ -241,18 +266,14 @@ def _gram(jacobian_BPK: Array, weight_BP: Array) -> Array:
     return np.matmul(weighted.transpose(0, 2, 1), jacobian_BPK)
 
 
-def _scaled(matrix_BKK: Array, scale_BK: Array, held_BK: Array, damping_B: Array) -> Array:
-    """The matrix in units in which the majorizer's diagonal is 1, damped, held rows inert."""
-    out = matrix_BKK / (scale_BK[:, :, None] * scale_BK[:, None, :])
-    out[held_BK[:, :, None] | held_BK[:, None, :]] = 0.0
-    ends = np.arange(out.shape[1])
-    out[:, ends, ends] += np.where(held_BK, 1.0, damping_B[:, None])
-    return out
-
-
-def _scale(local: _Local) -> Array:
-    diagonal = np.einsum("bkk->bk", local.majorizer_BKK)
-    return np.sqrt(diagonal + 1e-10 * diagonal.max(axis=1, keepdims=True) + 1e-300)
+def _step(local: _Local, damping_B: Array) -> Array:
+    """The damped step, in units in which the scale is 1; nothing moves that is held."""
+    matrix = local.matrix_BKK / (local.scale_BK[:, :, None] * local.scale_BK[:, None, :])
+    matrix[local.held_BK[:, :, None] | local.held_BK[:, None, :]] = 0.0
+    ends = np.arange(matrix.shape[1])
+    matrix[:, ends, ends] += np.where(local.held_BK, 1.0, damping_B[:, None])
+    along = (local.gradient_BK / local.scale_BK)[:, :, None]
+    return _solve(matrix, along)[:, :, 0] / local.scale_BK
 
 
 def _minimise(
@@ -260,56 +281,55 @@ def _minimise(
 ) -> tuple[Array, ...]:
     limits = rows.limits()
     theta = np.clip(start, *limits)
-    value = rows.objective(theta, weight)
     for steps, is_newton in ((reweighted, False), (newton, True)):
-        theta, value = _descend(rows, theta, value, weight, limits, steps, is_newton)
-    value, local = _local(rows, theta, weight, limits, want_newton=False)
-    scale = _scale(local)
-    system = _scaled(local.majorizer_BKK, scale, local.held_BK, np.full(len(theta), 1e-12))
-    along = local.gradient_BK / scale
-    decrement = 0.5 * (along * np.linalg.solve(system, along[:, :, None])[:, :, 0]).sum(axis=1)
-    return theta, value, np.linalg.norm(local.gradient_BK, axis=1), np.abs(decrement)
+        theta = _descend(rows, theta, weight, limits, steps, is_newton)
+    local = _local(rows, theta, weight, limits, want_newton=False)
+    step = _step(local, np.full(len(theta), 1e-12))
+    decrement = 0.5 * (local.gradient_BK * step).sum(axis=1)
+    gradient = np.linalg.norm(local.gradient_BK, axis=1)
+    return theta, local.value_B, gradient, np.abs(decrement)
 
 
 def _descend(
     rows: _Rows,
     theta: Array,
-    value: Array,
     weight: Array,
     limits: tuple[Array, Array],
     steps: int,
     is_newton: bool,
-) -> tuple[Array, Array]:
-    theta, value = theta.copy(), value.copy()
+) -> Array:
+    if not steps:
+        return theta
+    found = theta.copy()
     damping = np.full(len(theta), 1e-3)
     quiet = np.zeros(len(theta), int)
     active = np.arange(len(theta))
     # Newton's steps finish what reweighted ones begin; those crawl long before the end.
     enough = 1e-10 if is_newton else 1e-3
+    at = _local(rows, found.copy(), weight, limits, is_newton)
     for _ in range(steps):
-        t, w = theta[active], weight[active]
-        _, local = _local(rows, t, w, limits, is_newton)
-        scale = _scale(local)
-        matrix = local.newton_BKK if local.newton_BKK is not None else local.majorizer_BKK
-        system = _scaled(matrix, scale, local.held_BK, damping[active])
-        along = (local.gradient_BK / scale)[:, :, None]
-        step = _solve(system, along)[:, :, 0] / scale
-        expected = (local.gradient_BK * step).sum(axis=1)
-        trial = np.clip(t - step, *limits)
-        trial_value = rows.objective(trial, w)
-        better = trial_value < value[active]
-        fall = np.where(better, value[active] - trial_value, 0.0)
-        took = active[better]
-        theta[took], value[took] = trial[better], trial_value[better]
-        damping[active] = np.clip(damping[active] * np.where(better, 0.2, 6.0), 1e-14, 1e10)
-        small = fall <= 1e-12 * value[active]
-        quiet[active] = np.where(small, quiet[active] + 1, 0)
+        step = _step(at, damping)
+        expected = (at.gradient_BK * step).sum(axis=1)
+        trial = _local(rows, np.clip(at.theta_BK - step, *limits), weight, limits, is_newton)
+        better = trial.value_B < at.value_B
+        fall = np.where(better, at.value_B - trial.value_B, 0.0)
+        if better.all():
+            at = trial
+        else:
+            at.put(better, trial, better)
+        damping = np.clip(damping * np.where(better, 0.2, 6.0), 1e-14, 1e10)
+        quiet = np.where(fall <= 1e-12 * at.value_B, quiet + 1, 0)
         # Nearly undamped, a step says itself what is left.
-        over = (np.abs(expected) <= enough * value[active]) & (damping[active] < 1e-2)
-        active = active[(quiet[active] < _QUIET) & ~over & (value[active] > 1e-32)]
-        if not len(active):
-            break
-    return theta, value
+        over = (np.abs(expected) <= enough * at.value_B) & (damping < 1e-2)
+        going = (quiet < _QUIET) & ~over & (at.value_B > 1e-32)
+        if not going.all():
+            found[active[~going]] = at.theta_BK[~going]
+            active, damping, quiet = active[going], damping[going], quiet[going]
+            if not len(active):
+                return found
+            at, weight = at.of(going), weight[going]
+    found[active] = at.theta_BK
+    return found
 
 
 def _solve(system: Array, along: Array) -> Array:
@@ -326,8 +346,8 @@ def condition_number(problem: Problem, theta_K: Array, weight_P: Array) -> float
     Large means that some combination of parameters changes nothing that was observed.
     """
     rows = _Rows.plain(problem)
-    _, local = _local(rows, theta_K[None], weight_P[None], rows.limits(), want_newton=False)
-    diagonal = np.sqrt(np.einsum("bkk->bk", local.majorizer_BKK)[0])
+    local = _local(rows, theta_K[None], weight_P[None], rows.limits(), want_newton=False)
+    diagonal = np.sqrt(np.einsum("bkk->bk", local.matrix_BKK)[0])
     if not (diagonal > 0).all():
         return float("inf")
-    return float(np.linalg.cond(local.majorizer_BKK[0] / np.outer(diagonal, diagonal)))
+    return float(np.linalg.cond(local.matrix_BKK[0] / np.outer(diagonal, diagonal)))

@@ -134,14 +134,16 @@ def _surface(metric: Metric, init: str, rows: pd.DataFrame, bootstrap: int) -> S
     common["bootstrap"] = bootstrap // 2
     at_largest = d == d.max() if len(d) else np.zeros(0, bool)
     optima = _optima(fitted, n, d, y, used["flops_pretrain"].to_numpy(float), cells, bootstrap)
+    held = held_out(CHINCHILLA, inputs, y, **common) if len(y) else {}
+    known = {CHINCHILLA.name: held}
     return Surface(
         metric=metric,
         init=init,
         rows=used,
         dropped=dropped,
         fit=fitted,
-        held_out=held_out(CHINCHILLA, inputs, y, **common) if len(y) else {},
-        forms=compare(TWO_AXES, inputs, y, **common) if len(y) else [],
+        held_out=held,
+        forms=compare(TWO_AXES, inputs, y, **common, known=known) if len(y) else [],
         size_forms=_size_forms(n[at_largest], y[at_largest], bootstrap) if len(y) else [],
         optima=optima,
         approaches=approaches_table(optima),
@@ -185,14 +187,15 @@ def _optima(
 
 def init_worth(study: StudyData, metric: Metric, bootstrap: int = 400) -> InitWorth:
     """Which parameter MAE changes, and its data and compute multiplier at every grid point."""
-    rows: Any = _main_rows(study, metric).to_dict("records")
+    wanted = ["init", "params", "data", "y", "cell", "pair"]
+    rows: Any = _main_rows(study, metric)[wanted].to_dict("records")
     bootstrap = draws_for(len(rows), bootstrap)
     random, mae = arms(rows, gain.WITH, gain.WITHOUT)
     flops, grid = {}, study.grid[study.grid["variant"] == study.grid["variant"].iloc[0]]
     for init in (gain.WITHOUT, gain.WITH):  # the MAE stage of a grid point is the MAE cell's
-        for r in grid[grid["init"] == init].to_dict("records"):
-            point = float(r["params"]), float(r["data"])
-            flops[point] = float(r["flops_wsp"]), float(r["flops_mae"])
+        own = grid.loc[grid["init"] == init, ["params", "data", "flops_wsp", "flops_mae"]]
+        for n, d, wsp, mae_stage in own.to_numpy(float):
+            flops[float(n), float(d)] = float(wsp), float(mae_stage)
     return InitWorth(
         metric=metric,
         which=which_parameter(random, mae, delta=DELTA, bootstrap=bootstrap // 2),
