@@ -8,6 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from analysis import diagnostics, figures, pictures, provenance, tables, tasks, tuning
+from analysis.convergence import convergence as draw_convergence
 from analysis.metrics import Metric
 from analysis.panels import Figure
 from analysis.sections import Analysis, Facts, Section
@@ -60,7 +61,7 @@ def _by_variant(
 def convergence(a: Analysis) -> list[Section]:
     """Held-out loss along WSP."""
     title = "Convergence"
-    return _by_variant(a, "convergence", title, lambda v: figures.convergence(a.data, v))
+    return _by_variant(a, "convergence", title, lambda v: draw_convergence(a.data, v))
 
 
 def transfer(a: Analysis) -> list[Section]:

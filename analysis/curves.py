@@ -101,10 +101,11 @@ def finished_wsp(curves: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     # Rows of a stage stand together, so a cell's rows are a few runs of them.
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     ends = np.append(starts, len(codes))[1:]
+    words = list(curves["cells"].cat.categories)
     pieces = sorted(
         (place[cell], int(start), int(end))
         for start, end in zip(starts, ends, strict=True)
-        for cell in str(curves["cells"].cat.categories[codes[start]]).split(";")
+        for cell in words[codes[start]].split(";")
         if cell in place
     )
     sizes = [end - start for _, start, end in pieces]

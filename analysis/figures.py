@@ -1,9 +1,8 @@
-"""The figures of a report: convergence, transfer, gains, power laws."""
+"""Figures of a report: transfer, gains, power laws."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from analysis import gain, style
-from analysis.curves import wsp_curves
 from analysis.laws import AXIS_LABELS, Law
 from analysis.load import StudyData, axis_label
 from analysis.metrics import Metric
@@ -20,10 +18,8 @@ from analysis.panels import Figure, Panel
 MAX_PANELS = 12
 """Panels of one figure; what is beyond is in the CSV files, and the caption says so."""
 
-_MAX_LINES = 6
 _MAX_SEEDS = 5
-_MAX_POINTS = 120
-"""Of a convergence panel: model sizes, thin lines of each, points of a line."""
+"""Points of single seeds."""
 _LEAST_TEXT = 5.5
 """Points: numbers in a map that would be smaller are left to the tables."""
 
@@ -31,109 +27,6 @@ _LEAST_TEXT = 5.5
 def slug(text: str) -> str:
     """A name that is safe as a file and an anchor."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower()).strip("-")
-
-
-def _some(values: Iterable[float], num: int) -> list[float]:
-    """At most `num` of the values, evenly spread, the first and the last among them."""
-    found = sorted(set(values))
-    if len(found) <= num:
-        return found
-    return [found[round(i * (len(found) - 1) / (num - 1))] for i in range(num)]
-
-
-def _inits(rows: pd.DataFrame) -> tuple[str, ...]:
-    return style.ordered(map(str, rows["init"].unique()))
-
-
-def _shade(values: list[float], value: float) -> float:
-    """Opacity of a line: the larger the level, the stronger."""
-    if len(values) < 2:
-        return 1.0
-    return 0.42 + 0.58 * values.index(value) / (len(values) - 1)
-
-
-# -- convergence ----------------------------------------------------------------------------
-
-
-def convergence(study: StudyData, variant: str) -> Figure | None:
-    """Held-out WSP loss against samples, a panel per data size."""
-    rows = wsp_curves(study)
-    rows = rows[rows["variant"] == variant]
-    if not len(rows):
-        return None
-    levels = _some(rows["data"].unique(), MAX_PANELS)
-    sizes = _some(rows["params"].unique(), _MAX_LINES)
-    panels = tuple(
-        _convergence_panel(rows[(rows["data"] == d) & rows["params"].isin(sizes)], d)
-        for d in levels
-    )
-    caption = (
-        "Held-out WSP loss over the images seen in WSP, for finished runs, log axes; each panel has"
-        " its own scale. Thick lines: mean over seeds; thin lines: single seeds; stronger colour:"
-        " larger model. The MAE stage comes before sample 0 of the MAE runs; its cost is charged in"
-        " the figure of gains."
-    )
-    left = [(rows["data"].nunique() - len(levels), "data sizes")]
-    left += [(rows["params"].nunique() - len(sizes), "model sizes")]
-    hidden = " and ".join(f"{number} {word}" for number, word in left if number)
-    if hidden:
-        caption += f" {hidden} are in the curves files only."
-    most = rows.groupby(["params", "data", "init"], observed=True)["seed"].nunique().max()
-    if most > _MAX_SEEDS:
-        caption += f" Single seeds: {_MAX_SEEDS} of {most}."
-    return Figure(
-        name="convergence",
-        title="Convergence",
-        caption=caption,
-        panels=panels,
-        inits=_inits(rows),
-    )
-
-
-def _thinned(line: pd.DataFrame) -> pd.DataFrame:
-    """At most `_MAX_POINTS` points, evenly spread on the log axis, the ends among them."""
-    if len(line) <= _MAX_POINTS:
-        return line
-    x = line["samples"].to_numpy(float)
-    wanted = np.geomspace(max(x[0], x[-1] * 1e-6), x[-1], _MAX_POINTS)
-    places = np.unique(np.clip(np.searchsorted(x, wanted), 0, len(x) - 1))
-    return line.iloc[np.union1d(places, [0, len(x) - 1])]
-
-
-def _convergence_panel(rows: pd.DataFrame, data: float) -> Panel:
-    params = sorted(rows["params"].unique())
-    rows = rows[rows["samples"] > 0]
-
-    def draw(ax: Axes) -> None:
-        labels = []
-        for (p, init), family in rows.groupby(["params", "init"], sort=True, observed=True):
-            tone, alpha = style.colour(str(init)), _shade(params, float(p))  # type: ignore[arg-type]
-            runs = [g for _, g in family.groupby("cell", sort=False, observed=True)]
-            for run in runs[:_MAX_SEEDS] if len(runs) > 1 else []:
-                line = _thinned(run)
-                ax.plot(line["samples"], line["val_loss"], color=tone, alpha=alpha * 0.45, lw=0.6)
-            found = family.groupby("samples")["val_loss"].agg(["mean", "count"])
-            mean = found[found["count"] == len(runs)].reset_index()
-            if not len(mean):
-                continue
-            line = _thinned(mean)
-            ax.plot(line["samples"], line["mean"], color=tone, alpha=alpha)
-            name = f"{family['size'].iloc[0]} {style.short_label(str(init))}"
-            labels.append((float(mean["mean"].iloc[-1]), name, tone))
-        style.log_x_span(ax, rows["samples"].to_numpy(float))
-        style.log_y(ax, rows["val_loss"].to_numpy(float))
-        ax.set_xlabel("images seen in WSP")
-        ax.set_ylabel("validation loss")
-        style.end_labels(ax, labels, size=8.5)
-
-    last = rows.groupby("cell", observed=True).tail(1)
-    ends = "; ".join(
-        f"{style.init_label(str(i))} {g['val_loss'].min():.3f} to {g['val_loss'].max():.3f}"
-        for i, g in last.groupby("init", observed=True)
-    )
-    title = f"{axis_label(int(data))} images"
-    alt = f"WSP validation loss against images seen, {title}. Final loss over sizes: {ends}."
-    return Panel(title=title, alt=alt, draw=draw, width=4.2, height=3.3)
 
 
 # -- transfer -------------------------------------------------------------------------------
@@ -158,7 +51,11 @@ def transfer(study: StudyData, metrics: list[Metric], variant: str, axis: str) -
     )
     title = f"Transfer against {AXIS_LABELS[axis]}"
     return Figure(
-        name=f"transfer-{axis}", title=title, caption=caption, panels=panels, inits=_inits(rows)
+        name=f"transfer-{axis}",
+        title=title,
+        caption=caption,
+        panels=panels,
+        inits=style.inits_of(rows),
     )
 
 
@@ -166,7 +63,7 @@ def _transfer_panel(
     metric: Metric, rows: pd.DataFrame, axis: str, other: str, ticks: list[float]
 ) -> Panel:
     levels = sorted(rows[other].unique())
-    kept = _some(levels, 4)
+    kept = style.some(levels, 4)
 
     def draw(ax: Axes) -> None:
         labels = []
@@ -174,7 +71,7 @@ def _transfer_panel(
         for (level, init), family in rows.groupby([other, "init"], sort=True, observed=True):
             if level not in kept:
                 continue
-            tone, alpha = style.colour(str(init)), _shade(levels, float(level))  # type: ignore[arg-type]
+            tone, alpha = style.colour(str(init)), style.shade(levels, float(level))  # type: ignore[arg-type]
             by_x = family.groupby(axis)["value"].agg(["mean", "min", "max"]).reindex(ticks)
             ax.plot(by_x.index, by_x["mean"], color=tone, alpha=alpha, lw=1.6)
             ax.vlines(by_x.index, by_x["min"], by_x["max"], color=tone, alpha=alpha, lw=1.2)

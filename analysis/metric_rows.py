@@ -1,8 +1,9 @@
 """Rows of many metrics.jsonl files as columns of numbers: whole lines only, broken ones counted.
 
-Two ways to the same numbers. The fast one gives many files at once to Arrow's JSON reader and is
-taken where every line is one flat object of numbers, as the harness writes them. Whatever is not
-goes line by line through Python's own parser.
+Three ways to the same numbers. Long files of finished stages have a copy in columns
+(`harness.metric_columns`). Others are given many at a time to Arrow's JSON reader, where every line
+is one flat object of numbers, as the harness writes them. Whatever is not goes line by line through
+Python's own parser.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import json as arrow_json
+
+from harness.metric_columns import read_columns
 
 _BATCH_BYTES = 8 << 20
 """Text given to Arrow at once: enough that its set-up does not count, and memory is used again."""
@@ -77,19 +80,32 @@ def _parse_lines(text: bytes) -> tuple[list[dict[str, Any]], int]:
 
 def read_many(paths: Sequence[Path], *, fast: bool = True) -> MetricRows:
     """All rows of the files. `fast=False` takes the slow way throughout; the result is the same."""
+    parts: dict[int, MetricRows] = {}
+    rest = []
+    for number, path in enumerate(paths):
+        copied = read_columns(path) if fast else None
+        if copied is None:
+            rest.append(number)
+        else:
+            columns, rows = copied
+            none = np.zeros(1, np.int64)
+            parts[number] = MetricRows(columns=columns, counts=np.array([rows]), broken=none)
     with ThreadPoolExecutor(_THREADS) as pool:
         # Arrow lets go of the interpreter's lock, so one batch is parsed while the next is read.
-        parts = list(pool.map(lambda batch: _read_batch(batch, fast), _batches(paths)))
-    return _join(parts)
+        batches = _batches(paths, rest)
+        for numbers, found in pool.map(lambda b: (b, _read_batch(paths, b, fast)), batches):
+            parts |= zip(numbers, found, strict=True)
+    return _join([parts[number] for number in range(len(paths))])
 
 
-def _batches(paths: Sequence[Path]) -> Iterable[list[Path]]:
-    batch: list[Path] = []
+def _batches(paths: Sequence[Path], numbers: Sequence[int]) -> Iterable[list[int]]:
+    """Places of files that are parsed at once."""
+    batch: list[int] = []
     size = 0
-    for path in paths:
-        batch.append(path)
+    for number in numbers:
+        batch.append(number)
         try:
-            size += path.stat().st_size
+            size += paths[number].stat().st_size
         except OSError:
             continue
         if size >= _BATCH_BYTES:
@@ -99,9 +115,22 @@ def _batches(paths: Sequence[Path]) -> Iterable[list[Path]]:
         yield batch
 
 
-def _read_batch(paths: Sequence[Path], fast: bool) -> MetricRows:
-    texts = [_whole_lines(path) for path in paths]
-    return _parse(texts) if fast else _join([_parse_slowly(text) for text in texts])
+def _read_batch(paths: Sequence[Path], numbers: Sequence[int], fast: bool) -> list[MetricRows]:
+    texts = [_whole_lines(paths[number]) for number in numbers]
+    return _split(_parse(texts)) if fast else [_parse_slowly(text) for text in texts]
+
+
+def _split(rows: MetricRows) -> list[MetricRows]:
+    """A part for each file."""
+    ends = np.cumsum(rows.counts)
+    return [
+        MetricRows(
+            columns={name: column[end - count : end] for name, column in rows.columns.items()},
+            counts=rows.counts[i : i + 1],
+            broken=rows.broken[i : i + 1],
+        )
+        for i, (count, end) in enumerate(zip(rows.counts, ends, strict=True))
+    ]
 
 
 def _parse(texts: Sequence[bytes]) -> MetricRows:
@@ -181,11 +210,12 @@ def _join(parts: Sequence[MetricRows]) -> MetricRows:
     columns = {}
     for name in names:
         # A column at a time, its parts given up: never all of it twice in memory.
-        pieces = []
+        pieces, has_number = [], False
         for part in parts:
             piece = part.columns.pop(name, None)
+            has_number = has_number or (piece is not None and not np.isnan(piece).all())
             pieces.append(np.full(int(part.counts.sum()), np.nan) if piece is None else piece)
-        if any(not np.isnan(piece).all() for piece in pieces):
+        if has_number:
             columns[name] = np.concatenate(pieces)
     return MetricRows(
         columns=columns,

@@ -14,8 +14,8 @@ from analysis.design import Advice
 from analysis.design_cells import advise_study
 from analysis.load import StudyData
 from analysis.metrics import Metric
-from analysis.surface import InitWorth, Surface, init_worth, surface_tasks
-from analysis.task_laws import TaskLaw, task_laws
+from analysis.surface import InitWorth, Surface, SurfaceTask, init_worth, surface_tasks
+from analysis.task_laws import LOSS, TaskLaw, in_order, task_laws
 from harness.errors import UserError
 
 
@@ -41,24 +41,43 @@ def begun(
     read meanwhile.
     """
     surfaces = surface_tasks(study, judged)
-    worth: list[Callable[[], Any]] = []
-    if compares_mae:
-        worth = [partial(init_worth, study, metric) for metric in judged]
-    # The longest first.
-    with beside.forked([*surfaces, *worth, partial(task_laws, study, metrics)]) as run:
+    loss = next((m for m in judged if (m.kind, m.name) == LOSS), None)
+    alone = [task for task in surfaces if task.metric is not loss]
+    shared = [task for task in surfaces if task.metric is loss]
+    rest = (
+        {*map(str, study.grid["init"])} - {task.init for task in shared} if len(study.grid) else {}
+    )
+    # The longest first. Laws of tasks begin with those of the loss, so they are fitted with them.
+    work: list[Callable[[], Any]] = [
+        *(partial(_with_tasks, study, metrics, task) for task in shared),
+        *(partial(init_worth, study, metric) for metric in judged if compares_mae),
+        *(task.compute for task in alone),
+        partial(task_laws, study, metrics, inits=rest),
+    ]
+    with beside.forked(work) as run:
         results = run()
 
         def wait() -> Scaling:
             found = list(results)
-            fitted: list[Surface] = found[: len(surfaces)]
+            pairs = found[: len(shared)]
+            worth = found[len(shared) : -len(alone) - 1]
+            fitted = [surface for surface, _ in pairs] + found[-len(alone) - 1 : -1]
+            laws = [law for _, own in pairs for law in own] + found[-1]
             return Scaling(
                 surfaces=fitted,
-                worth=found[len(surfaces) : -1],
-                task_laws=found[-1],
+                worth=worth,
+                task_laws=in_order(study, metrics, laws),
                 advice=_advice(study, judged[0], fitted) if judged else None,
             )
 
         yield functools.cache(wait)
+
+
+def _with_tasks(
+    study: StudyData, metrics: list[Metric], task: SurfaceTask
+) -> tuple[Surface, list[TaskLaw]]:
+    surface = task.compute()
+    return surface, task_laws(study, metrics, inits={task.init}, known=surface)
 
 
 def _advice(study: StudyData, metric: Metric, fitted: list[Surface]) -> Advice | UserError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -171,6 +172,26 @@ def log_x(ax: Axes, values: Sequence[float]) -> None:
     if len(found) > 1:
         margin = (found[-1] / found[0]) ** 0.06
         ax.set_xlim(found[0] / margin, found[-1] * margin)
+
+
+def some(values: Iterable[float], num: int) -> list[float]:
+    """At most `num` of the values, evenly spread, the first and the last among them."""
+    found = sorted(set(values))
+    if len(found) <= num:
+        return found
+    return [found[round(i * (len(found) - 1) / (num - 1))] for i in range(num)]
+
+
+def inits_of(rows: pd.DataFrame) -> tuple[str, ...]:
+    """Inits of the rows, in the order of every legend."""
+    return ordered(map(str, rows["init"].unique()))
+
+
+def shade(values: list[float], value: float) -> float:
+    """Opacity of a line: the larger the level, the stronger."""
+    if len(values) < 2:
+        return 1.0
+    return 0.42 + 0.58 * values.index(value) / (len(values) - 1)
 
 
 def log_x_span(ax: Axes, values: np.ndarray) -> None:

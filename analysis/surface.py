@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from analysis.envelope import fit_envelope
 from analysis.fit import Fit, fit
 from analysis.forms import CHINCHILLA, Array
 from analysis.frontier import Frontier, frontier
-from analysis.holdout import compare, held_out
+from analysis.holdout import compare, held_out, largest_out
 from analysis.isoflop import fit_isoflop
 from analysis.laws import DELTA
 from analysis.load import StudyData
@@ -32,6 +32,8 @@ from analysis.worth import WhichParameter, WorthTable, arms, which_parameter, wo
 
 TWO_AXES = ("chinchilla", "tied", "kaplan")
 ONE_AXIS = ("power", "power_irreducible", "shifted", "m4", "broken")
+ROW_ORDER = ("params", "data", "seed")
+"""Of a fit's rows, which its bootstrap draws depend on."""
 _NO_ENDS = 9
 """Points of a frontier between the cheapest and the dearest run."""
 
@@ -46,6 +48,8 @@ class Surface:
     """params, data, y, cell, flops_pretrain of the rows used."""
     dropped: tuple[tuple[str, str], ...]
     fit: Fit
+    inner_fit: Fit | None
+    """Of the rows that `held_out` predicts the others from."""
     held_out: dict[str, Any]
     forms: list[dict[str, Any]]
     """Forms over two axes by held-out error."""
@@ -86,19 +90,28 @@ def surfaces(study: StudyData, metrics: list[Metric], bootstrap: int = 400) -> l
     Of hundreds of rows fewer draws are refitted, 100 at least: an interval's end then wobbles by a
     tenth of its width, and the report stays a matter of seconds.
     """
-    return [compute() for compute in surface_tasks(study, metrics, bootstrap)]
+    return [task.compute() for task in surface_tasks(study, metrics, bootstrap)]
+
+
+class SurfaceTask(NamedTuple):
+    """A surface to be computed, which takes seconds."""
+
+    metric: Metric
+    init: str
+    compute: Callable[[], Surface]
 
 
 def surface_tasks(
     study: StudyData, metrics: list[Metric], bootstrap: int = 400
-) -> list[Callable[[], Surface]]:
-    """What `surfaces` calls, one by one: each is seconds."""
-    tasks: list[Callable[[], Surface]] = []
+) -> list[SurfaceTask]:
+    """What `surfaces` computes, one by one."""
+    tasks = []
     for metric in metrics:
         rows = _main_rows(study, metric)
         for init, group in rows.groupby("init", sort=False):
             draws = draws_for(len(group), bootstrap)
-            tasks.append(partial(_surface, metric, str(init), group, draws))
+            compute = partial(_surface, metric, str(init), group, draws)
+            tasks.append(SurfaceTask(metric, str(init), compute))
     return tasks
 
 
@@ -125,7 +138,7 @@ def _surface(metric: Metric, init: str, rows: pd.DataFrame, bootstrap: int) -> S
         for cell, state, value, good in zip(rows["cell"], rows["state"], y, usable, strict=True)
         if not good
     )
-    used = rows[usable].sort_values(["params", "data", "seed"])
+    used = rows[usable].sort_values(list(ROW_ORDER))
     n, d, y = (used[k].to_numpy(float) for k in ("params", "data", "y"))
     inputs = {"N": n, "D": d}
     cells = tuple(map(str, used["cell"]))
@@ -134,7 +147,10 @@ def _surface(metric: Metric, init: str, rows: pd.DataFrame, bootstrap: int) -> S
     common["bootstrap"] = bootstrap // 2
     at_largest = d == d.max() if len(d) else np.zeros(0, bool)
     optima = _optima(fitted, n, d, y, used["flops_pretrain"].to_numpy(float), cells, bootstrap)
-    held = held_out(CHINCHILLA, inputs, y, **common) if len(y) else {}
+    inner, held = None, {}
+    if len(y):
+        inner = _inner_fit(inputs, y, cells, bootstrap)
+        held = held_out(CHINCHILLA, inputs, y, fitted=inner)
     known = {CHINCHILLA.name: held}
     return Surface(
         metric=metric,
@@ -142,12 +158,24 @@ def _surface(metric: Metric, init: str, rows: pd.DataFrame, bootstrap: int) -> S
         rows=used,
         dropped=dropped,
         fit=fitted,
+        inner_fit=inner,
         held_out=held,
         forms=compare(TWO_AXES, inputs, y, **common, known=known) if len(y) else [],
         size_forms=_size_forms(n[at_largest], y[at_largest], bootstrap) if len(y) else [],
         optima=optima,
         approaches=approaches_table(optima),
     )
+
+
+def _inner_fit(
+    inputs: dict[str, Array], y: Array, cells: tuple[str, ...], bootstrap: int
+) -> Fit | None:
+    kept = largest_out(CHINCHILLA, inputs)
+    if not kept.any() or kept.all():
+        return None
+    inside = {name: column[kept] for name, column in inputs.items()}
+    groups = [cell for cell, k in zip(cells, kept, strict=True) if k]
+    return fit(CHINCHILLA, inside, y[kept], groups=groups, delta=DELTA, bootstrap=bootstrap)
 
 
 def _size_forms(n: Array, y: Array, bootstrap: int) -> list[dict[str, Any]]:

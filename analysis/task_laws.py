@@ -8,7 +8,7 @@ largest sizes, which neither stage was fitted on, beside the errors of the stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from analysis.load import StudyData
 from analysis.loss_to_error import LossToError, fit_loss_to_error
 from analysis.metrics import Metric
 from analysis.panels import Figure, Panel
-from analysis.surface import draws_for
+from analysis.surface import ROW_ORDER, Surface, draws_for
 from analysis.tables import NONE, Table
 from harness.ledger.files import read_json
 
@@ -77,21 +77,52 @@ class TaskLaw:
 
 
 def task_laws(
-    study: StudyData, metrics: Sequence[Metric], *, bootstrap: int = 400, seed: int = 0
+    study: StudyData,
+    metrics: Sequence[Metric],
+    *,
+    bootstrap: int = 400,
+    seed: int = 0,
+    inits: Collection[str] | None = None,
+    known: Surface | None = None,
 ) -> list[TaskLaw]:
-    """Both stages for every accuracy of the study, by init; refused ones with their reason."""
+    """Both stages for every accuracy of the study, by init; refused ones with their reason.
+
+    `inits`: of these alone. `known`: the surface of the loss, whose fits are taken over for tasks
+    of the very same cells.
+    """
     results = study.grid_results
     is_loss = (results["kind"] == LOSS[0]) & (results["metric"] == LOSS[1])
     losses = results[is_loss].drop_duplicates("cell").set_index("cell")["value"]
-    laws = _LossLaws(seed=seed)
+    laws = _LossLaws(seed=seed, known={} if known is None else _fits_of(known))
     found = []
     for metric in metrics:
         if not metric.is_accuracy:
             continue
         rows = metric.rows(results).drop_duplicates("cell")
         for (variant, init), group in rows.groupby(["variant", "init"], sort=False):  # type: ignore[misc]
+            if inits is not None and init not in inits:
+                continue
             about = {"variant": str(variant), "init": str(init)}
             found.append(_law(study, metric, group, losses, about, laws, bootstrap))
+    return found
+
+
+def in_order(study: StudyData, metrics: Sequence[Metric], laws: Iterable[TaskLaw]) -> list[TaskLaw]:
+    """Laws as `task_laws` gives them: by metric, then as variants and inits come in the study."""
+    results = study.grid_results
+    pairs = dict.fromkeys(zip(results["variant"], results["init"], strict=True))
+    place = {(str(variant), str(init)): i for i, (variant, init) in enumerate(pairs)}
+    number = {metric.key: i for i, metric in enumerate(metrics)}
+    return sorted(laws, key=lambda law: (number[law.metric], place[law.variant, law.init]))
+
+
+def _fits_of(surface: Surface) -> dict[tuple[str, ...], Fit]:
+    """Its fits by the cells they rest on, in their order."""
+    cells = surface.rows["cell"].to_numpy(str)
+    found = {tuple(map(str, cells)): surface.fit}
+    if surface.inner_fit is not None:
+        kept = largest_out(CHINCHILLA, {"N": surface.rows["params"]})
+        found[tuple(map(str, cells[kept]))] = surface.inner_fit
     return found
 
 
@@ -119,6 +150,7 @@ def _law(
     laws: _LossLaws,
     bootstrap: int,
 ) -> TaskLaw:
+    rows = rows.sort_values(list(ROW_ORDER))
     loss = losses.reindex(rows["cell"]).to_numpy(float)
     error = metric.error(rows["value"]).to_numpy(float)
     good = np.isfinite(loss) & np.isfinite(error)

@@ -34,7 +34,9 @@ CHANGES = {
 B / D^beta = B0 / (k D)^beta with k = (B0 / B)^(1 / beta)."""
 _LEVEL = 0.05
 _PARTS = 60
-"""Pairs are left out one at a time up to so many, then in so many parts."""
+_FEW_PARTS = 20
+"""Pairs are left out one at a time up to so many, then in so many parts; in few where there are
+hundreds of pairs, of which each part then has dozens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +110,13 @@ def which_parameter(
             status="refused", reason=f"{len(mae.y)} MAE rows; at least 3 pairs needed"
         )
     data = _Data.of(random, mae)
-    wide = delta
     everything = tuple(CHANGES)
     theta, _ = data.solve(everything, delta)
     residual = data.residual(everything, theta)
     spread = 1.4826 * float(np.median(np.abs(residual)))
     wide = max(delta, 3.0 * spread)
     size = CHINCHILLA.size
-    solved = {c: data.solve(c, wide) for c in [(), *((name,) for name in CHANGES), everything]}
+    solved = data.solve_all(wide)
     least = max(solved[everything][1], 1e-300)
     none, num = solved[()][1], len(data.y)
     free = num - size - len(everything)
@@ -202,9 +203,24 @@ class _Data:
         form = joint(CHINCHILLA, changes, self.marked, self.centre)
         return Problem(form=form, u_IP=self.u_IP, ln_y_P=np.log(self.y), delta=delta)
 
-    def solve(self, changes: tuple[str, ...], delta: float) -> tuple[Array, float]:
+    def solve_all(self, delta: float) -> dict[tuple[str, ...], tuple[Array, float]]:
+        """The law without a change, with every single one and with all: optimum and objective.
+
+        The first and the last are searched for from all starts; those between them from both.
+        """
+        everything, size = tuple(CHANGES), CHINCHILLA.size
+        none, whole = self.solve((), delta), self.solve(everything, delta)
+        found: dict[tuple[str, ...], tuple[Array, float]] = {(): none}
+        for i, name in enumerate(CHANGES):
+            starts = [np.append(none[0], 0.0), np.append(whole[0][:size], whole[0][size + i])]
+            found[(name,)] = self.solve((name,), delta, np.array(starts))
+        return found | {everything: whole}
+
+    def solve(
+        self, changes: tuple[str, ...], delta: float, starts: Array | None = None
+    ) -> tuple[Array, float]:
         problem = self.problem(changes, delta)
-        starts = promising(problem, self.y)
+        starts = promising(problem, self.y) if starts is None else starts
         ones = np.ones((1, len(self.y)))
         found = minimise(problem, starts, ones, reweighted=40, newton=100)
         best = int(np.argmin(found.objective_B))
@@ -218,7 +234,7 @@ class _Data:
         """Root mean square log error of pairs that the fit did not see, `_PARTS` at most."""
         problem = self.problem(changes, delta)
         unit_P, _ = resample.units(len(self.y), self.pairs)
-        unit_P = unit_P % _PARTS
+        unit_P = unit_P % (_PARTS if unit_P.max() < 10 * _PARTS else _FEW_PARTS)
         weight = (unit_P[None] != np.arange(unit_P.max() + 1)[:, None]).astype(float)
         begin = np.repeat(theta[None], len(weight), axis=0)
         found = minimise(problem, begin, weight, reweighted=10, newton=60)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from machine import machine
 
+from harness.metric_columns import write_columns
 from harness.study.flops import encoder_params
 from harness.study.recipes import Model
 from harness.study.sizes import SIZES
@@ -125,6 +126,7 @@ def _stage(
     _write(folder / "status.json", status)
     if kind != "linear_probe":
         (folder / "metrics.jsonl").write_text(_curve(loss, flops, points))
+        write_columns(folder / "metrics.jsonl")
     metrics = {"acc1": 1 - loss / 6} if kind == "linear_probe" else {"loss": loss, "val_loss": loss}
     result = {
         **{"schema": 1, **about, "metrics": metrics},

@@ -19,6 +19,7 @@ from harness.ledger.context import StageContext, StageResult, Whereabouts
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease, this_host
 from harness.ledger.tree import StageFolder, Tree
+from harness.metric_columns import write_columns
 from harness.stage_run import (
     call,
     upstream_folders,
@@ -65,6 +66,7 @@ class RankZero:
         about = {**(read_json(self._attempt_file) or {}), "git": git}
         result = record.run_recorded(self.tree.sacred, record_id, self.stage, about, self._train)
         self.lease.check()
+        write_columns(self.folder.metrics)
         self._write_result(result, uids)
         self.finish("done")
         return EXIT_OK

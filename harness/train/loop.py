@@ -34,7 +34,15 @@ from harness.train.objectives import OBJECTIVES, Objective, part, to_device
 from harness.train.schedule import lr_at
 
 NUM_ROWS = 50
-"""Rows of metrics.jsonl a run, about; more would only draw the same curve."""
+"""Rows of metrics.jsonl of a short run, about; more would only draw the same curve."""
+_LONG_EVERY = 100
+"""Steps between rows of a long run: what happens to a loss within them is seldom looked for."""
+_MOST_ROWS = 1000
+
+
+def steps_between_rows(steps: int) -> int:
+    """Of metrics.jsonl, for a run of so many steps."""
+    return max(1, min(steps // NUM_ROWS, max(_LONG_EVERY, steps // _MOST_ROWS)))
 
 
 def train(stage: StageFile, ctx: StageContext) -> StageResult:
@@ -81,7 +89,7 @@ def run(
         ctx.metrics.rewind(progress.step)
         train_before_s = progress.wall_s["train"]
         earlier_s = sum(progress.wall_s.values())
-        row_every = max(1, steps // NUM_ROWS)
+        row_every = steps_between_rows(steps)
         points = execution.eval_points if objective.evaluated_on_the_way else 1
         eval_steps = {round(steps * point / points) for point in range(1, points + 1)} | {steps}
         # On CUDA one step late: reading the newest loss would wait for the device to go idle.
