@@ -17,6 +17,7 @@ from analysis.load import load
 from analysis.metric_rows import MetricRows, read_many
 from harness.ledger import cell_rows
 from harness.ledger.tree import Tree
+from harness.metric_columns import write_columns
 
 GOOD = '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null, "val_loss": 1e-3}\n'
 ODD = {
@@ -100,6 +101,28 @@ def test_many_batches_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole = read_many(paths)
     monkeypatch.setattr(metric_rows, "_BATCH_BYTES", 300)
     assert_same(read_many(paths), whole)
+
+
+def test_copies_in_columns_are_read_in_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    long = [
+        "".join(json.dumps({"step": i, "loss": float(v)}) + "\n" for i, v in enumerate(values))
+        for values in rng.standard_normal((4, 250))
+    ]
+    files: list[str | bytes] = [long[0], GOOD, long[1], ODD["broken"], long[2], long[3]]
+    paths = []
+    for i, text in enumerate(files):
+        (tmp_path / str(i)).mkdir()
+        paths += write(tmp_path / str(i), [text])
+        write_columns(paths[-1])
+    assert [p.with_name("metrics.arrow").exists() for p in paths] == [1, 0, 1, 0, 1, 1]
+    slow = read_many(paths, fast=False)
+    assert_same(read_many(paths), slow)
+    # And no text is read where there is a copy.
+    monkeypatch.setattr(metric_rows, "_whole_lines", lambda path: b"")
+    assert read_many(paths).counts.tolist() == [250, 0, 250, 0, 250, 250]
 
 
 def test_curves_of_a_study_do_not_depend_on_the_way(tmp_path: Path) -> None:
