@@ -21,6 +21,7 @@ from harness.ledger.speeds import measured_speeds
 from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, Grid
 from harness.study.plan import Plan, make_plan
+from harness.study.stage_set import outlines
 
 
 def known_ablations(tree: Tree, study: str) -> list[Ablation]:
@@ -46,9 +47,13 @@ def machine_of(cluster: str | None, grid: Grid) -> Machine:
     if isinstance(profile, settings.Hosts):
         return machine_of_hostfile(profile.hostfile.expanduser(), profile.device)
     if isinstance(profile, settings.Slurm):
-        most = max((s.execution.ranks for s in grid.stages.values()), default=1)
-        return this_machine(profile.device, most)
+        return this_machine(profile.device, _most_ranks(grid))
     return detect()
+
+
+def _most_ranks(grid: Grid) -> int:
+    known = outlines(grid.stages).values()
+    return max((outline.like.execution.ranks for outline in known), default=1)
 
 
 def plan(
@@ -60,8 +65,7 @@ def plan(
     """The grid with states and cost on a cluster, or on a machine just large enough of a device."""
     machine = machine_of(cluster, grid)
     if device is not None and device != machine.device:
-        most = max(s.execution.ranks for s in grid.stages.values())
-        machine = this_machine(device, most)
+        machine = this_machine(device, _most_ranks(grid))
     found = {k: v.state for k, v in queue.read_states(tree, grid.stages).items()}
     speeds = measured_speeds(tree, machine.device)
     return machine, make_plan(grid, found, speeds, len(machine.slots))

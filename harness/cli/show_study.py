@@ -23,11 +23,11 @@ from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import Cell, Grid
 from harness.study.plan import Plan, unseen_images
+from harness.study.stage_set import outlines
 from harness.units import format_count, format_seconds, format_si
 
 if TYPE_CHECKING:
     from harness.launch.slurm import Submitted  # submitit is slow to import
-    from harness.study.stages import StageFile
 
 
 def plan(plan: Plan, tree: Tree, slots: int) -> None:
@@ -94,31 +94,34 @@ def _stage_table(plan: Plan) -> Table:
     for name in ("feeds cells", "samples", "FLOPs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    kinds: dict[str, list[StageFile]] = {}
-    for stage in plan.grid.stages.values():
-        kinds.setdefault(stage.kind, []).append(stage)
-    for kind, stages in kinds.items():
-        ids = [stage.id for stage in stages]
+    kinds: dict[str, list[str]] = {}
+    known, feeds = outlines(plan.grid.stages), plan.grid.feeds
+    for stage_id, outline in known.items():
+        kinds.setdefault(outline.like.kind, []).append(stage_id)
+    for kind, ids in kinds.items():
         done = sum([plan.states[i] == "done" for i in ids])
-        feeds = sorted(plan.grid.feeds[i] for i in ids)
+        fed = sorted([feeds[i] for i in ids])
+        families = Counter([id(known[i].like) for i in ids])
+        likes = {id(known[i].like): known[i].like for i in ids}
         table.add_row(
             f"{kind} x {len(ids)}",
-            str(feeds[0]) if feeds[0] == feeds[-1] else f"{feeds[0]}-{feeds[-1]}",
-            format_si(sum([s.config.samples for s in stages])),
-            format_si(sum([s.flops for s in stages])),
+            str(fed[0]) if fed[0] == fed[-1] else f"{fed[0]}-{fed[-1]}",
+            format_si(sum([n * likes[k].config.samples for k, n in families.items()])),
+            format_si(sum([n * likes[k].flops for k, n in families.items()])),
             format_seconds(sum([plan.seconds[i] for i in ids])),
             f"{done}/{len(ids)} done",
             style="bold",
         )
-        shared = [s for s in stages if plan.grid.feeds[s.id] > 1]
-        for stage in shared[: _rows_of(len(shared))]:
+        shared = [i for i in ids if feeds[i] > 1]
+        for stage_id in shared[: _rows_of(len(shared))]:
+            like = known[stage_id].like
             table.add_row(
-                f"  {escape(stage.id)}",
-                str(plan.grid.feeds[stage.id]),
-                format_si(stage.config.samples),
-                format_si(stage.flops),
-                format_seconds(plan.seconds[stage.id]),
-                state_text(plan.states[stage.id]),
+                f"  {escape(stage_id)}",
+                str(feeds[stage_id]),
+                format_si(like.config.samples),
+                format_si(like.flops),
+                format_seconds(plan.seconds[stage_id]),
+                state_text(plan.states[stage_id]),
             )
     return table
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,30 @@ _WORTH_KEEPING = 200
 _Rows = dict[str, tuple[list[int], dict[str, Any]]]
 _read: dict[Path, _Rows] = {}
 """Files of this process so far. Every use of a row is checked against its result.json."""
+_found: dict[Path, tuple[float, dict[str, dict[str, Any]]]] = {}
+"""The last answer by file, and when it was given."""
 
 
-def results(tree: Tree, kind: str, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+def results(
+    tree: Tree, kind: str, ids: Iterable[str], *, max_age_s: float = 0.0
+) -> dict[str, dict[str, Any]]:
     """`KEYS` of the results of those stages that have one, by id.
 
-    `told` is true where status.json says `done` too: its worker was not killed in between.
+    `told` is true where status.json says `done` too: its worker was not killed in between. What was
+    found no longer ago than `max_age_s` is not looked for again.
     """
     path = tree.root / "index" / f"{kind}.json"
+    when, recent = _found.get(path, (0.0, {}))
+    if time.monotonic() - when > max_age_s:
+        recent = {}
+    ids = list(ids)
+    new = _results(tree, path, kind, [i for i in ids if i not in recent])
+    if not recent:
+        _found[path] = (time.monotonic(), new)
+    return {i: recent[i] for i in ids if i in recent} | new
+
+
+def _results(tree: Tree, path: Path, kind: str, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     rows = _read.get(path)
     if rows is None:
         rows = _read[path] = _load(path)

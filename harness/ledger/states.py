@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.errors import UserError
@@ -24,16 +23,15 @@ TOKEN = "token"
 """Key of status.json: the submission to a scheduler that a stage belongs to; its job's comment."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageState:
-    """What the files say of one stage."""
+class StageState(NamedTuple):
+    """What the files say of one stage. A tuple: there are tens of thousands at a time."""
 
     state: str
-    reason: str | None = None
-    message: str | None = None
     status: Mapping[str, Any]
     result: Mapping[str, Any] | None = None
     """Of its last run: it counts only for a stage that is `done`."""
+    reason: str | None = None
+    message: str | None = None
     held: bool = False
     """Cancelled by somebody, until somebody says `harness resume`."""
 
@@ -125,24 +123,24 @@ class Node(NamedTuple):
 
 def graph_of(stages: Mapping[str, StageFile]) -> dict[str, Node]:
     """Kinds and edges of a stage graph."""
-    return {
-        s: Node(stage.kind, tuple(stage.config.upstream.values())) for s, stage in stages.items()
-    }
+    from harness.study.stage_set import outlines  # whoever has stages has paid for it
+
+    return {s: Node(o.like.kind, o.upstream) for s, o in outlines(stages).items()}
 
 
 def graph_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Node]:
     """The same of rows of cells.jsonl, where stages stand in dependency order, cell by cell."""
     graph: dict[str, Node] = {}
     for row in rows:
+        kinds, upstream = row["kinds"], row.get("upstream")
+        if upstream is None:
+            raise UserError(
+                f"cells.jsonl: row of {row['id']} has no 'upstream', an older version wrote it;"
+                " submit the study again"
+            )
         for stage in row["stages"].values():
             if stage not in graph:
-                if "upstream" not in row:
-                    raise UserError(
-                        f"cells.jsonl: row of {row['id']} has no 'upstream', an older version wrote"
-                        " it; submit the study again"
-                    )
-                upstream = tuple(row["upstream"][stage])
-                graph[stage] = Node(kind=row["kinds"][stage], upstream=upstream)
+                graph[stage] = Node(kinds[stage], tuple(upstream[stage]))
     return graph
 
 
@@ -160,32 +158,43 @@ def read_graph(
     # Most stages of a large study have no folder yet: one listing a kind tells.
     begun = {kind: tree.begun(kind) for kind in {node.kind for node in graph.values()}}
     own_ids: dict[str, list[str]] = {kind: [] for kind in begun}
-    for stage_id, node in graph.items():
-        if stage_id in begun[node.kind]:
-            own_ids[node.kind].append(stage_id)
-    done = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
+    for stage_id, (kind, _) in graph.items():
+        if stage_id in begun[kind]:
+            own_ids[kind].append(stage_id)
+    rows = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
     unbegun = StageState(state="planned", status={})
     # Of most stages of a large study nothing is known but that they wait: one object for all.
-    ready, waits = unbegun, replace(unbegun, state="waiting")
-    for stage_id, node in graph.items():
-        upstream = [states[u] for u in node.upstream if u in states]
-        is_begun = stage_id in begun[node.kind]
-        if not is_begun and not any(map(_blocks, upstream)):
-            is_ready = all([s.state == "done" for s in upstream])
+    ready, waits = unbegun, unbegun._replace(state="waiting")
+    done: dict[str, Any] = {}
+    """Uids of stages that are done."""
+    blocking: set[str] = set()
+    statuses: dict[Any, dict[str, Any]] = {}
+    """Of stages that are done, by attempt."""
+    for stage_id, (kind, upstream) in graph.items():
+        is_begun = stage_id in begun[kind]
+        if not is_begun and blocking.isdisjoint(upstream):
+            is_ready = all([u in done or u not in states for u in upstream])
             states[stage_id] = ready if is_ready else waits
             continue
-        row = done[node.kind].get(stage_id) if is_begun else None
+        row = rows[kind].get(stage_id) if is_begun else None
         if row is not None and row["told"]:
-            status = {"state": "done", "attempt": row.get("attempts")}
-            own = StageState(state="done", status=status, result=row)
-            if _in_graph(own, node, upstream).state == "done":
-                states[stage_id] = own
+            if row.get("upstream_uids", {}) == {u: done.get(u) for u in upstream}:
+                attempt = row.get("attempts")
+                if attempt not in statuses:
+                    statuses[attempt] = {"state": "done", "attempt": attempt}
+                states[stage_id] = StageState("done", statuses[attempt], row)
+                done[stage_id] = row.get("uid")
                 continue
         own = unbegun
         if is_begun:
-            folder = tree.stage(node.kind, stage_id)
+            folder = tree.stage(kind, stage_id)
             own = read_state(folder, (over or {}).get(stage_id), (waiting or {}).get(stage_id))
-        states[stage_id] = _in_graph(own, node, upstream)
+        known = [states[u] for u in upstream if u in states]
+        own = states[stage_id] = _in_graph(own, upstream, known)
+        if own.state == "done":
+            done[stage_id] = (own.result or {}).get("uid")
+        elif _blocks(own):
+            blocking.add(stage_id)
     return states
 
 
@@ -193,26 +202,26 @@ def _blocks(upstream: StageState) -> bool:
     return upstream.held or upstream.state in FAILED
 
 
-def _in_graph(own: StageState, node: Node, upstream: list[StageState]) -> StageState:
+def _in_graph(own: StageState, ids: tuple[str, ...], upstream: list[StageState]) -> StageState:
     if own.state == "done":
         used = (own.result or {}).get("upstream_uids", {})
         now = {
             u: (s.result or {}).get("uid") if s.state == "done" else None
-            for u, s in zip(node.upstream, upstream, strict=True)
+            for u, s in zip(ids, upstream, strict=True)
         }
         if used == now:
             return own
         message = "its upstream stage was run again or removed since"
-        own = replace(own, state="planned", reason="stale", message=message)
+        own = own._replace(state="planned", reason="stale", message=message)
     if own.state in RESUMABLE or own.state == "blocked":
         if own.held:
             return own
         bad = list(filter(_blocks, upstream))
         if bad:
             what = "upstream is cancelled" if bad[0].held else "upstream failed"
-            return replace(own, state="blocked", reason="upstream", message=what)
+            return own._replace(state="blocked", reason="upstream", message=what)
         if own.state in ("planned", "waiting", "blocked"):
             ready = all(s.state == "done" for s in upstream)
             state = "planned" if ready else "waiting"
-            return own if own.state == state else replace(own, state=state)
+            return own if own.state == state else own._replace(state=state)
     return own

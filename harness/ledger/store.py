@@ -13,6 +13,7 @@ from harness.ledger.cell_rows import check_keys
 from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Ablation, Cell, Grid
+from harness.study.stage_set import outline_of
 from harness.study.stages import StageFile
 
 
@@ -67,16 +68,15 @@ def read_ablations(tree: Tree, study: str) -> list[Ablation]:
 
 def cell_row(cell: Cell, grid: Grid) -> dict[str, Any]:
     """A cell as a line of cells.jsonl."""
+    own = {s: outline_of(grid.stages, s) for s in cell.stages.values()}
     return {
         "schema": 1,
         "id": cell.id,
         "name": cell.name,
         "axes": _jsonable(cell.axes),
         "stages": cell.stages,
-        "kinds": {s: grid.stages[s].kind for s in cell.stages.values()},
-        "upstream": {
-            s: list(grid.stages[s].config.upstream.values()) for s in cell.stages.values()
-        },
+        "kinds": {s: outline.like.kind for s, outline in own.items()},
+        "upstream": {s: list(outline.upstream) for s, outline in own.items()},
         "params": cell.params,
         "images": cell.images,
         "flops": cell.flops,

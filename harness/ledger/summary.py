@@ -41,22 +41,30 @@ def _study(
     most: int | None,
 ) -> dict[str, Any]:
     kinds = {s: graph[s].kind for c in cells for s in c["stages"].values()}
-    states = {s: all_states[s] for s in kinds}
-    shown = {s: v.state for s, v in states.items()}
+    states: dict[str, StageState] = {}
+    shown: dict[str, str] = {}
     by_kind: dict[str, dict[str, int]] = {}
     listed: list[str] = []
-    # Plain loops: a study may have forty thousand stages.
+    running: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    # One plain loop: a study may have forty thousand stages.
     for stage, kind in kinds.items():
+        value = states[stage] = all_states[stage]
+        state = shown[stage] = value.state
         counts = by_kind.get(kind)
         if counts is None:
             counts = by_kind[kind] = {}
-        state = shown[stage]
-        counts[state] = counts.get(state, 0) + 1
-        if most is None or counts[state] <= most:
+        number = counts[state] = counts.get(state, 0) + 1
+        if most is None or number <= most:
             listed.append(stage)
+        if state in ACTIVE:
+            running.append(_running(tree, stage, kind, value))
+        elif state in ("failed", "diverged", "lost"):
+            about = {"reason": value.reason, "message": value.message}
+            failed.append({"id": stage, "state": state, **about})
     return {
         "name": name,
-        "cells": dict(Counter(cell_state([shown[s] for s in c["stages"].values()]) for c in cells)),
+        "cells": _cell_states(cells, shown),
         "kinds": by_kind,
         "stages": [
             {
@@ -67,17 +75,21 @@ def _study(
             }
             for s in listed
         ],
-        "running": [
-            _running(tree, s, kinds[s], states[s]) for s in states if states[s].state in ACTIVE
-        ],
-        "failed": [
-            {"id": s, "state": v.state, "reason": v.reason, "message": v.message}
-            for s, v in states.items()
-            if v.state in ("failed", "diverged", "lost")
-        ],
-        "active": any(v.state in ACTIVE for v in states.values()),
+        "running": running,
+        "failed": failed,
+        "active": bool(running),
         "harness_s": _overhead(states),
     }
+
+
+def _cell_states(cells: list[dict[str, Any]], shown: Mapping[str, str]) -> dict[str, int]:
+    """Cells by state, in the order in which states come up."""
+    alike = Counter(tuple([shown[s] for s in cell["stages"].values()]) for cell in cells)
+    found: dict[str, int] = {}
+    for states, number in alike.items():
+        state = cell_state(list(states))
+        found[state] = found.get(state, 0) + number
+    return found
 
 
 def _details(state: StageState) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
-from harness.study.again import Step, repeat
 from harness.study.cell_names import around_seed, plain, varied
 from harness.study.chain import Chain
 from harness.study.datasets import DatasetMeta, describe
@@ -28,8 +27,10 @@ from harness.study.schema import (
     Stages,
     problems_of,
 )
+from harness.study.seeds import Step, repeat
 from harness.study.sizes import SIZES
 from harness.study.source import Location
+from harness.study.stage_set import StageSet
 from harness.study.stages import Execution, Images, StageFile
 from harness.study.zero_files import checked_name
 from harness.units import format_count
@@ -61,7 +62,7 @@ class Grid:
 
     loaded: LoadedStudy
     cells: list[Cell]
-    stages: dict[str, StageFile]
+    stages: Mapping[str, StageFile]
     feeds: dict[str, int]
     """Stage id -> number of cells that need it."""
     datasets: dict[str, DatasetMeta]
@@ -146,7 +147,7 @@ class _Builder:
         self.loaded = loaded
         self.problems: list[str] = []
         self.cells: dict[str, Cell] = {}
-        self.stages: dict[str, StageFile] = {}
+        self.stages = StageSet()
         self.feeds: dict[str, int] = {}
         self.datasets: dict[str, DatasetMeta] = {}
         self._stages_cache: dict[str, Stages | None] = {}
@@ -157,13 +158,12 @@ class _Builder:
         """Rules that matched something, as (section, place)."""
         self._images: dict[tuple[str, str, int, bool], Images] = {}
         self._models: dict[tuple[str, int, int], Model] = {}
-        self._texts: dict[str, str] = {}
         self.schedules: dict[tuple[int, int, int], Any] = {}
         self.executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]] = {}
         self.features: dict[tuple[Any, ...], Any] = {}
         self.varied = varied(loaded)
-        self._families: dict[str, _Family] = {}
-        """Cells that differ in the seed alone, by their other values."""
+        self._families: dict[Hashable, _Family] = {}
+        """Cells that differ in the seed alone, by `Point.family`."""
         rules = (*loaded.study.overrides, *loaded.study.resources)
         self._seed_matters = any("seed" in rule.match for rule in rules)
 
@@ -188,21 +188,19 @@ class _Builder:
     # -- one cell ---------------------------------------------------------------------------
 
     def add(self, point: Point, ablation: Ablation | None = None) -> None:
-        others = ""
-        if ablation is None and not self._seed_matters:
-            others = repr([value for value in point.values.items() if value[0] != "seed"])
+        others = None if self._seed_matters else point.family
+        if others is not None:
             family = self._families.get(others)
             if family is not None:
-                self._keep(
-                    family, point, repeat(family.steps, point.values["seed"], self.stages, self.put)
-                )
+                seed = point.values["seed"]
+                self._keep(family, point, repeat(family.steps, seed, self.stages))
                 return
         recipes = self._recipes(point) if self.loaded.has_stages else None
         try:
             meta = self.dataset(str(point.values["dataset"]))
             if recipes is not None:
                 family, ids = self._new(point, meta, recipes, ablation)
-                if others:
+                if others is not None:
                     self._families[others] = family
                 self._keep(family, point, ids)
         except UserError as error:
@@ -362,10 +360,7 @@ class _Builder:
     # -- stages -----------------------------------------------------------------------------
 
     def put(self, stage: StageFile, text: str) -> str:
-        # Two different stages never share an id; a clash of hashes would be silent otherwise.
-        key = stage.id.rsplit("-", 1)[1]
-        assert self._texts.setdefault(key, text) == text, f"hash clash at {stage.id}"
-        self.stages.setdefault(stage.id, stage)
+        self.stages.add(stage, text)
         return stage.id
 
     def images(self, meta: DatasetMeta, split: str, images: int, one_window: bool) -> Images:
@@ -422,5 +417,8 @@ def only(grid: Grid, cells: list[Cell]) -> Grid:
     for cell in cells:
         for stage in cell.stages.values():
             feeds[stage] = feeds.get(stage, 0) + 1
-    stages = {k: v for k, v in grid.stages.items() if k in needed}
+    if isinstance(grid.stages, StageSet):
+        stages: Mapping[str, StageFile] = grid.stages.only(needed)
+    else:
+        stages = {k: v for k, v in grid.stages.items() if k in needed}
     return replace(grid, cells=cells, stages=stages, feeds=feeds)

@@ -20,6 +20,7 @@ from harness.study.recipes import (
     epoch_samples,
 )
 from harness.study.schema import LoadedStudy, Resources, Stages
+from harness.study.stage_set import StageSet
 from harness.study.stages import Execution, Images, Kind, StageConfig, StageFile
 from harness.study.starting import check_file, content_hash, find, is_checkpoint
 from harness.study.transfers import Transfers
@@ -30,7 +31,7 @@ class Surroundings(Protocol):
     """What a chain needs of the grid it belongs to."""
 
     loaded: LoadedStudy
-    stages: dict[str, StageFile]
+    stages: StageSet
     schedules: dict[tuple[int, int, int], Any]
     """Recipes with their lengths in samples: (id of the recipe, epoch, steps) -> (recipe, it)."""
     executions: dict[tuple[Any, ...], tuple[Any, Any, Execution]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class Point:
     values: dict[str, Any]
     origin: dict[str, Location]
     """Where in the study file each value stands."""
+    family: Hashable = None
+    """Equal for points of the axes' product that differ in the seed alone; None for others."""
 
 
 def expand(loaded: LoadedStudy, problems: list[str]) -> list[Point]:
@@ -39,12 +42,16 @@ def expand(loaded: LoadedStudy, problems: list[str]) -> list[Point]:
         return []
     points = []
     default_origin: dict[str, Location] = {k: ("defaults", k) for k in study.defaults}
-    for combination in itertools.product(*_groups(loaded)):
+    groups = _groups(loaded)
+    places = [i for i, choices in enumerate(groups) if [n for n, _ in choices[0]] != ["seed"]]
+    for combination in itertools.product(*groups):
         values, origin = dict(study.defaults), dict(default_origin)
-        for name, index in itertools.chain.from_iterable(combination):
-            values[name] = study.axes[name][index]
-            origin[name] = ("axes", name, index)
-        points.append(Point(values=values, origin=origin))
+        for choice in combination:
+            for name, index in choice:
+                values[name] = study.axes[name][index]
+                origin[name] = ("axes", name, index)
+        family = tuple([combination[i] for i in places])
+        points.append(Point(values=values, origin=origin, family=family))
     for i, rule in enumerate(study.exclude):
         kept = [p for p in points if not matches(rule, p.values)]
         if len(kept) == len(points) and not _strange_keys(loaded, rule):
@@ -69,11 +76,19 @@ def expand(loaded: LoadedStudy, problems: list[str]) -> list[Point]:
             if points and idle and not _strange_keys(loaded, match):
                 where, shown = loaded.source.where((section, i)), show_rule(rule.match)
                 problems.append(f"{where}: {section} {shown} matches no cell; fix or remove it")
-    good = []
+    good: list[Point] = []
+    checked: dict[Hashable, dict[str, Any]] = {}
     for point in points:
-        before = len(problems)
+        known, before = checked.get(point.family), len(problems)
+        if known is not None and _is_seed(point.values.get("seed", 0)):
+            values = {**known, "seed": point.values.get("seed", 0)}
+            good.append(Point(values=values, origin=point.origin, family=point.family))
+            continue
         normal = normalise(point, loaded, problems)
-        good += [normal] if len(problems) == before else []
+        if len(problems) == before:
+            good.append(normal)
+            if point.family is not None:
+                checked[point.family] = normal.values
     return good
 
 
@@ -117,7 +132,10 @@ def same(value: Any, wanted: Any) -> bool:
         return False
 
 
-def _groups(loaded: LoadedStudy) -> list[list[list[tuple[str, int]]]]:
+_Choice = tuple[tuple[str, int], ...]
+
+
+def _groups(loaded: LoadedStudy) -> list[list[_Choice]]:
     """Per zipped group (or lone axis) its choices; a choice is (axis, index) pairs."""
     zipped = {name: tuple(group) for group in loaded.study.zip for name in group}
     groups, done = [], set()
@@ -126,7 +144,7 @@ def _groups(loaded: LoadedStudy) -> list[list[list[tuple[str, int]]]]:
         if group in done:
             continue
         done.add(group)
-        groups.append([[(name, i) for name in group] for i in range(len(axis_values))])
+        groups.append([tuple((name, i) for name in group) for i in range(len(axis_values))])
     return groups
 
 
@@ -237,9 +255,13 @@ def normalise(
         if axis in values:
             values[axis] = _whole(values[axis], axis, bad)
     seed = values["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    if not _is_seed(seed):
         bad("seed", "expected a whole number, 0 or more")
-    return Point(values=values, origin=point.origin)
+    return Point(values=values, origin=point.origin, family=point.family)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _whole(value: Any, axis: str, bad: Any) -> Any:

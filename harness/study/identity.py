@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -62,22 +62,29 @@ class Text:
     def __init__(self, config: StageConfig) -> None:
         images, recipe, steps = config.images, config.recipe, config.steps
         model = _text(config.model, lambda: canonical(_fields(config.model)))
-        self._head = f'{{"images":{_text(images, lambda: canonical(_images_fields(images)))}'
-        self._head += f',"kind":{_quoted(config.kind)},"model":{model}'
-        self._head += f',"num_classes":{config.num_classes}' if config.num_classes else ""
+        head = f'{{"images":{_text(images, lambda: canonical(_images_fields(images)))}'
+        head += f',"kind":{_quoted(config.kind)},"model":{model}'
+        head += f',"num_classes":{config.num_classes}' if config.num_classes else ""
         written = _text(recipe, lambda: canonical(semantic_fields(config)["recipe"]))
-        self._head += f',"recipe":{written}'
-        self._steps = f',"steps":{steps}' if steps else ""
+        self._head = f'{head},"recipe":{written}'
+        self.roles = sorted(config.upstream)
+        """Of what it starts from, in the order of the text."""
+        after = f',"steps":{steps}' if steps else ""
+        before = ",".join(f"{_quoted(role)}:\0" for role in self.roles)
+        after += f',"upstream":{{{before}}}' if before else ""
         weights = f',"weights":{_quoted(config.weights)}' if config.weights else ""
-        self._tail = f',"version":{VERSION}{weights}}}'
-        self._roles = [(role, f"{_quoted(role)}:") for role in sorted(config.upstream)]
+        after += f',"version":{VERSION}{weights}}}'
+        self._after = after.replace("%", "%%").replace("\0", "%s")
+        """From the seed on, a `%s` for each role."""
 
     def of(self, seed: int, upstream: dict[str, str]) -> str:
         """`canonical(semantic_fields(config))` of the config with these, roles as they were."""
+        return self.at(seed, [upstream[role] for role in self.roles])
+
+    def at(self, seed: int, ids: Sequence[str]) -> str:
+        """The same, `ids` in the order of `roles`."""
         shown = f',"seed":{seed}' if seed else ""
-        before = ",".join([text + _quoted(upstream[role]) for role, text in self._roles])
-        starts = f',"upstream":{{{before}}}' if before else ""
-        return f"{self._head}{shown}{self._steps}{starts}{self._tail}"
+        return f"{self._head}{shown}{self._after % tuple(map(_quoted, ids))}"
 
 
 def canonical_text(config: StageConfig) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.errors import UserError
 from harness.study.cell_states import cell_state
 from harness.study.cells import Grid
 from harness.study.cost import Speeds, checkpoint_bytes, makespan
+from harness.study.identity import HASH_CHARS
+from harness.study.stage_set import Outline, outlines
+from harness.study.stages import StageFile
 from harness.units import format_count, format_seconds, format_si
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The machine-readable plan (`--json`)."""
+        known = outlines(self.grid.stages)
+        samples = _of_families(known, lambda stage: stage.config.samples)
         cells = [
             {
                 "id": c.id,
@@ -61,9 +68,9 @@ class Plan:
                 "state": self.cell_state(c.stages),
                 "params": c.params,
                 "images": c.images,
-                "samples": sum(self.grid.stages[s].config.samples for s in c.stages.values()),
+                "samples": sum([samples[s] for s in c.stages.values()]),
                 "flops": c.flops,
-                "seconds": sum(self.seconds[s] for s in c.stages.values()),
+                "seconds": sum([self.seconds[s] for s in c.stages.values()]),
                 "tag": c.tag,
                 "parent": c.parent,
             }
@@ -71,17 +78,17 @@ class Plan:
         ]
         stages = [
             {
-                "id": s.id,
-                "kind": s.kind,
-                "name": s.name,
-                "feeds": self.grid.feeds[s.id],
-                "samples": s.config.samples,
-                "flops": s.flops,
-                "params": s.params,
-                "seconds": self.seconds[s.id],
-                "state": self.states[s.id],
+                "id": s,
+                "kind": outline.like.kind,
+                "name": s[: -HASH_CHARS - 1],
+                "feeds": self.grid.feeds[s],
+                "samples": samples[s],
+                "flops": outline.like.flops,
+                "params": outline.like.params,
+                "seconds": self.seconds[s],
+                "state": self.states[s],
             }
-            for s in self.grid.stages.values()
+            for s, outline in known.items()
         ]
         totals = self.totals
         return {
@@ -104,17 +111,24 @@ class Plan:
 
 def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int) -> Plan:
     """Adds up what is shared, done and left."""
-    seconds = _seconds(grid, speeds)
+    known = outlines(grid.stages)
+    seconds = _of_families(known, speeds.seconds)
     shared = remaining = measured = disk = hours = 0.0
     work: list[tuple[float, int]] = []
-    for stage_id, stage in grid.stages.items():
-        shared += stage.flops
-        disk += checkpoint_bytes(stage)
+    facts: dict[int, tuple[float, float, bool, int]] = {}
+    for stage_id, outline in known.items():
+        like = outline.like
+        own = facts.get(id(like))
+        if own is None:
+            is_measured, ranks = speeds.is_measured(like), like.execution.ranks
+            own = facts[id(like)] = (like.flops, checkpoint_bytes(like), is_measured, ranks)
+        flops, size, is_measured, ranks = own
+        shared += flops
+        disk += size
         if states[stage_id] == "done":
             continue
-        remaining += stage.flops
-        measured += stage.flops if speeds.is_measured(stage) else 0.0
-        ranks = stage.execution.ranks
+        remaining += flops
+        measured += flops if is_measured else 0.0
         hours += seconds[stage_id] * ranks / 3600
         work.append((seconds[stage_id], ranks))
     totals = Totals(
@@ -129,28 +143,29 @@ def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int)
     return Plan(grid=grid, states=states, totals=totals, speeds=speeds, seconds=seconds)
 
 
-def _seconds(grid: Grid, speeds: Speeds) -> dict[str, float]:
-    """Stage id -> `Speeds.seconds`, computed once for stages that differ in the seed alone."""
-    known: dict[tuple[object, ...], float] = {}
+def _of_families(known: Mapping[str, Outline], measure: Callable[[StageFile], T]) -> dict[str, T]:
+    """A number of each stage that stages which differ in the seed alone have in common."""
+    values: dict[int, T] = {}
     found = {}
-    for stage_id, stage in grid.stages.items():
-        config = stage.config
-        key = (stage.kind, config.size, stage.flops, config.steps, id(stage.execution))
-        seconds = known.get(key)
-        if seconds is None:
-            seconds = known[key] = speeds.seconds(stage)
-        found[stage_id] = seconds
+    for stage_id, outline in known.items():
+        like = outline.like
+        value = values.get(id(like))
+        if value is None:
+            value = values[id(like)] = measure(like)
+        found[stage_id] = value
     return found
 
 
 def unseen_images(grid: Grid) -> list[str]:
     """A line for every data size of which WSP does not get to see all: it is no larger then."""
     found: dict[tuple[int, int], int] = {}
+    seen = _of_families(
+        outlines(grid.stages), lambda stage: (stage.config.images.images, stage.config.samples)
+    )
     for cell in grid.cells:
-        stage = grid.stages[cell.stages["wsp"]] if "wsp" in cell.stages else None
-        if stage is not None and stage.config.samples < stage.config.images.images:
-            key = (stage.config.images.images, stage.config.samples)
-            found[key] = found.get(key, 0) + 1
+        images, samples = seen[cell.stages["wsp"]] if "wsp" in cell.stages else (0, 0)
+        if samples < images:
+            found[images, samples] = found.get((images, samples), 0) + 1
     return [
         f"{cells} cells of {format_count(images)} images see {format_count(samples)} of them at"
         " most, the samples of their wsp stage: train longer, or do not read them as more data"

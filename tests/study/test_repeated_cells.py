@@ -11,8 +11,9 @@ import yaml
 from harness.study import identity
 from harness.study.again import renewed
 from harness.study.cell_names import plain
-from harness.study.cells import Grid, build_grid
+from harness.study.cells import Grid, build_grid, only
 from harness.study.schema import load_study
+from harness.study.stage_set import outline_of, outlines
 from harness.study.stages import StageFile
 from tests.conftest import SMALL
 
@@ -106,3 +107,39 @@ def test_cells_of_several_seeds_are_those_of_each_seed_alone(name: str, tmp_path
                 written = whole.stages[stage].model_dump(mode="json", by_alias=True)
                 assert StageFile.model_validate(written) == whole.stages[stage]
     assert {s for c in whole.cells for s in c.stages.values()} == whole.stages.keys()
+
+
+def test_an_outline_says_what_the_stage_says() -> None:
+    grid = build_grid(load_study(GRIDS / "scale_study.yaml"))
+    known = outlines(grid.stages)
+    assert list(known) == list(grid.stages) and len(known) == len(grid.stages)
+    own = {stage_id for stage_id, outline in known.items() if outline.like.id == stage_id}
+    assert 0 < len(own) < len(known) / 2  # the study has several seeds
+    for stage_id, outline in known.items():
+        stage = grid.stages[stage_id]
+        assert stage is grid.stages[stage_id] and stage.id == stage_id
+        assert (outline.seed, outline.upstream) == (
+            stage.config.seed,
+            tuple(stage.config.upstream.values()),
+        )
+        assert outline == outline_of(grid.stages, stage_id)
+        alike = {"exclude": {"id": True, "name": True, "upstream_kinds": True}}
+        one, two = stage.model_dump(**alike), outline.like.model_dump(**alike)  # type: ignore[arg-type]
+        for dumped in (one, two):
+            dumped["config"].pop("seed"), dumped["config"].pop("upstream")
+        assert one == two
+        assert [grid.stages[u].kind for u in outline.upstream] == [*stage.upstream_kinds.values()]
+    assert outlines(dict(grid.stages)).keys() == known.keys()
+
+
+def test_a_part_of_a_grid_has_no_other_stages() -> None:
+    grid = build_grid(load_study(GRIDS / "scale_study.yaml"))
+    everything = list(grid.stages.values())
+    part = only(grid, grid.cells[-3:])
+    wanted = {s for cell in grid.cells[-3:] for s in cell.stages.values()}
+    assert {*part.stages} == wanted and [*part.stages] == [s for s in grid.stages if s in wanted]
+    for stage in everything:
+        assert (stage.id in part.stages) == (stage.id in wanted)
+        if stage.id not in wanted:
+            with pytest.raises(KeyError):
+                part.stages[stage.id]

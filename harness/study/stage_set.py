@@ -1,0 +1,104 @@
+"""The stages of a study. Of tens of thousands most differ in the seed alone: those are written out
+when somebody asks for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from harness.study.again import renewed
+from harness.study.identity import HASH_CHARS
+from harness.study.stages import StageFile
+
+
+class Outline(NamedTuple):
+    """What a stage is, in short."""
+
+    like: StageFile
+    """Itself, or one that differs in id, name, seed and what it starts from alone."""
+    seed: int
+    upstream: tuple[str, ...]
+    """Ids of the stages it starts from, in the order of `like.config.upstream`."""
+
+
+class StageSet(Mapping[str, StageFile]):
+    """Stages by id, in dependency order."""
+
+    def __init__(self) -> None:
+        self._outlines: dict[str, Outline] = {}
+        self._whole: dict[str, StageFile] = {}
+        self._texts: dict[str, str] = {}
+        """What was hashed, by hash."""
+
+    def add(self, stage: StageFile, text: str) -> None:
+        """Keeps a stage, once. `text` is what its hash was made of."""
+        if stage.id not in self._outlines:
+            self.add_like(stage.id, _outline(stage), text)
+            self._whole[stage.id] = stage
+
+    def add_like(self, stage_id: str, outline: Outline, text: str) -> None:
+        """Keeps a new stage that is like another."""
+        # Two different stages never share an id; a clash of hashes would be silent otherwise.
+        key = stage_id[-HASH_CHARS:]
+        assert self._texts.setdefault(key, text) == text, f"hash clash at {stage_id}"
+        self._outlines[stage_id] = outline
+
+    def __getitem__(self, stage_id: str) -> StageFile:
+        outline = self._outlines[stage_id]
+        stage = self._whole.get(stage_id)
+        if stage is None:
+            stage = self._whole[stage_id] = _written_out(stage_id, outline)
+        return stage
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outlines)
+
+    def __len__(self) -> int:
+        return len(self._outlines)
+
+    def __contains__(self, stage_id: object) -> bool:
+        return stage_id in self._outlines
+
+    @property
+    def outlines(self) -> Mapping[str, Outline]:
+        """Of all stages: what needs no more writes none of them out."""
+        return self._outlines
+
+    def only(self, wanted: Collection[str]) -> StageSet:
+        """These of its stages, in its order."""
+        found = StageSet()
+        found._outlines = {i: outline for i, outline in self._outlines.items() if i in wanted}
+        found._whole = self._whole
+        return found
+
+
+def outlines(stages: Mapping[str, StageFile]) -> Mapping[str, Outline]:
+    """Of any stages."""
+    if isinstance(stages, StageSet):
+        return stages.outlines
+    return {i: _outline(stage) for i, stage in stages.items()}
+
+
+def outline_of(stages: Mapping[str, StageFile], stage_id: str) -> Outline:
+    """Of one of them."""
+    if isinstance(stages, StageSet):
+        return stages.outlines[stage_id]
+    return _outline(stages[stage_id])
+
+
+def _outline(stage: StageFile) -> Outline:
+    return Outline(stage, stage.config.seed, tuple(stage.config.upstream.values()))
+
+
+def _written_out(stage_id: str, outline: Outline) -> StageFile:
+    old = outline.like
+    ids = dict(zip(old.config.upstream.values(), outline.upstream, strict=True))
+    upstream = {role: ids[i] for role, i in old.config.upstream.items()}
+    fields = {
+        "id": stage_id,
+        "name": stage_id[: -HASH_CHARS - 1],
+        "config": renewed(old.config, {"seed": outline.seed, "upstream": upstream}),
+        "upstream_kinds": {ids[i]: kind for i, kind in old.upstream_kinds.items()},
+    }
+    return renewed(old, fields)
