@@ -23,7 +23,7 @@ from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import Cell, Grid
 from harness.study.plan import Plan, unseen_images
-from harness.study.stage_set import outlines
+from harness.study.stage_set import families, outlines
 from harness.units import format_count, format_seconds, format_si
 
 if TYPE_CHECKING:
@@ -97,18 +97,18 @@ def _stage_table(plan: Plan) -> Table:
     kinds: dict[str, list[str]] = {}
     known, feeds = outlines(plan.grid.stages), plan.grid.feeds
     for stage_id, outline in known.items():
-        kinds.setdefault(outline.like.kind, []).append(stage_id)
+        kinds.setdefault(outline.kind, []).append(stage_id)
     for kind, ids in kinds.items():
-        done = sum([plan.states[i] == "done" for i in ids])
-        fed = sorted([feeds[i] for i in ids])
-        families = Counter([id(known[i].like) for i in ids])
-        likes = {id(known[i].like): known[i].like for i in ids}
+        done = [plan.states[i] for i in ids].count("done")
+        fed = [feeds[i] for i in ids]
+        least, most = min(fed), max(fed)
+        own = families([known[i] for i in ids])
         table.add_row(
             f"{kind} x {len(ids)}",
-            str(fed[0]) if fed[0] == fed[-1] else f"{fed[0]}-{fed[-1]}",
-            format_si(sum([n * likes[k].config.samples for k, n in families.items()])),
-            format_si(sum([n * likes[k].flops for k, n in families.items()])),
-            format_seconds(sum([plan.seconds[i] for i in ids])),
+            str(least) if least == most else f"{least}-{most}",
+            format_si(sum([number * like.config.samples for like, number in own])),
+            format_si(sum([number * like.flops for like, number in own])),
+            format_seconds(sum([number * plan.seconds.of(like) for like, number in own])),
             f"{done}/{len(ids)} done",
             style="bold",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from harness.errors import UserError
 from harness.ledger.files import read_json
@@ -114,18 +114,30 @@ def read_states(
     return read_graph(tree, graph_of(stages), over, waiting)
 
 
-class Node(NamedTuple):
+class Node(Protocol):
     """What the state of a stage depends on besides its own files."""
 
+    @property
+    def kind(self) -> str:
+        """Of the stage."""
+        ...
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """Ids of the stages it starts from."""
+        ...
+
+
+class _Node(NamedTuple):
     kind: str
     upstream: tuple[str, ...]
 
 
-def graph_of(stages: Mapping[str, StageFile]) -> dict[str, Node]:
+def graph_of(stages: Mapping[str, StageFile]) -> Mapping[str, Node]:
     """Kinds and edges of a stage graph."""
     from harness.study.stage_set import outlines  # whoever has stages has paid for it
 
-    return {s: Node(o.like.kind, o.upstream) for s, o in outlines(stages).items()}
+    return outlines(stages)
 
 
 def graph_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Node]:
@@ -140,7 +152,7 @@ def graph_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Node]:
             )
         for stage in row["stages"].values():
             if stage not in graph:
-                graph[stage] = Node(kinds[stage], tuple(upstream[stage]))
+                graph[stage] = _Node(kinds[stage], tuple(upstream[stage]))
     return graph
 
 
@@ -158,9 +170,9 @@ def read_graph(
     # Most stages of a large study have no folder yet: one listing a kind tells.
     begun = {kind: tree.begun(kind) for kind in {node.kind for node in graph.values()}}
     own_ids: dict[str, list[str]] = {kind: [] for kind in begun}
-    for stage_id, (kind, _) in graph.items():
-        if stage_id in begun[kind]:
-            own_ids[kind].append(stage_id)
+    for stage_id, node in graph.items():
+        if stage_id in begun[node.kind]:
+            own_ids[node.kind].append(stage_id)
     rows = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
     unbegun = StageState(state="planned", status={})
     # Of most stages of a large study nothing is known but that they wait: one object for all.
@@ -170,7 +182,8 @@ def read_graph(
     blocking: set[str] = set()
     statuses: dict[Any, dict[str, Any]] = {}
     """Of stages that are done, by attempt."""
-    for stage_id, (kind, upstream) in graph.items():
+    for stage_id, node in graph.items():
+        kind, upstream = node.kind, node.upstream
         is_begun = stage_id in begun[kind]
         if not is_begun and blocking.isdisjoint(upstream):
             is_ready = all([u in done or u not in states for u in upstream])

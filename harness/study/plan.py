@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from harness.errors import UserError
 from harness.study.cell_states import cell_state
 from harness.study.cells import Grid
 from harness.study.cost import Speeds, checkpoint_bytes, makespan
 from harness.study.identity import HASH_CHARS
-from harness.study.stage_set import Outline, outlines
-from harness.study.stages import StageFile
+from harness.study.stage_set import OfFamilies, families, outlines
 from harness.units import format_count, format_seconds, format_si
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class Plan:
     states: Mapping[str, str]
     totals: Totals
     speeds: Speeds
-    seconds: Mapping[str, float]
+    seconds: OfFamilies[float]
     """Stage id -> its wall time, as estimated."""
 
     def cell_state(self, stages: Mapping[str, str]) -> str:
@@ -58,7 +55,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The machine-readable plan (`--json`)."""
         known = outlines(self.grid.stages)
-        samples = _of_families(known, lambda stage: stage.config.samples)
+        samples = OfFamilies(known, lambda stage: stage.config.samples)
         cells = [
             {
                 "id": c.id,
@@ -79,7 +76,7 @@ class Plan:
         stages = [
             {
                 "id": s,
-                "kind": outline.like.kind,
+                "kind": outline.kind,
                 "name": s[: -HASH_CHARS - 1],
                 "feeds": self.grid.feeds[s],
                 "samples": samples[s],
@@ -112,25 +109,18 @@ class Plan:
 def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int) -> Plan:
     """Adds up what is shared, done and left."""
     known = outlines(grid.stages)
-    seconds = _of_families(known, speeds.seconds)
+    seconds = OfFamilies(known, speeds.seconds)
     shared = remaining = measured = disk = hours = 0.0
     work: list[tuple[float, int]] = []
-    facts: dict[int, tuple[float, float, bool, int]] = {}
-    for stage_id, outline in known.items():
-        like = outline.like
-        own = facts.get(id(like))
-        if own is None:
-            is_measured, ranks = speeds.is_measured(like), like.execution.ranks
-            own = facts[id(like)] = (like.flops, checkpoint_bytes(like), is_measured, ranks)
-        flops, size, is_measured, ranks = own
-        shared += flops
-        disk += size
-        if states[stage_id] == "done":
-            continue
-        remaining += flops
-        measured += flops if is_measured else 0.0
-        hours += seconds[stage_id] * ranks / 3600
-        work.append((seconds[stage_id], ranks))
+    for like, number in families(known.values()):
+        shared += number * like.flops
+        disk += number * checkpoint_bytes(like)
+    for like, number in families([o for s, o in known.items() if states[s] != "done"]):
+        remaining += number * like.flops
+        measured += number * like.flops if speeds.is_measured(like) else 0.0
+        each, ranks = seconds.of(like), like.execution.ranks
+        hours += number * each * ranks / 3600
+        work += [(each, ranks)] * number
     totals = Totals(
         flops_naive=sum(c.flops for c in grid.cells),
         flops_shared=shared,
@@ -143,23 +133,10 @@ def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int)
     return Plan(grid=grid, states=states, totals=totals, speeds=speeds, seconds=seconds)
 
 
-def _of_families(known: Mapping[str, Outline], measure: Callable[[StageFile], T]) -> dict[str, T]:
-    """A number of each stage that stages which differ in the seed alone have in common."""
-    values: dict[int, T] = {}
-    found = {}
-    for stage_id, outline in known.items():
-        like = outline.like
-        value = values.get(id(like))
-        if value is None:
-            value = values[id(like)] = measure(like)
-        found[stage_id] = value
-    return found
-
-
 def unseen_images(grid: Grid) -> list[str]:
     """A line for every data size of which WSP does not get to see all: it is no larger then."""
     found: dict[tuple[int, int], int] = {}
-    seen = _of_families(
+    seen = OfFamilies(
         outlines(grid.stages), lambda stage: (stage.config.images.images, stage.config.samples)
     )
     for cell in grid.cells:

@@ -33,7 +33,7 @@ class Step:
         stage_id = f"{self._name}{seed}-{identity.digest(text)}"
         if stage_id not in stages.outlines:
             upstream = tuple([ids[i] for i in self._upstream])
-            stages.add_like(stage_id, Outline(self.stage, seed, upstream), text)
+            stages.add_like(stage_id, Outline(self.stage.kind, upstream, seed, self.stage), text)
         return stage_id
 
 

@@ -4,22 +4,26 @@ when somebody asks for one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from harness.study.again import renewed
 from harness.study.identity import HASH_CHARS
 from harness.study.stages import StageFile
 
+T = TypeVar("T")
+
 
 class Outline(NamedTuple):
     """What a stage is, in short."""
 
-    like: StageFile
-    """Itself, or one that differs in id, name, seed and what it starts from alone."""
-    seed: int
+    kind: str
     upstream: tuple[str, ...]
     """Ids of the stages it starts from, in the order of `like.config.upstream`."""
+    seed: int
+    like: StageFile
+    """Itself, or one that differs in id, name, seed and what it starts from alone."""
 
 
 class StageSet(Mapping[str, StageFile]):
@@ -87,8 +91,40 @@ def outline_of(stages: Mapping[str, StageFile], stage_id: str) -> Outline:
     return _outline(stages[stage_id])
 
 
+class OfFamilies(Mapping[str, T]):
+    """What stages that differ in the seed alone have in common, by stage id; measured once."""
+
+    def __init__(self, known: Mapping[str, Outline], measure: Callable[[StageFile], T]) -> None:
+        self._known, self._measure = known, measure
+        self._values: dict[int, T] = {}
+
+    def of(self, like: StageFile) -> T:
+        """Of a family."""
+        value = self._values.get(id(like))
+        if value is None:
+            value = self._values[id(like)] = self._measure(like)
+        return value
+
+    def __getitem__(self, stage_id: str) -> T:
+        return self.of(self._known[stage_id].like)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def families(stages: Iterable[Outline]) -> list[tuple[StageFile, int]]:
+    """One stage of each family among them, and how many of it there are."""
+    likes = [outline.like for outline in stages]
+    by_id = {id(like): like for like in likes}
+    return [(by_id[key], number) for key, number in Counter(map(id, likes)).items()]
+
+
 def _outline(stage: StageFile) -> Outline:
-    return Outline(stage, stage.config.seed, tuple(stage.config.upstream.values()))
+    config = stage.config
+    return Outline(stage.kind, tuple(config.upstream.values()), config.seed, stage)
 
 
 def _written_out(stage_id: str, outline: Outline) -> StageFile:
