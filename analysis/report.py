@@ -8,7 +8,7 @@ and files follow from that. What is computed once for several sections belongs i
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,21 +75,28 @@ def build(root: Path, study: str, out: Path) -> ReportResult:
     data = load(root, study)
     folder = out / study
     folder.mkdir(parents=True, exist_ok=True)
-    with analysed(data, root) as a:
-        style.introduce(a.inits)
-        sections = [section for build_section in SECTIONS for section in build_section(a)]
+    written: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as aside:
+
+        def write_curves() -> None:
+            """The largest files. Arrow writes without the interpreter's lock, beside all else."""
+            written.append(aside.submit(export.write_frame, folder, "curves", data.curves))
+
+        with analysed(data, root, write_curves) as a:
+            style.introduce(a.inits)
+            sections = [section for build_section in SECTIONS for section in build_section(a)]
+        for future in written:
+            future.result()
     _check(sections)
 
     own = {n: f for section in sections for n, f in section.frames.items() if len(f[1])}
     frames = {name: frame for name, (_, frame) in own.items()}
     frames |= {"results": export.results_frame(data), "cells": export.cells_frame(data)}
-    frames |= {"curves": data.curves}
     drawn = [figure for section in sections for figure in section.figures]
     with panels.renderer(drawn) as render, ThreadPoolExecutor(1) as aside:
-        # Arrow writes without the interpreter's lock, so figures are drawn meanwhile.
-        written = [aside.submit(export.write_frame, folder, n, f) for n, f in frames.items()]
+        files_written = [aside.submit(export.write_frame, folder, n, f) for n, f in frames.items()]
         drawings = render()
-        for future in written:
+        for future in files_written:
             future.result()
     for figure in drawn:
         panels.save(figure, drawings[figure.name], folder / "figures")

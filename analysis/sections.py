@@ -95,8 +95,13 @@ class Analysis:
 
 
 @contextlib.contextmanager
-def analysed(data: StudyData, root: Path) -> Iterator[Analysis]:
-    """Runs every analysis a report rests on; inside the context, the laws over size and data."""
+def analysed(
+    data: StudyData, root: Path, with_curves: Callable[[], None] = lambda: None
+) -> Iterator[Analysis]:
+    """Runs every analysis a report rests on; inside the context, the laws over size and data.
+
+    `with_curves` is called as soon as the curves are read, which may take most of the time.
+    """
     metrics = metrics_of(data)
     main = headline(metrics)
     loss = next((m for m in metrics if m.kind == "wsp"), None)
@@ -105,6 +110,7 @@ def analysed(data: StudyData, root: Path) -> Iterator[Analysis]:
     with scaling.begun(data, metrics, judged, compares_mae=_compares_mae(data)) as wait:
         pairs = gain.paired(data, metrics)
         charged = gain.charged_curves(data)
+        with_curves()
         charged_runs = gain.charged_results(data, metrics)
         fitted = laws.fit_all(data, metrics)
         yield Analysis(
