@@ -44,7 +44,7 @@ def results(
     `told` is true where status.json says `done` too: its worker was not killed in between. What was
     found no longer ago than `max_age_s` is not looked for again.
     """
-    path = tree.root / "index" / f"{kind}.json"
+    path = tree.index / f"{kind}.json"
     when, recent = _found.get(path, (0.0, {}))
     if time.monotonic() - when > max_age_s:
         recent = {}

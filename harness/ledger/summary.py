@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness.ledger import cell_rows
 from harness.ledger.files import read_json
-from harness.ledger.states import ACTIVE, Node, StageState, graph_of_rows, read_graph
+from harness.ledger.states import ACTIVE, Node, StageState, read_graph
+from harness.ledger.study_graph import StudyGraph, read_study
 from harness.ledger.tree import Tree
 from harness.study.cell_states import cell_state
 
@@ -24,23 +24,22 @@ def summarise(
     `stages` of a kind and state are listed than that.
     """
     names = [study] if study else tree.studies()
-    rows = {name: cell_rows.read_cells(tree, name) for name in names}
+    known = {name: read_study(tree, name) for name in names}
     # One graph of all: a scheduler is asked once.
-    graph = graph_of_rows(row for found in rows.values() for row in found)
+    graph = {stage: node for found in known.values() for stage, node in found.nodes.items()}
     states = read(tree, graph)
-    studies = [_study(tree, name, found, graph, states, most) for name, found in rows.items()]
+    studies = [_study(tree, name, found, states, most) for name, found in known.items()]
     return {"schema": 1, "root": str(tree.root), "studies": studies}
 
 
 def _study(
     tree: Tree,
     name: str,
-    cells: list[dict[str, Any]],
-    graph: Mapping[str, Node],
+    graph: StudyGraph,
     all_states: Mapping[str, StageState],
     most: int | None,
 ) -> dict[str, Any]:
-    kinds = {s: graph[s].kind for c in cells for s in c["stages"].values()}
+    nodes = graph.nodes
     states: dict[str, StageState] = {}
     shown: dict[str, str] = {}
     by_kind: dict[str, dict[str, int]] = {}
@@ -48,7 +47,8 @@ def _study(
     running: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     # One plain loop: a study may have forty thousand stages.
-    for stage, kind in kinds.items():
+    for stage, node in nodes.items():
+        kind = node.kind
         value = states[stage] = all_states[stage]
         state = shown[stage] = value.state
         counts = by_kind.get(kind)
@@ -64,13 +64,13 @@ def _study(
             failed.append({"id": stage, "state": state, **about})
     return {
         "name": name,
-        "cells": _cell_states(cells, shown),
+        "cells": _cell_states(graph.cells, shown),
         "kinds": by_kind,
         "stages": [
             {
-                **{"id": s, "kind": kinds[s], "state": shown[s], **_details(states[s])},
+                **{"id": s, "kind": nodes[s].kind, "state": shown[s], **_details(states[s])},
                 "waits_for": [
-                    u for u in graph[s].upstream if shown[s] != "done" and shown.get(u) != "done"
+                    u for u in nodes[s].upstream if shown[s] != "done" and shown.get(u) != "done"
                 ],
             }
             for s in listed
@@ -82,9 +82,9 @@ def _study(
     }
 
 
-def _cell_states(cells: list[dict[str, Any]], shown: Mapping[str, str]) -> dict[str, int]:
+def _cell_states(cells: list[tuple[str, ...]], shown: Mapping[str, str]) -> dict[str, int]:
     """Cells by state, in the order in which states come up."""
-    alike = Counter(tuple([shown[s] for s in cell["stages"].values()]) for cell in cells)
+    alike = Counter([tuple([shown[s] for s in cell]) for cell in cells])
     found: dict[str, int] = {}
     for states, number in alike.items():
         state = cell_state(list(states))

@@ -128,6 +128,11 @@ class Tree:
         except FileNotFoundError:
             return set()
 
+    @property
+    def index(self) -> Path:
+        """Short copies of what many files say, to be read at once."""
+        return self.root / "index"
+
     def tune(self, study: str, suffix: str) -> Path:
         """A file of a study's search: journal (optuna's), json (results), yaml (fragment)."""
         return self.root / "tune" / f"{study}.{suffix}"
