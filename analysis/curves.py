@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WORDS = ("stage", "kind", "task", "state", "cells", "size", "init", "variant")
 _NUMBERS = ("step", "samples", "flops", "wall_s", "loss", "val_loss")
+_JUDGED = ("samples", "flops", "val_loss")
 _SHARED = ("size", "params", "data", "init", "seed", "variant")
 COLUMNS = (
     *("stage", "kind", "task", "state", "cells", "size", "params", "data", "init", "seed"),
@@ -116,7 +117,7 @@ def finished_wsp(curves: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     if np.any((np.diff(samples) < 0) & (np.diff(cell_R) == 0)):
         order = np.lexsort((samples, cell_R))
         row_R, cell_R = row_R[order], cell_R[order]
-    columns: dict[str, Any] = {name: curves[name].to_numpy()[row_R] for name in _NUMBERS}
+    columns: dict[str, Any] = {name: curves[name].to_numpy()[row_R] for name in _JUDGED}
     used = np.unique([cell for cell, _, _ in pieces]).astype(np.int64)
     for name in about:
         values = about[name].to_numpy()

@@ -14,6 +14,7 @@ Shapes: B problems, P rows, G points (distinct inputs), K parameters.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -192,7 +193,8 @@ def _on_cores(
 ) -> list[tuple[Array, ...]]:
     """numpy lets go of the interpreter inside its loops, so threads are enough."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if len(pieces) == 1 or cores == 1:
+    # In one of several processes (`analysis.beside`) the other cores have work of their own.
+    if len(pieces) == 1 or cores == 1 or multiprocessing.current_process().daemon:
         return [run(piece) for piece in pieces]
     with ThreadPoolExecutor(min(cores, len(pieces))) as pool:
         return list(pool.map(run, pieces))
