@@ -1,7 +1,7 @@
 """One law over two kinds of rows, some of its parameters different for the marked ones.
 
-Used to ask which parameter an initialization changes (`analysis.worth`) and whether rows of
-unfinished schedules lie off the law of the finished ones (`analysis.schedules`).
+Used to ask which parameter an initialization changes (`analysis.which_parameter`) and whether rows
+of unfinished schedules lie off the law of the finished ones (`analysis.schedules`).
 
 Shapes: B problems, P rows, K parameters of the base law, C changes.
 """

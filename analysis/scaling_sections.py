@@ -14,7 +14,7 @@ from analysis.sections import Analysis, Section
 from analysis.style import init_label, short
 from analysis.surface import InitWorth, Surface
 from analysis.tables import NONE, Source, Table
-from analysis.worth import CHANGES
+from analysis.which_parameter import CHANGES
 from harness.errors import UserError
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis import gain
 from analysis.approaches import ApproachesTable, approaches_table
+from analysis.arms import arms
 from analysis.costs import cost_of_rows
 from analysis.envelope import fit_envelope
 from analysis.fit import Fit, fit
@@ -28,7 +29,8 @@ from analysis.laws import DELTA
 from analysis.load import StudyData
 from analysis.metrics import Metric
 from analysis.optimum import OptimumFit
-from analysis.worth import WhichParameter, WorthTable, arms, which_parameter, worth
+from analysis.which_parameter import WhichParameter, which_parameter
+from analysis.worth import WorthTable, worth
 
 TWO_AXES = ("chinchilla", "tied", "kaplan")
 ONE_AXIS = ("power", "power_irreducible", "shifted", "m4", "broken")

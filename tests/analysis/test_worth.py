@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.worth import Arm, arms, which_parameter, worth
+from analysis.arms import Arm, arms
+from analysis.which_parameter import which_parameter
+from analysis.worth import worth
 
 TRUTH = {"E": 1.0, "A": 60.0, "alpha": 0.4, "B": 80.0, "beta": 0.35}
 SIZES, IMAGES = np.geomspace(2e3, 2e5, 5), np.geomspace(1e3, 1e5, 5)
