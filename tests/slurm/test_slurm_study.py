@@ -91,8 +91,11 @@ def test_scancel_ends_the_stage_until_the_study_is_submitted_again(site: Site) -
 
 
 def test_a_time_limit_is_only_a_pause(site: Site) -> None:
-    """A minute less 30 s is too short for the stage; then the limit is lifted."""
-    site.profile(time="1m", signal_s="30")
+    """Two minutes less 30 s are too short for the stage; then the limit is lifted.
+
+    Slurm looks at limits twice a minute: of one minute little or nothing would be left to train.
+    """
+    site.profile(time="2m", signal_s="30")
     site.submit(site.study(steps=4000))
     job = site.wait_training()
     folder = site.folder_of("wsp")
