@@ -128,7 +128,9 @@ class Node(Protocol):
         ...
 
 
-class _Node(NamedTuple):
+class PlainNode(NamedTuple):
+    """A node of which nothing else is known."""
+
     kind: str
     upstream: tuple[str, ...]
 
@@ -152,7 +154,7 @@ def graph_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Node]:
             )
         for stage in row["stages"].values():
             if stage not in graph:
-                graph[stage] = _Node(kinds[stage], tuple(upstream[stage]))
+                graph[stage] = PlainNode(kinds[stage], tuple(upstream[stage]))
     return graph
 
 

@@ -18,7 +18,7 @@ import orjson
 from harness.errors import UserError
 from harness.ledger import cell_rows
 from harness.ledger.files import write_bytes
-from harness.ledger.states import Node, graph_of_rows
+from harness.ledger.states import Node, PlainNode, graph_of_rows
 from harness.ledger.tree import Tree
 
 _SCHEMA = 1
@@ -33,11 +33,6 @@ class StudyGraph(NamedTuple):
     """In dependency order, cell by cell."""
     cells: list[tuple[str, ...]]
     """Stage ids of every cell."""
-
-
-class _Node(NamedTuple):
-    kind: str
-    upstream: tuple[str, ...]
 
 
 def read_study(tree: Tree, study: str) -> StudyGraph:
@@ -73,7 +68,7 @@ def _load(path: Path, sign: list[int]) -> StudyGraph | None:
             return tuple([ids[i] for i in places])
 
         nodes = {
-            stage: _Node(kinds[kind], named(upstream))
+            stage: PlainNode(kinds[kind], named(upstream))
             for stage, kind, upstream in zip(ids, content["kind"], content["upstream"], strict=True)
         }
         return StudyGraph(nodes, [named(places) for places in content["cells"]])
