@@ -15,7 +15,8 @@ import mmap
 import os
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import overload
@@ -98,12 +99,12 @@ class Index:
 
 
 def build_index(
-    listed: Sequence[Sequence[Listed]],
+    listed: Iterable[Sequence[Listed]],
     entries: Sequence[ShardEntry],
     hashtags: Sequence[str],
     classes: Sequence[str],
 ) -> Index:
-    """Index of the samples of all shards of a split.
+    """Index of the samples of all shards of a split; of `listed` one shard is held at a time.
 
     A class is a place in `classes` or one of its names. Without hashtags in the whole set a
     sample's class, or its classes, are its labels. Raises DataError for a label that is not in the
@@ -111,43 +112,49 @@ def build_index(
     """
     place_of_tag = {tag: place for place, tag in enumerate(hashtags)}
     place_of_class = {name: place for place, name in enumerate(classes)}
-    class_ids: list[int] = []
-    label_ids: list[int] = []
-    label_counts: list[int] = []
+    # Arrays grow by the bytes of a number, where a list would hold an object for each.
+    starts, hashes, key_bytes = array("q"), array("Q"), bytearray()
+    lengths, image_starts, image_sizes, crcs = (array("I") for _ in range(4))
+    class_ids, label_ids = array("i"), array("i")
+    shard_rows, label_offsets, key_offsets = (array("q", [0]) for _ in range(3))
     for entry, part in zip(entries, listed, strict=True):
         for sample in part:
             where = f"{entry['file']}: byte offset {sample.start}: sample {sample.key}"
             class_id = _class_id(sample.cls, place_of_class, where)
-            class_ids.append(class_id)
-            before = len(label_ids)
             if hashtags:
                 unknown = [tag for tag in sample.hashtags if tag not in place_of_tag]
                 if unknown:
                     many = len(hashtags)
                     raise DataError(f"{where}: hashtag '{unknown[0]}' is not one of {many}")
-                label_ids += [place_of_tag[tag] for tag in sample.hashtags]
+                label_ids.extend(place_of_tag[tag] for tag in sample.hashtags)
             elif sample.classes:
-                label_ids += [_class_id(name, place_of_class, where) for name in sample.classes]
+                label_ids.extend(_class_id(name, place_of_class, where) for name in sample.classes)
             elif class_id >= 0:
                 label_ids.append(class_id)
-            label_counts.append(len(label_ids) - before)
-    samples = [sample for part in listed for sample in part]
-    keys = [sample.key.encode() for sample in samples]
+            class_ids.append(class_id)
+            label_offsets.append(len(label_ids))
+            key_bytes += sample.key.encode()
+            key_offsets.append(len(key_bytes))
+        hashes.extend([key_hash(sample.key) for sample in part])
+        starts.extend([sample.start for sample in part])
+        lengths.extend([sample.stop - sample.start for sample in part])
+        image_starts.extend([sample.offset - sample.start for sample in part])
+        image_sizes.extend([sample.size for sample in part])
+        crcs.extend([sample.crc for sample in part])
+        shard_rows.append(len(starts))
     return finish_index(
-        shard_rows=_offsets([len(part) for part in listed]),
-        starts=np.array([sample.start for sample in samples], dtype=np.int64),
-        lengths=np.array([sample.stop - sample.start for sample in samples], dtype=np.uint32),
-        image_starts=np.array(
-            [sample.offset - sample.start for sample in samples], dtype=np.uint32
-        ),
-        image_sizes=np.array([sample.size for sample in samples], dtype=np.uint32),
-        crcs=np.array([sample.crc for sample in samples], dtype=np.uint32),
-        class_ids=np.array(class_ids, dtype=np.int32),
-        label_offsets=_offsets(label_counts),
-        label_ids=np.array(label_ids, dtype=np.int32),
-        key_offsets=_offsets([len(key) for key in keys]),
-        key_bytes=np.frombuffer(b"".join(keys), dtype=np.uint8),
-        key_hashes=np.array([key_hash(sample.key) for sample in samples], dtype=np.uint64),
+        shard_rows=np.frombuffer(shard_rows, dtype=np.int64),
+        starts=np.frombuffer(starts, dtype=np.int64),
+        lengths=np.frombuffer(lengths, dtype=np.uint32),
+        image_starts=np.frombuffer(image_starts, dtype=np.uint32),
+        image_sizes=np.frombuffer(image_sizes, dtype=np.uint32),
+        crcs=np.frombuffer(crcs, dtype=np.uint32),
+        class_ids=np.frombuffer(class_ids, dtype=np.int32),
+        label_offsets=np.frombuffer(label_offsets, dtype=np.int64),
+        label_ids=np.frombuffer(label_ids, dtype=np.int32),
+        key_offsets=np.frombuffer(key_offsets, dtype=np.int64),
+        key_bytes=np.frombuffer(key_bytes, dtype=np.uint8),
+        key_hashes=np.frombuffer(hashes, dtype=np.uint64),
     )
 
 
@@ -171,12 +178,6 @@ def _class_id(name: str | None, place_of_class: dict[str, int], where: str) -> i
     if found is None:
         raise DataError(f"{where}: class '{name}' is not one of {len(place_of_class)}")
     return found
-
-
-def _offsets(counts: Sequence[int]) -> np.ndarray:
-    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
 
 
 def save_index(index: Index, path: Path, entries: Sequence[ShardEntry]) -> None:

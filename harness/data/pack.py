@@ -270,34 +270,30 @@ def _pack(
 def _finish(plan: _Plan, work: Path, out: Path) -> PackReport:
     """Everything beside the shards: index, lists of what was refused, dataset.json."""
     source, folder = plan.source, work / "set"
-    made = {file: read_made(work, file, plan.digest) for file in plan.shards}
-    made_of = {
-        split: {file: part for file, part in made.items() if file.split("/")[0] == split}
-        for split in source.splits
-    }
-    refused = sorted(source.refused + [note for part in made.values() for note in part.refused])
-    if not any(part.samples for part in made.values()):
+    # One shard's record is held at a time: all of them are ten times as large as the index.
+    made = _Everything(source)
+    for file in plan.shards:
+        made.add(file, read_made(work, file, plan.digest))
+    refused = sorted(source.refused + made.refused)
+    if not made.shards:
         _clear(work)
         first = f"; the first of {len(refused)} refused: {_said(refused[0])}" if refused else ""
         raise UserError(f"no image could be packed{first}")
     for path in folder.rglob("*"):  # of a run that was killed while it finished
-        if path.is_file() and path.relative_to(folder).as_posix() not in made:
+        if path.is_file() and path.relative_to(folder).as_posix() not in plan.shards:
             path.unlink()
-    packed = [sample for part in made.values() for sample in part.samples]
-    hashtags = sorted({tag for sample in packed for tag in sample.listed.hashtags})
-    shards: dict[str, list[ShardEntry]] = {}
+    hashtags = sorted(made.hashtags)
     indexes: dict[str, ShardEntry] = {}
-    for split, parts in made_of.items():
-        parts = {file: part for file, part in parts.items() if part.samples}
-        if not parts:
-            continue
-        shards[split] = [_entry(file, part) for file, part in parts.items()]
-        listed = [[sample.listed for sample in part.samples] for part in parts.values()]
-        index = build_index(listed, shards[split], hashtags, source.classes)
-        indexes[split] = write_index(folder, split, index, shards)
+    for split, entries in made.shards.items():
+        listed = (
+            [sample.listed for sample in read_made(work, str(entry["file"]), plan.digest).samples]
+            for entry in entries
+        )
+        index = build_index(listed, entries, hashtags, source.classes)
+        indexes[split] = write_index(folder, split, index, made.shards)
     notes = {
         "refused": refused,
-        "converted": sorted(note for part in made.values() for note in part.converted),
+        "converted": sorted(made.converted),
         "left_out": sorted(source.left_out),
     }
     for name, lines in notes.items():
@@ -307,29 +303,55 @@ def _finish(plan: _Plan, work: Path, out: Path) -> PackReport:
         write_json(folder / name, content)
     meta = DatasetMeta(
         name=out.name,
-        fingerprint=_fingerprint(made_of, source.classes),
+        fingerprint=fingerprint_of(made.rows),
         image_size=_image_size(source, plan.options),
         hashtags=hashtags,
         classes=source.classes,
         splits={
-            split: sum(int(e["samples"]) for e in entries) for split, entries in shards.items()
+            split: sum(int(e["samples"]) for e in entries) for split, entries in made.shards.items()
         },
-        shards=shards,
+        shards=made.shards,
         indexes=indexes,
-        layout={split: _layout(made_of[split]) for split in shards},
+        layout={split: made.layouts[split].hexdigest()[:16] for split in made.shards},
     )
     write_json(folder / "dataset.json", meta.model_dump(mode="json", by_alias=True))
-    done = sum((part.done for part in made.values()), Counter[str]())
-    return PackReport(meta=meta, folder=out, done=done, remarks=source.remarks, **notes)
+    return PackReport(meta=meta, folder=out, done=made.done, remarks=source.remarks, **notes)
 
 
-def _entry(file: str, made: Made) -> ShardEntry:
-    return {
-        "file": file,
-        "bytes": made.bytes,
-        "sha256": made.sha256,
-        "samples": len(made.samples),
-    }
+class _Everything:
+    """What the shards' records say together, but for what the index holds."""
+
+    def __init__(self, source: Source) -> None:
+        self._classes = source.classes
+        self.shards: dict[str, list[ShardEntry]] = {}
+        """Without those that nothing could be packed into."""
+        self.layouts = {split: hashlib.sha256() for split in source.splits}
+        """Each stands for the sequence of samples and how shards cut it."""
+        self.rows: list[str] = []
+        self.hashtags: set[str] = set()
+        self.refused: list[Note] = []
+        self.converted: list[Note] = []
+        self.done: Counter[str] = Counter()
+
+    def add(self, file: str, part: Made) -> None:
+        split = file.split("/")[0]
+        keys = "".join(f"{sample.listed.key}\n" for sample in part.samples)
+        self.layouts[split].update(f"{keys}\n".encode())  # no key is empty
+        self.refused += part.refused
+        self.converted += part.converted
+        self.done += part.done
+        if not part.samples:
+            return
+        self.shards.setdefault(split, []).append(
+            {
+                "file": file,
+                "bytes": part.bytes,
+                "sha256": part.sha256,
+                "samples": len(part.samples),
+            }
+        )
+        self.rows += [fingerprint_row(split, sample, self._classes) for sample in part.samples]
+        self.hashtags.update(tag for sample in part.samples for tag in sample.listed.hashtags)
 
 
 def _line(note: Note) -> str:
@@ -346,24 +368,6 @@ def _said(note: Note, between: str = ": ") -> str:
 def _image_size(source: Source, options: ImageOptions) -> int:
     side = max(1, source.image_size - 2 * options.crop_border)
     return side if options.resize is None else min(side, options.resize)
-
-
-def _layout(made: dict[str, Made]) -> str:
-    """Stands for the sequence of samples and how shards cut it."""
-    digest = hashlib.sha256()
-    for part in made.values():
-        digest.update("".join(f"{sample.listed.key}\n" for sample in part.samples).encode())
-        digest.update(b"\n")  # no key is empty
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint(made_of: dict[str, dict[str, Made]], classes: list[str]) -> str:
-    return fingerprint_of(
-        fingerprint_row(split, sample, classes)
-        for split, parts in made_of.items()
-        for part in parts.values()
-        for sample in part.samples
-    )
 
 
 def fingerprint_of(rows: Iterable[str]) -> str:

@@ -96,7 +96,7 @@ def rebuilt_index(split: str, meta: DatasetMeta, storage: Storage) -> Index:
     """The index of a split, from its shards. Raises DataError."""
     entries = meta.shards[split]
     if not meta.labels:
-        listed = [list_shard(storage.local(entry)) for entry in entries]
+        listed = (list_shard(storage.local(entry)) for entry in entries)
         return build_index(listed, entries, meta.hashtags, meta.classes)
     labelling = read_labelling(storage.local(meta.labels), meta.labels)
     listed = [tagged_shard(storage.local(entry), labelling.origin) for entry in entries]
