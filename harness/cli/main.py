@@ -11,7 +11,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +18,9 @@ import typer.core
 
 from harness.cli import base, show
 from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, HarnessError, storage_error
+
+# Looking for plugins, pydantic reads a file of every installed package.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 class _Guessing(typer.core.TyperGroup):
@@ -67,6 +69,8 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata  # takes 0.03 s that no verb needs
+
         print(f"harness {metadata.version('vision-scaling-harness')}")
         raise typer.Exit
 

@@ -2,12 +2,14 @@
 
 A lost node, a time limit that came without warning or a job that was not allowed to requeue leave
 stages that nobody runs any more, and Slurm drops the jobs behind them. This one looks at the files
-and the queue when all others are over; what it submits has a caretaker of its own.
+and the queue when all others are over, or when the submission was killed before it could name the
+others; what it submits has a caretaker of its own, and so has what of its own is still under way.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.launch import queue, slurm
@@ -17,8 +19,10 @@ from harness.ledger import attempts, store
 from harness.ledger.claim import unclaim
 from harness.ledger.files import read_json
 from harness.ledger.lease import exclusive
+from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.schema import Retry
+from harness.study.stages import StageFile
 
 
 def tend(folder: Path) -> slurm.Submitted:
@@ -27,34 +31,49 @@ def tend(folder: Path) -> slurm.Submitted:
     assert about is not None, f"{folder}: has no submission.json"
     tree = Tree(folder.parent.parent)
     retry = Retry.model_validate(about["retry"])
+    profile = Slurm.model_validate(about["profile"])
     stages = {
         s: store.read_stage(tree.stage(k, s))
         for s, k in about["stages"].items()
         if tree.stage(k, s).stage.exists()
     }
-    states = queue.read_states(tree, stages)
-    for stage_id, state in states.items():
-        own = tree.stage(stages[stage_id].kind, stage_id)
-        if state.state != "lost" or state.status.get("token") != about["token"]:
-            continue
-        attempt = int(state.status.get("attempt") or 0)
-        job = state.status.get("job")
-        if not job:
-            unclaim(own, attempt, "its submission broke off")
-            continue
-        upstream = stages[stage_id].config.upstream.values()
-        about_job = queue.about_job(job)
-        is_dropped = about_job.get("Reason") == "DependencyNeverSatisfied"
-        if is_dropped or any(states[u].state != "done" for u in upstream if u in states):
-            unclaim(own, attempt, "its job was dropped: it waited for one that failed")
-            continue
-        with exclusive(own.claim):
-            end = _end_of(own, attempt, about_job)
-            status = attempts.close(own, attempt, *end)
-            why = end[2] if end[0] == "cancelled" else None
-            conclude(own, attempt, status, retry, why)
-    profile = Slurm.model_validate(about["profile"])
+    # A submission that is still under way has not yet said what it puts into the queue.
+    with exclusive(tree.root / "slurm" / "submitting"):
+        states = queue.read_states(tree, stages, max_age_s=0.0, is_submitting=True)
+        own = {s: v for s, v in states.items() if v.status.get("token") == about["token"]}
+        for stage_id, state in own.items():
+            if state.state == "lost":
+                _close(tree, stages, states, stage_id, retry)
+    under_way = [v for v in own.values() if v.state in ACTIVE]
+    if under_way:
+        jobs = [str(v.status["job"]) for v in under_way if v.status.get("job")]
+        slurm.submit_caretaker(folder, profile, about["study"], Path(about["code"]), jobs)
     return slurm.submit(tree, about["study"], stages, profile, retry, cancelled_too=False)
+
+
+def _close(
+    tree: Tree,
+    stages: Mapping[str, StageFile],
+    states: Mapping[str, StageState],
+    stage_id: str,
+    retry: Retry,
+) -> None:
+    """Says of a lost stage how its attempt ended, or that there was none."""
+    folder, status = tree.stage(stages[stage_id].kind, stage_id), states[stage_id].status
+    attempt, job = int(status.get("attempt") or 0), status.get("job")
+    if not job:
+        unclaim(folder, attempt, "its submission broke off")
+        return
+    upstream = stages[stage_id].config.upstream.values()
+    about = queue.about_job(job)
+    is_dropped = about.get("Reason") == "DependencyNeverSatisfied"
+    if is_dropped or any(states[u].state != "done" for u in upstream if u in states):
+        unclaim(folder, attempt, "its job was dropped: it waited for one that failed")
+        return
+    with exclusive(folder.claim):
+        end = _end_of(folder, attempt, about)
+        status = attempts.close(folder, attempt, *end)
+        conclude(folder, attempt, status, retry, end[2] if end[0] == "cancelled" else None)
 
 
 _CANCELLED = ("cancelled", "cancelled", "its job was cancelled in Slurm")

@@ -67,6 +67,8 @@ class Slurm(Frozen):
     """Whether jobs may be started again under their own number."""
     caretaker: bool = True
     """A small job after all others submits again what a lost node or a time limit left."""
+    caretaker_s: Annotated[int, Field(ge=1, le=86400)] = 900
+    """It starts so long after a submission that was killed before all of its jobs were queued."""
     max_array: Count | None = None
     """Tasks of one job array; the site's own limit by default."""
     parallel: Count | None = None

@@ -3,6 +3,8 @@
 All jobs of a study are submitted at once, each depending on those of its upstream stages, so the
 study finishes by itself. A job that ends for a reason that passes puts itself back into the queue
 (`harness.launch.job`); a caretaker job after all others submits again what no job could speak for.
+The caretaker is submitted first, to start after a while, and is put behind the others at the end: a
+submission that is killed on its way is finished by it.
 """
 
 from __future__ import annotations
@@ -102,17 +104,18 @@ def _submit(
     profile: Slurm,
     retry: Retry,
 ) -> Submitted:
+    if not wanted:
+        return Submitted(jobs={}, arrays=0)
     token = f"{study}.{uuid.uuid4().hex[:10]}"
     job_ = _Submission(tree, study, stages, profile, token)
     owner = {"cluster": "slurm", **queue.identity(), "token": token}
+    _describe(job_, retry)
+    job_.watch()
     try:
         for stage_id in wanted:
             attempt = claim(tree, stages[stage_id], states[stage_id], owner)
             if attempt is not None:
                 job_.claimed[stage_id] = attempt
-        if not job_.claimed:
-            return Submitted(jobs={}, arrays=0)
-        _describe(job_, retry)
         avoid = _places_to_avoid(job_)
         running = {
             s: str(v.status["job"])
@@ -125,16 +128,16 @@ def _submit(
         for number, array in enumerate(arrays):
             job_.put(number, array, avoid.get(array.stages[0], ()))
     except UserError as error:
-        if not job_.jobs:
-            job_.drop(job_.claimed, str(error))
-            raise
         refused = str(error)
+        caretaker = job_.finish(refused)
+        if not job_.jobs:
+            raise
     except BaseException:
         job_.finish("its submission broke off")
         raise
     else:
         refused = None
-    caretaker = job_.finish(refused)
+        caretaker = job_.finish(refused)
     left = len(job_.claimed) - len(job_.jobs)
     return Submitted(
         jobs=job_.jobs, arrays=len(job_.found), caretaker=caretaker, refused=refused, left=left
@@ -186,14 +189,24 @@ class _Submission:
     claimed: dict[str, int] = field(default_factory=dict)
     found: list[list[str]] = field(default_factory=list)
     """Job ids by array."""
-    members: list[tuple[str, ...]] = field(default_factory=list)
-    """Stages by array."""
     jobs: dict[str, str] = field(default_factory=dict)
+    caretaker: str | None = None
     code: Path = Path()
 
     @property
     def folder(self) -> Path:
         return self.tree.root / "slurm" / self.token
+
+    def watch(self) -> None:
+        """Submits the caretaker, to start after a while if nobody puts it behind jobs till then.
+
+        Before the others also for sites that take only so many jobs (MaxSubmitJobs): it submits
+        the rest when these are over.
+        """
+        try:
+            self.caretaker = submit_caretaker(self.folder, self.profile, self.study, self.code)
+        except UserError:
+            self.caretaker = None  # the study goes without; the summary says so
 
     def put(self, number: int, array: Array, avoid: tuple[str, ...]) -> None:
         """Submits one array."""
@@ -209,7 +222,6 @@ class _Submission:
         lines = _lines(self.tree, tasks, self.profile, self.code)
         ids = _sbatch(self.folder, tasks, options, len(rows), lines)
         self.found.append(ids)
-        self.members.append(array.stages)
         for stage_id, job_id in zip(array.stages, ids, strict=True):
             self.jobs[stage_id] = job_id
             set_job(self.tree, self.stages[stage_id], self.claimed[stage_id], job_id)
@@ -222,31 +234,23 @@ class _Submission:
             unclaim(folder, self.claimed[stage_id], why)
 
     def finish(self, why: str | None) -> str | None:
-        """Submits the caretaker, and takes back what is not in the queue; the caretaker's job.
+        """Puts the caretaker behind the jobs, and takes back what is not in the queue.
 
-        Where sbatch takes no more jobs (MaxSubmitJobs), arrays make room for the caretaker: it
-        submits the rest when the others are over.
+        Returns the caretaker's job, if there is one.
         """
-        caretaker = None
-        while self.found and caretaker is None and self.profile.caretaker:
-            try:
-                caretaker = _caretaker(
-                    self.tree,
-                    self.folder,
-                    self.profile,
-                    self.study,
-                    self.token,
-                    self.code,
-                    self.found,
-                )
-            except UserError:
-                if why is None or len(self.found) == 1:
-                    break
-                queue.cancel_jobs({j.partition("_")[0] for j in self.found.pop()})
-                for stage_id in self.members.pop():
-                    del self.jobs[stage_id]
+        if self.caretaker is not None and self.found:
+            # Where this is refused it starts in a while, finds the jobs and waits for them then.
+            queue.scontrol(
+                "update",
+                f"JobId={self.caretaker}",
+                f"Dependency={_after(numbers[0] for numbers in self.found)}",
+                "StartTime=now",
+            )
+        elif self.caretaker is not None:
+            queue.cancel_jobs([self.caretaker])
+            self.caretaker = None
         self.drop([s for s in self.claimed if s not in self.jobs], why or "")
-        return caretaker
+        return self.caretaker
 
 
 def _check_command() -> None:
@@ -398,32 +402,31 @@ def _sbatch(
     return [str(j.job_id) for j in found]
 
 
-def _caretaker(
-    tree: Tree,
-    folder: Path,
-    profile: Slurm,
-    study: str,
-    token: str,
-    code: Path,
-    found: list[list[str]],
+def submit_caretaker(
+    folder: Path, profile: Slurm, study: str, code: Path, after: Iterable[str] = ()
 ) -> str | None:
+    """A job that tends the submission in `folder`, after a while and after these jobs; its id.
+
+    None where the profile wants none. Raises UserError where sbatch refuses.
+    """
     if not profile.caretaker:
         return None
-    arrays = dict.fromkeys(numbers[0].partition("_")[0] for numbers in found)
     python = shlex.quote(sys.executable)
     options = {
         **_site(profile),
         "job_name": f"{study}.caretaker",
-        "comment": f"caretaker.{token}",
+        "comment": f"caretaker.{folder.name}",
         "time": 30,
         "nodes": 1,
         "ntasks_per_node": 1,
         "cpus_per_task": 1,
-        "dependency": "afterany:" + ":".join(arrays),
         "use_srun": False,
     }
+    options["additional_parameters"]["begin"] = f"now+{profile.caretaker_s}"
+    if dependency := _after(after):
+        options["dependency"] = dependency
     setup = [
-        f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
+        f"export HARNESS_ROOT={shlex.quote(str(folder.parent.parent))}",
         *_code_lines(code),
         *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
         *profile.setup,
@@ -432,3 +435,9 @@ def _caretaker(
     ]
     # The lines above are the whole job: the shell ends before submitit's own command.
     return _sbatch(folder, folder / "submission.json", options, 1, (setup, []))[0]
+
+
+def _after(jobs: Iterable[str]) -> str:
+    """The dependency on the end of these jobs, whole arrays of them."""
+    arrays = dict.fromkeys(job_id.partition("_")[0] for job_id in jobs)
+    return "afterany:" + ":".join(arrays) if arrays else ""

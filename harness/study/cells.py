@@ -27,7 +27,7 @@ from harness.study.schema import (
     Stages,
     problems_of,
 )
-from harness.study.seeds import Step, repeat
+from harness.study.seeds import Known, Step, repeat
 from harness.study.sizes import SIZES
 from harness.study.source import Location
 from harness.study.stage_set import StageSet
@@ -163,6 +163,7 @@ class _Builder:
         self.features: dict[tuple[Any, ...], Any] = {}
         self.varied = varied(loaded)
         self._families: dict[Hashable, _Family] = {}
+        self._known: Known = {}
         """Cells that differ in the seed alone, by `Point.family`."""
         rules = (*loaded.study.overrides, *loaded.study.resources)
         self._seed_matters = any("seed" in rule.match for rule in rules)
@@ -193,7 +194,7 @@ class _Builder:
             family = self._families.get(others)
             if family is not None:
                 seed = point.values["seed"]
-                self._keep(family, point, repeat(family.steps, seed, self.stages))
+                self._keep(family, point, repeat(family.steps, seed, self.stages, self._known))
                 return
         recipes = self._recipes(point) if self.loaded.has_stages else None
         try:
@@ -359,8 +360,8 @@ class _Builder:
 
     # -- stages -----------------------------------------------------------------------------
 
-    def put(self, stage: StageFile, text: str) -> str:
-        self.stages.add(stage, text)
+    def put(self, stage: StageFile, hashed: str) -> str:
+        self.stages.add(stage, hashed)
         return stage.id
 
     def images(self, meta: DatasetMeta, split: str, images: int, one_window: bool) -> Images:

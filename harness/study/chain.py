@@ -39,7 +39,7 @@ class Surroundings(Protocol):
     features: dict[tuple[Any, ...], Any]
     """Recipes of the encoder's passes: one object for equal ones."""
 
-    def put(self, stage: StageFile, text: str) -> str:
+    def put(self, stage: StageFile, hashed: str) -> str:
         """Keeps a stage, once however many cells need it; returns its id. `text` is what was
         hashed."""
         ...
@@ -240,9 +240,9 @@ class Chain:
             readable = f"{config.size}-{format_count(config.images.images)}-s{config.seed}"
         stages = self.builder.stages
         kept = identity.Text(config)
-        text = kept.of(config.seed, config.upstream)
+        hashed = kept.hashed(config.seed, [config.upstream[role] for role in kept.roles])
         stage = StageFile(
-            id=f"{readable}-{identity.digest(text)}",
+            id=f"{readable}-{hashed[: identity.HASH_CHARS]}",
             kind=config.kind,
             name=readable,
             config=config,
@@ -251,7 +251,7 @@ class Chain:
             flops=flops,
             execution=self._execution(resources or role, config),
         )
-        self.ids[role] = self.builder.put(stage, text)
+        self.ids[role] = self.builder.put(stage, hashed)
         self.links.append(Link(role, stage, kept))
         return stage.id
 

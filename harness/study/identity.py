@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from harness.study.recipes import MaeRecipe, Optimization
 from harness.study.stages import Images, StageConfig
-from harness.units import format_count
 
 VERSION = 1
 """Part of every hash. Bump it when the meaning of existing fields or a default changes."""
@@ -76,20 +75,21 @@ class Text:
         after += f',"version":{VERSION}{weights}}}'
         self._after = after.replace("%", "%%").replace("\0", "%s")
         """From the seed on, a `%s` for each role."""
+        self._alone = after
+        """The same, of a stage that starts from no other."""
+        self._begun = hashlib.sha256(self._head.encode())
 
-    def of(self, seed: int, upstream: dict[str, str]) -> str:
-        """`canonical(semantic_fields(config))` of the config with these, roles as they were."""
-        return self.at(seed, [upstream[role] for role in self.roles])
+    def hashed(self, seed: int, ids: Sequence[str]) -> str:
+        """Hex SHA-256 of `canonical(semantic_fields(config))` of the config with this seed, and
+        with `ids` in the order of `roles`. An id shows how it begins.
+        """
+        begun = self._begun.copy()  # what differs is at the end: the rest is hashed once
+        begun.update(self._rest(seed, ids).encode())
+        return begun.hexdigest()
 
-    def at(self, seed: int, ids: Sequence[str]) -> str:
-        """The same, `ids` in the order of `roles`."""
-        shown = f',"seed":{seed}' if seed else ""
-        return f"{self._head}{shown}{self._after % tuple(map(_quoted, ids))}"
-
-
-def canonical_text(config: StageConfig) -> str:
-    """`canonical(semantic_fields(config))`, put together from parts that are kept."""
-    return Text(config).of(config.seed, config.upstream)
+    def _rest(self, seed: int, ids: Sequence[str]) -> str:
+        after = self._after % tuple(map(_quoted, ids)) if ids else self._alone
+        return f',"seed":{seed}{after}' if seed else after
 
 
 def _text(part: Any, write: Callable[[], str]) -> str:
@@ -110,11 +110,6 @@ def _images_fields(images: Images) -> dict[str, Any]:
 
 
 _quoted = json.encoder.encode_basestring_ascii
-
-
-def digest(text: str) -> str:
-    """The hash part of an id, of a canonical text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARS]
 
 
 class CellText:
@@ -142,20 +137,6 @@ def _value(value: Any) -> str:
 def _spelled(kind: type, value: Any) -> str:
     """JSON of a number or a truth; `kind` tells 1 from 1.0 and True, which are equal keys."""
     return canonical(value)
-
-
-def stage_name(config: StageConfig) -> str:
-    """Readable part of a stage id, such as `d64x4-4k-from-mae-s0`."""
-    parts = [config.size]
-    if config.kind in ("mae", "wsp"):
-        parts.append(format_count(config.images.images))
-    parts.append(f"s{config.seed}")
-    return "-".join(parts)
-
-
-def stage_id(config: StageConfig, readable: str | None = None) -> str:
-    """`<readable>-<hash>`; equal configs have equal ids."""
-    return f"{readable or stage_name(config)}-{digest(canonical_text(config))}"
 
 
 def field_diff(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

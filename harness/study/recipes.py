@@ -29,7 +29,7 @@ from harness.units import parse_count
 class Frozen(BaseModel):
     """Base of all configs: immutable, keyword-only, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 def _count(value: Any) -> int:

@@ -29,18 +29,26 @@ class Step:
 
         `ids`: of the stages that it starts from, by those of the chain that was built.
         """
-        text = self._text.at(seed, [ids[i] for i in self._hashed])
-        stage_id = f"{self._name}{seed}-{identity.digest(text)}"
+        hashed = self._text.hashed(seed, [ids[i] for i in self._hashed])
+        stage_id = f"{self._name}{seed}-{hashed[: identity.HASH_CHARS]}"
         if stage_id not in stages.outlines:
             upstream = tuple([ids[i] for i in self._upstream])
-            stages.add_like(stage_id, Outline(self.stage.kind, upstream, seed, self.stage), text)
+            stages.add_like(stage_id, Outline(self.stage.kind, upstream, seed, self.stage), hashed)
         return stage_id
 
 
-def repeat(steps: Sequence[Step], seed: int, stages: StageSet) -> dict[str, str]:
-    """Role -> stage id of the same chain with another seed."""
+Known = dict[tuple[str, int], str]
+"""(id of a stage that was built, seed) -> id of the same stage with that seed."""
+
+
+def repeat(steps: Sequence[Step], seed: int, stages: StageSet, known: Known) -> dict[str, str]:
+    """Role -> stage id of the same chain with another seed. Chains share what is `known`."""
     ids: dict[str, str] = {}
     roles: dict[str, str] = {}
     for step in steps:
-        ids[step.stage.id] = roles[step.role] = step.of(seed, ids, stages)
+        built = step.stage.id
+        found = known.get((built, seed))
+        if found is None:
+            found = known[built, seed] = step.of(seed, ids, stages)
+        ids[built] = roles[step.role] = found
     return roles

@@ -32,20 +32,20 @@ class StageSet(Mapping[str, StageFile]):
     def __init__(self) -> None:
         self._outlines: dict[str, Outline] = {}
         self._whole: dict[str, StageFile] = {}
-        self._texts: dict[str, str] = {}
-        """What was hashed, by hash."""
+        self._hashes: dict[str, str] = {}
+        """Whole hashes, by what ids show of them."""
 
-    def add(self, stage: StageFile, text: str) -> None:
-        """Keeps a stage, once. `text` is what its hash was made of."""
+    def add(self, stage: StageFile, hashed: str) -> None:
+        """Keeps a stage, once. `hashed` is the whole of its hash."""
         if stage.id not in self._outlines:
-            self.add_like(stage.id, _outline(stage), text)
+            self.add_like(stage.id, _outline(stage), hashed)
             self._whole[stage.id] = stage
 
-    def add_like(self, stage_id: str, outline: Outline, text: str) -> None:
+    def add_like(self, stage_id: str, outline: Outline, hashed: str) -> None:
         """Keeps a new stage that is like another."""
         # Two different stages never share an id; a clash of hashes would be silent otherwise.
-        key = stage_id[-HASH_CHARS:]
-        assert self._texts.setdefault(key, text) == text, f"hash clash at {stage_id}"
+        key = hashed[:HASH_CHARS]
+        assert self._hashes.setdefault(key, hashed) == hashed, f"hash clash at {stage_id}"
         self._outlines[stage_id] = outline
 
     def __getitem__(self, stage_id: str) -> StageFile:

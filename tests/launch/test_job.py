@@ -74,7 +74,10 @@ def submitted(
 def said(site: FakeSlurm) -> list[str]:
     lines = (site.folder / "scontrol.calls").read_text().splitlines()
     return [
-        line for line in lines if line.startswith(("requeue", "update")) and "JobName" not in line
+        line
+        for line in lines
+        if line.startswith(("requeue", "update"))
+        and not any(word in line for word in ("JobName", "Dependency"))
     ]
 
 

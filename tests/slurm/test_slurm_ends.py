@@ -84,6 +84,19 @@ def test_a_job_requeued_and_killed_before_it_could_save_was_preempted(site: Site
     assert (first.end, last.end, last.progress > 0) == ("preempted", "done", True)
 
 
+def test_a_time_limit_is_only_a_pause(site: Site) -> None:
+    """Of a minute, for a stage of 50 s that is told to stop half a minute before; then of an hour."""
+    site.profile(time="1m", signal_s="30")
+    site.submit(site.study(steps=1000))
+    job, folder = site.wait_training(), site.folder_of("wsp")
+    site.wait_until(lambda: read_attempts(folder)[0].end, "no end before the limit")
+    site.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60", check=True)
+    site.wait_done()
+    ends = [a.end for a in read_attempts(folder)]
+    assert (ends[0], ends[-1], set(ends[:-1])) == ("timeout", "done", {"timeout"})
+    assert all(a.progress for a in read_attempts(folder)[1:])
+
+
 def test_preemption_that_cancels_the_job_is_no_scancel(site: Site) -> None:
     site.profile(partition="cheap")
     site.submit(site.study(steps=400))
@@ -123,9 +136,9 @@ def refusing(site: Site, after: int, how: str) -> Path:
 
 
 def test_what_sbatch_has_no_room_for_the_caretaker_submits(site: Site) -> None:
-    """Room for two jobs: an array gives its place to the caretaker."""
+    """Room for three jobs, of which the caretaker is the first."""
     error = "sbatch: error: Batch job submission failed: Job violates QOSMaxSubmitJobPerUserLimit"
-    bin_ = refusing(site, 2, f'[ "$n" -ge 3 ] || {{ echo "{error}" >&2; exit 1; }}')
+    bin_ = refusing(site, 3, f'[ "$n" -ge 4 ] || {{ echo "{error}" >&2; exit 1; }}')
     site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
     said = site.submit(site.study(init="[random, mae]"))
     assert "3 stages were not taken; the caretaker submits them" in said
@@ -138,9 +151,9 @@ def test_what_sbatch_has_no_room_for_the_caretaker_submits(site: Site) -> None:
 
 def test_a_submission_killed_between_arrays_is_seen_and_the_next_one_goes_on(site: Site) -> None:
     file = site.study(init="[random, mae]")
-    bin_ = refusing(site, 2, "kill -9 $PPID; sleep 1; exit 1")
+    bin_ = refusing(site, 3, "kill -9 $PPID; sleep 1; exit 1")
     site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
-    site.profile(sbatch="{hold: true}")
+    site.profile(sbatch="{hold: true}", caretaker_s="5")
     site.harness("grid", str(file), "--submit", check=-9)
     del site.extra["PATH"]
     states = site.states()
@@ -154,6 +167,19 @@ def test_a_submission_killed_between_arrays_is_seen_and_the_next_one_goes_on(sit
     site.wait_done()
     for path in site.root.glob("stages/*/*"):
         assert sum(e["event"] == "done" for e in read_jsonl(path / "events.jsonl")) == 1
+
+
+def test_a_submission_killed_between_arrays_is_finished_by_its_caretaker(site: Site) -> None:
+    """It starts while the jobs that were submitted are under way, and before anybody looks."""
+    site.profile(caretaker_s="3")
+    bin_ = refusing(site, 3, '[ "$n" -ge 4 ] || { kill -9 $PPID; sleep 1; exit 1; }')
+    site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
+    file = site.study(init="[random, mae]", steps=400)
+    site.harness("grid", str(file), "--submit", check=-9)
+    site.wait_done()
+    for path in site.root.glob("stages/*/*"):
+        assert sum(e["event"] == "done" for e in read_jsonl(path / "events.jsonl")) == 1
+    assert len(list(site.root.glob("slurm/*/submission.json"))) >= 2
 
 
 def test_nobody_else_concludes_from_a_queue_that_shows_only_ones_own_jobs(site: Site) -> None:

@@ -24,8 +24,11 @@ GRIDS = Path(__file__).parents[2] / "grids"
 def test_ids_put_together_from_parts_are_those_of_the_whole(name: str) -> None:
     grid = build_grid(load_study(GRIDS / f"{name}.yaml"))
     for stage in grid.stages.values():
-        whole = identity.canonical(identity.semantic_fields(stage.config))
-        assert identity.canonical_text(stage.config) == whole
+        config, text = stage.config, identity.Text(stage.config)
+        whole = identity.canonical(identity.semantic_fields(config))
+        hashed = text.hashed(config.seed, [config.upstream[role] for role in text.roles])
+        assert hashed == hashlib.sha256(whole.encode()).hexdigest()
+        assert stage.id == f"{stage.name}-{hashed[:12]}"
 
 
 @pytest.mark.parametrize(
