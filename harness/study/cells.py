@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,7 +150,6 @@ class _Builder:
         self.problems: list[str] = []
         self.cells: dict[str, Cell] = {}
         self.stages = StageSet()
-        self.feeds: dict[str, int] = {}
         self.datasets: dict[str, DatasetMeta] = {}
         self._stages_cache: dict[str, Stages | None] = {}
         self._origins: dict[int, dict[Location, Location]] = {}
@@ -175,7 +176,7 @@ class _Builder:
             loaded=self.loaded,
             cells=list(self.cells.values()),
             stages=self.stages,
-            feeds=self.feeds,
+            feeds=_feeds(self.cells.values()),
             datasets=self.datasets,
         )
 
@@ -279,8 +280,6 @@ class _Builder:
             parent=family.ablation.parent if family.ablation else None,
             set=dict(family.ablation.set) if family.ablation else {},
         )
-        for stage in ids.values():
-            self.feeds[stage] = self.feeds.get(stage, 0) + 1
 
     def _where(self, point: Point, axis: str) -> str:
         origin = point.origin.get(axis)
@@ -413,13 +412,16 @@ class _Builder:
 
 def only(grid: Grid, cells: list[Cell]) -> Grid:
     """The same grid with just these cells and the stages they need."""
-    needed = {s for c in cells for s in c.stages.values()}
-    feeds: dict[str, int] = {}
-    for cell in cells:
-        for stage in cell.stages.values():
-            feeds[stage] = feeds.get(stage, 0) + 1
+    if len(cells) == len(grid.cells):
+        return grid
+    feeds = _feeds(cells)
     if isinstance(grid.stages, StageSet):
-        stages: Mapping[str, StageFile] = grid.stages.only(needed)
+        stages: Mapping[str, StageFile] = grid.stages.only(feeds)
     else:
-        stages = {k: v for k, v in grid.stages.items() if k in needed}
+        stages = {k: v for k, v in grid.stages.items() if k in feeds}
     return replace(grid, cells=cells, stages=stages, feeds=feeds)
+
+
+def _feeds(cells: Iterable[Cell]) -> dict[str, int]:
+    """How many cells need a stage, by stage id."""
+    return dict(Counter(itertools.chain.from_iterable([c.stages.values() for c in cells])))
