@@ -45,8 +45,9 @@ def status(
     if not watch:
         with base.no_collection():
             found = summary.summarise(tree, study, _read, _MOST_LINES)
+        out = show.console()
         for part in _render(found):
-            show.console().print(part)
+            out.print(part)
         return 0
     quiet_since: float | None = None
     with Live(console=show.console(), refresh_per_second=2) as live:
@@ -114,6 +115,7 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
             what = f"{stage['last_failure']['reason']}: {stage['last_failure']['message']}"
             line += show.plain(f"  (attempt {stage['attempt'] - 1} ended: {what})")
         parts.append(line)
+    parts += _more(study, "submitted")
     for stage in study["failed"]:
         message = show.plain(f"{stage['reason']}: {stage['message']}")
         parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {message}")
@@ -139,7 +141,12 @@ def _idle(study: dict[str, Any]) -> list[RenderableType]:
                 why += f"{' ' if why else ''}waits for {', '.join(row['waits_for'])}"
             name = escape(row["id"])
             parts.append(f"  {show.state_text(state)} {name}  {show.plain(why)}".rstrip())
-        count = sum(states.get(state, 0) for states in study["kinds"].values())
-        if count > _MOST_LINES:
-            parts.append(f"  ... and {count - _MOST_LINES} more {state}; --json has all")
+        parts += _more(study, state)
     return parts
+
+
+def _more(study: dict[str, Any], state: str) -> list[RenderableType]:
+    count = sum(states.get(state, 0) for states in study["kinds"].values())
+    if count <= _MOST_LINES:
+        return []
+    return [f"  ... and {count - _MOST_LINES} more {state}; --json has all"]

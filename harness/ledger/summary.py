@@ -21,7 +21,7 @@ def summarise(
     """All studies of a root, or one. Raises NotFoundError for a study that is not there.
 
     `read` may know more than the files, such as what a scheduler says of its jobs. `most`: no more
-    `stages` of a kind and state are listed than that.
+    `stages` of a kind and state, and no more submitted ones, are listed than that.
     """
     names = [study] if study else tree.studies()
     known = {name: read_study(tree, name) for name in names}
@@ -46,6 +46,7 @@ def _study(
     listed: list[str] = []
     running: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
+    active = submitted = 0
     # One plain loop: a study may have forty thousand stages.
     for stage, node in nodes.items():
         kind = node.kind
@@ -58,7 +59,10 @@ def _study(
         if most is None or number <= most:
             listed.append(stage)
         if state in ACTIVE:
-            running.append(_running(tree, stage, kind, value))
+            active += 1
+            submitted += state == "submitted"
+            if state != "submitted" or most is None or submitted <= most:
+                running.append(_running(tree, stage, kind, value))
         elif state in ("failed", "diverged", "lost"):
             about = {"reason": value.reason, "message": value.message}
             failed.append({"id": stage, "state": state, **about})
@@ -77,7 +81,7 @@ def _study(
         ],
         "running": running,
         "failed": failed,
-        "active": bool(running),
+        "active": bool(active),
         "harness_s": _overhead(states),
     }
 
@@ -114,7 +118,9 @@ def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, 
     # What ended the attempt before this one.
     last = None
     attempt = int(status.get("attempt") or 1)
-    before = read_json(tree.stage(kind, stage).attempt(attempt - 1) / "attempt.json")
+    before = None
+    if attempt > 1:
+        before = read_json(tree.stage(kind, stage).attempt(attempt - 1) / "attempt.json")
     if before is not None and before.get("end"):
         last = {"reason": before["end"], "message": before.get("message")}
     return {"id": stage, "state": state.state, **found, "eta_s": eta, "last_failure": last}

@@ -9,7 +9,8 @@ import pytest
 
 from harness.cli import logs, shared, status, steer, tune
 from harness.errors import UserError
-from harness.ledger import attempts, store
+from harness.ledger import attempts, store, summary
+from harness.ledger.files import write_json
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
@@ -52,6 +53,20 @@ def test_status_says_why_a_stage_is_not_running(
     assert "the node is wanted" in own
     waiting = [line for line in lines if line.startswith("  waiting ")]
     assert waiting and all("waits for" in line or "more waiting" in line for line in waiting)
+
+
+def test_of_many_stages_in_a_queue_ten_are_shown(
+    tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Slurm is not asked about what another user submitted.
+    about = {"state": "submitted", "attempt": 1, "cluster": "slurm", "user": "somebody else"}
+    for number, stage in enumerate(grid.stages.values()):
+        write_json(store.write_stage(tree, stage).status, {**about, "job": str(number)})
+    lines = [line for line in shown(tree, capsys).splitlines() if "submitted" in line]
+    assert sum(line.startswith("  submitted ") for line in lines) == 10
+    assert f"  ... and {len(grid.stages) - 10} more submitted; --json has all" in lines
+    found = summary.summarise(tree)["studies"][0]
+    assert len(found["running"]) == len(grid.stages) > 10 and found["active"]
 
 
 def test_what_a_message_tells_the_terminal_is_shown_not_done(
