@@ -85,7 +85,7 @@ def test_a_job_requeued_and_killed_before_it_could_save_was_preempted(site: Site
 
 
 def test_a_time_limit_is_only_a_pause(site: Site) -> None:
-    """Of a minute, for a stage of 50 s that is told to stop half a minute before; then of an hour."""
+    """Of a minute for a stage of 50 s, told to stop half a minute before; then of an hour."""
     site.profile(time="1m", signal_s="30")
     site.submit(site.study(steps=1000))
     job, folder = site.wait_training(), site.folder_of("wsp")
