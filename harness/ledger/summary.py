@@ -70,15 +70,7 @@ def _study(
         "name": name,
         "cells": _cell_states(graph.cells, shown),
         "kinds": by_kind,
-        "stages": [
-            {
-                **{"id": s, "kind": nodes[s].kind, "state": shown[s], **_details(states[s])},
-                "waits_for": [
-                    u for u in nodes[s].upstream if shown[s] != "done" and shown.get(u) != "done"
-                ],
-            }
-            for s in listed
-        ],
+        "stages": [_listed(s, nodes[s], states[s], shown) for s in listed],
         "running": running,
         "failed": failed,
         "active": bool(active),
@@ -96,12 +88,17 @@ def _cell_states(cells: list[tuple[str, ...]], shown: Mapping[str, str]) -> dict
     return found
 
 
-def _details(state: StageState) -> dict[str, Any]:
+def _listed(stage: str, node: Node, own: StageState, shown: Mapping[str, str]) -> dict[str, Any]:
+    is_done = own.state == "done"
     return {
-        "reason": state.reason,
-        "message": state.message,
-        "attempt": state.status.get("attempt"),
-        "metrics": (state.result or {}).get("metrics") if state.state == "done" else None,
+        "id": stage,
+        "kind": node.kind,
+        "state": own.state,
+        "reason": own.reason,
+        "message": own.message,
+        "attempt": own.status.get("attempt"),
+        "metrics": own.result.get("metrics") if is_done and own.result else None,
+        "waits_for": [] if is_done else [u for u in node.upstream if shown.get(u) != "done"],
     }
 
 
