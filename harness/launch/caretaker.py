@@ -8,21 +8,29 @@ others; what it submits has a caretaker of its own, and so has what of its own i
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.launch import queue, slurm
+from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from harness.launch import batch, queue, slurm
 from harness.launch.ends import conclude
 from harness.launch.settings import Slurm
 from harness.ledger import attempts, store
 from harness.ledger.claim import unclaim
 from harness.ledger.files import read_json
-from harness.ledger.lease import exclusive
+from harness.ledger.lease import exclusive, owner_is_dead, read_lease
 from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.schema import Retry
 from harness.study.stages import StageFile
+
+_PATIENCE_S = 1200.0
+"""Of the half hour that its job has."""
+_MOST_RESTARTS = 500
+"""Of one job; that takes most of a day."""
 
 
 def tend(folder: Path) -> slurm.Submitted:
@@ -37,18 +45,31 @@ def tend(folder: Path) -> slurm.Submitted:
         for s, k in about["stages"].items()
         if tree.stage(k, s).stage.exists()
     }
-    # A submission that is still under way has not yet said what it puts into the queue.
-    with exclusive(tree.root / "slurm" / "submitting"):
+    lock = tree.root / "slurm" / "submitting"
+    _wait_for(lock)
+    # A submission that was still under way has said by now what it put into the queue.
+    with exclusive(lock):
         states = queue.read_states(tree, stages, max_age_s=0.0, is_submitting=True)
+        states = slurm.number(tree, stages, states)
         own = {s: v for s, v in states.items() if v.status.get("token") == about["token"]}
         for stage_id, state in own.items():
             if state.state == "lost":
                 _close(tree, stages, states, stage_id, retry)
-    under_way = [v for v in own.values() if v.state in ACTIVE]
-    if under_way:
-        jobs = [str(v.status["job"]) for v in under_way if v.status.get("job")]
-        slurm.submit_caretaker(folder, profile, about["study"], Path(about["code"]), jobs)
-    return slurm.submit(tree, about["study"], stages, profile, retry, cancelled_too=False)
+    jobs = [str(v.status.get("job") or "") for v in own.values() if v.state in ACTIVE]
+    if jobs and not queue.caretakers(about["token"]):
+        after = filter(None, jobs)
+        batch.submit_caretaker(folder, profile, about["study"], Path(about["code"]), after)
+    # Of a submission that put something into the queue nothing was refused in the end.
+    refusals = 0 if own else int(about.get("refusals", 0))
+    return slurm.submit(tree, about["study"], stages, profile, retry, refusals=refusals)
+
+
+def _wait_for(lock: Path) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while (lease := read_lease(lock)) is not None and owner_is_dead(lease) is not True:
+        if time.monotonic() > deadline:
+            raise UserError(f"{lock}: a submission has held this lock for {_PATIENCE_S:g} s")
+        time.sleep(1.0)
 
 
 def _close(
@@ -67,7 +88,9 @@ def _close(
     upstream = stages[stage_id].config.upstream.values()
     about = queue.about_job(job)
     is_dropped = about.get("Reason") == "DependencyNeverSatisfied"
-    if is_dropped or any(states[u].state != "done" for u in upstream if u in states):
+    is_cancelled = about.get("JobState") == "CANCELLED"  # its upstream may be under way
+    is_early = any(states[u].state != "done" for u in upstream if u in states)
+    if is_dropped or (is_early and not is_cancelled):
         unclaim(folder, attempt, "its job was dropped: it waited for one that failed")
         return
     with exclusive(folder.claim):
@@ -107,7 +130,14 @@ def _end_of(folder: StageFolder, attempt: int, about: dict[str, str]) -> tuple[s
 def main(arguments: list[str] | None = None) -> int:
     """`python -m harness.launch.caretaker FOLDER`, as a job of its own."""
     (folder,) = sys.argv[1:] if arguments is None else arguments
-    done = tend(Path(folder))
+    try:
+        done = tend(Path(folder))
+    except UserError as error:
+        # As long as this job stands in the way (MaxSubmitJobs), or Slurm does not answer: its place
+        # is kept, and Slurm waits two minutes before it starts a job again.
+        print(error, file=sys.stderr)
+        is_last = int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= _MOST_RESTARTS
+        return EXIT_FAILED if is_last else EXIT_REQUEUE
     print(f"{len(done.jobs)} stages submitted again in {done.arrays} arrays")
     return 0
 

@@ -161,15 +161,43 @@ def comment_of(token: str, array: int) -> str:
     return f"{token}.{array}"
 
 
-def _arrays(tree: Tree, tokens: set[str]) -> dict[tuple[str, str], str]:
-    """(token, stage) -> comment of its array, from what submissions wrote before each sbatch."""
+def caretaker_comment(token: str) -> str:
+    """The comment of a submission's caretaker."""
+    return f"caretaker.{token}"
+
+
+def caretakers(token: str) -> list[str]:
+    """Jobs in the queue that tend this submission, but for the one around us."""
+    jobs, own = (jobs_now() or {}).values(), os.environ.get("SLURM_JOB_ID")
+    return [j.id for j in jobs if j.comment == caretaker_comment(token) and j.id != own]
+
+
+def numbers(tree: Tree, token: str) -> dict[str, str]:
+    """Stage -> job of this submission's jobs that are in the queue, by their comments."""
     found = {}
-    for token in tokens:
-        for path in (tree.root / "slurm" / token).glob("tasks.*.json"):
-            rows = (read_json(path) or {"tasks": []})["tasks"]
-            comment = comment_of(token, int(path.name.split(".")[1]))
-            found.update({(token, row["stage"]): comment for row in rows})
+    jobs = list((jobs_now() or {}).values())
+    for array, rows in _tasks(tree, token):
+        for job in jobs:
+            if job.comment == comment_of(token, array):
+                place = int(job.id.partition("_")[2] or 0)
+                found[rows[place]["stage"]] = job.id
     return found
+
+
+def _tasks(tree: Tree, token: str) -> Iterator[tuple[int, list[dict[str, str]]]]:
+    """Number and tasks of each array, as its submission wrote them down before sbatch."""
+    for path in (tree.root / "slurm" / token).glob("tasks.*.json"):
+        yield int(path.name.split(".")[1]), (read_json(path) or {"tasks": []})["tasks"]
+
+
+def _arrays(tree: Tree, tokens: set[str]) -> dict[tuple[str, str], str]:
+    """(token, stage) -> comment of its array."""
+    return {
+        (token, row["stage"]): comment_of(token, array)
+        for token in tokens
+        for array, rows in _tasks(tree, token)
+        for row in rows
+    }
 
 
 def _somebody_submits(tree: Tree) -> bool:
@@ -250,7 +278,8 @@ def cancel_jobs(ids: Iterable[str]) -> None:
         command = ["scancel", "--quiet", *wanted[start : start + 200]]
         done = subprocess.run(command, capture_output=True, text=True, env=scrubbed())
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
-            raise HarnessError(f"scancel: {done.stderr.strip().splitlines()[-1]}")
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise HarnessError(f"scancel: {last}")
 
 
 def scontrol(*arguments: str) -> str | None:

@@ -9,35 +9,31 @@ submission that is killed on its way is finished by it.
 
 from __future__ import annotations
 
-import math
-import shlex
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-from harness.errors import UserError
-from harness.launch import job, nodes, provenance, queue
+from harness.errors import HarnessError, UserError
+from harness.launch import batch, nodes, provenance, queue
 from harness.launch.arrays import Array, plan_arrays
 from harness.launch.policy import lost_on
 from harness.launch.settings import Slurm
-from harness.ledger import attempts
+from harness.ledger import attempts, store
 from harness.ledger.claim import claim, set_job, unclaim
 from harness.ledger.files import write_json
 from harness.ledger.lease import exclusive
-from harness.ledger.states import ACTIVE, StageState
+from harness.ledger.states import ACTIVE, TOKEN, StageState
 from harness.ledger.tree import Tree
 from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
 _FRESH_S = 600.0
 """What the queue said may be used again within a submission: see `queue.read_states`."""
+_MOST_REFUSALS = 100
+"""Caretakers in a row that sbatch takes nothing else from: a day, at their pace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +60,47 @@ def submit(
     profile: Slurm,
     retry: Retry,
     *,
-    cancelled_too: bool = True,
+    refusals: int | None = None,
 ) -> Submitted:
     """Submits what is missing of `stages` (in dependency order); claims each stage first.
 
-    One submission at a time per run root. `cancelled_too`: also what was taken out of the queue
-    (never what `harness cancel` holds). Raises UserError where sbatch refuses.
+    One submission at a time per run root. What was taken out of the queue is submitted again too
+    (never what `harness cancel` holds), but not by a caretaker. `refusals`: how often sbatch took
+    nothing from caretakers in a row, if this is one. Raises UserError where it takes nothing now;
+    of caretakers a next one stays in the queue for some time, to try again.
     """
     _check_command()
     _check_root(tree.root)
     stages = {k: _placed(s, profile) for k, s in stages.items()}
     with exclusive(tree.root / "slurm" / "submitting"):
         states = queue.read_states(tree, stages, max_age_s=_FRESH_S, is_submitting=True)
-        skip = set() if cancelled_too else {s for s, v in states.items() if v.state == "cancelled"}
+        states = number(tree, stages, states)
+        cancelled = {s for s, v in states.items() if v.state == "cancelled"}
+        skip = set() if refusals is None else cancelled
         wanted = _startable(stages, states, skip)
-        return _submit(tree, study, stages, states, wanted, profile, retry)
+        return _submit(tree, study, stages, states, wanted, profile, retry, refusals)
+
+
+def number(
+    tree: Tree, stages: Mapping[str, StageFile], states: Mapping[str, StageState]
+) -> dict[str, StageState]:
+    """The states, with the numbers of jobs whose submission was killed before it noted them.
+
+    Others are to depend on such a job. The caller holds the lock of submissions.
+    """
+    found = dict(states)
+    tokens = {
+        str(v.status[TOKEN])
+        for v in states.values()
+        if v.state in ACTIVE and v.status.get(TOKEN) and not v.status.get("job")
+    }
+    for token in tokens:
+        for stage_id, job_id in queue.numbers(tree, token).items():
+            own = found.get(stage_id)
+            if own is not None and own.status.get(TOKEN) == token and not own.status.get("job"):
+                set_job(tree, stages[stage_id], int(own.status["attempt"]), job_id)
+                found[stage_id] = own._replace(status={**own.status, "job": job_id})
+    return found
 
 
 def _startable(
@@ -88,11 +110,18 @@ def _startable(
     found: list[str] = []
     for stage_id, stage in stages.items():
         upstream = [u for u in stage.config.upstream.values() if u in states]
-        ready = all(states[u].state in ("done", *ACTIVE) or u in found for u in upstream)
+        ready = all(_is_sure(states[u]) or u in found for u in upstream)
         idle = not states[stage_id].is_over and states[stage_id].state not in ACTIVE
         if ready and idle and stage_id not in skip:
             found.append(stage_id)
     return found
+
+
+def _is_sure(upstream: StageState) -> bool:
+    """Done, or a job that another can wait for: one that runs elsewhere is none."""
+    return upstream.state == "done" or (
+        upstream.state in ACTIVE and bool(upstream.status.get("job"))
+    )
 
 
 def _submit(
@@ -103,15 +132,19 @@ def _submit(
     wanted: Sequence[str],
     profile: Slurm,
     retry: Retry,
+    refusals: int | None,
 ) -> Submitted:
     if not wanted:
         return Submitted(jobs={}, arrays=0)
     token = f"{study}.{uuid.uuid4().hex[:10]}"
     job_ = _Submission(tree, study, stages, profile, token)
     owner = {"cluster": "slurm", **queue.identity(), "token": token}
-    _describe(job_, retry)
-    job_.watch()
+    tries = 0 if refusals is None else refusals + 1
+    _describe(job_, retry, tries)
+    for stage_id in wanted:  # by these files the caretaker knows what there is to do
+        store.write_stage(tree, stages[stage_id])
     try:
+        job_.watch()
         for stage_id in wanted:
             attempt = claim(tree, stages[stage_id], states[stage_id], owner)
             if attempt is not None:
@@ -125,26 +158,30 @@ def _submit(
         site = queue.max_array_size()
         limit = min(profile.max_array or site, site)
         arrays = plan_arrays([stages[s] for s in job_.claimed], limit, running, avoid)
-        for number, array in enumerate(arrays):
-            job_.put(number, array, avoid.get(array.stages[0], ()))
+        for number_, array in enumerate(arrays):
+            job_.put(number_, array, avoid.get(array.stages[0], ()))
     except UserError as error:
         refused = str(error)
-        caretaker = job_.finish(refused)
-        if not job_.jobs:
+        job_.finish(refused, keep_caretaker=0 < tries <= _MOST_REFUSALS)
+        if not job_.jobs and job_.caretaker is None:
             raise
     except BaseException:
         job_.finish("its submission broke off")
         raise
     else:
         refused = None
-        caretaker = job_.finish(refused)
+        job_.finish(refused)
     left = len(job_.claimed) - len(job_.jobs)
     return Submitted(
-        jobs=job_.jobs, arrays=len(job_.found), caretaker=caretaker, refused=refused, left=left
+        jobs=job_.jobs,
+        arrays=len(job_.found),
+        caretaker=job_.caretaker,
+        refused=refused,
+        left=left,
     )
 
 
-def _describe(job_: _Submission, retry: Retry) -> None:
+def _describe(job_: _Submission, retry: Retry, refusals: int) -> None:
     """Writes down what the jobs need, beside a copy of the code that they run."""
     git = provenance.git_state()
     job_.code = provenance.snapshot(job_.tree, git)
@@ -156,6 +193,7 @@ def _describe(job_: _Submission, retry: Retry) -> None:
         "git": {"sha": git.sha, "name": git.name},
         "profile": job_.profile.model_dump(mode="json"),
         "retry": retry.model_dump(mode="json"),
+        "refusals": refusals,
         "stages": {s: stage.kind for s, stage in job_.stages.items()},
     }
     provenance.keep_diff(job_.tree, git)
@@ -170,7 +208,7 @@ def _places_to_avoid(job_: _Submission) -> dict[str, tuple[str, ...]]:
             stage = job_.stages[stage_id]
             lost = lost_on(attempts.read_attempts(job_.tree.stage(stage.kind, stage_id)))
             nodes_ = nodes.avoidable(
-                lost, profile.partition, _nodes_of(stage, profile), profile.constraint
+                lost, profile.partition, batch.nodes_of(stage, profile), profile.constraint
             )
             if nodes_:
                 found[stage_id] = nodes_
@@ -204,7 +242,9 @@ class _Submission:
         the rest when these are over.
         """
         try:
-            self.caretaker = submit_caretaker(self.folder, self.profile, self.study, self.code)
+            self.caretaker = batch.submit_caretaker(
+                self.folder, self.profile, self.study, self.code
+            )
         except UserError:
             self.caretaker = None  # the study goes without; the summary says so
 
@@ -216,11 +256,11 @@ class _Submission:
         write_json(tasks, {"schema": 1, "submission": str(self.folder), "tasks": rows})
         after = _numbered(array.after, self.found)
         first = self.stages[array.stages[0]]
-        options = _options(first, self.profile, self.study, self.token, number, after)
+        options = batch.options_of(first, self.profile, self.study, self.token, number, after)
         if avoid:
             options["exclude"] = ",".join(avoid)
-        lines = _lines(self.tree, tasks, self.profile, self.code)
-        ids = _sbatch(self.folder, tasks, options, len(rows), lines)
+        lines = batch.lines_of(self.tree, tasks, self.profile, self.code)
+        ids = batch.sbatch(self.folder, tasks, options, len(rows), lines)
         self.found.append(ids)
         for stage_id, job_id in zip(array.stages, ids, strict=True):
             self.jobs[stage_id] = job_id
@@ -233,24 +273,38 @@ class _Submission:
             folder = self.tree.stage(self.stages[stage_id].kind, stage_id)
             unclaim(folder, self.claimed[stage_id], why)
 
-    def finish(self, why: str | None) -> str | None:
-        """Puts the caretaker behind the jobs, and takes back what is not in the queue.
+    def finish(self, why: str | None, *, keep_caretaker: bool = False) -> None:
+        """Takes back what is not in the queue, and puts the caretaker behind what is.
 
-        Returns the caretaker's job, if there is one.
+        Without jobs it is taken back too, unless it shall be kept, to try again.
         """
-        if self.caretaker is not None and self.found:
-            # Where this is refused it starts in a while, finds the jobs and waits for them then.
-            queue.scontrol(
-                "update",
-                f"JobId={self.caretaker}",
-                f"Dependency={_after(numbers[0] for numbers in self.found)}",
-                "StartTime=now",
-            )
-        elif self.caretaker is not None:
-            queue.cancel_jobs([self.caretaker])
-            self.caretaker = None
         self.drop([s for s in self.claimed if s not in self.jobs], why or "")
-        return self.caretaker
+        if self.caretaker is None and why is not None:  # sbatch may have been interrupted
+            self.caretaker = next(iter(queue.caretakers(self.token)), None)
+        if self.caretaker is None:
+            return
+        if self.found:
+            self._put_behind(self.caretaker)
+        elif not keep_caretaker:
+            # Slurm may answer no more; the caretaker finds nothing to do then.
+            with suppress(HarnessError, OSError):
+                queue.cancel_jobs([self.caretaker])
+            self.caretaker = None
+
+    def _put_behind(self, caretaker: str) -> None:
+        after = [numbers[0] for numbers in self.found]
+        update = (
+            "update",
+            f"JobId={caretaker}",
+            f"Dependency={batch.after_end(after)}",
+            "StartTime=now",
+        )
+        if queue.scontrol(*update) is None and not queue.caretakers(self.token):
+            # The submission took so long that the caretaker has given up waiting for it.
+            with suppress(UserError):
+                self.caretaker = batch.submit_caretaker(
+                    self.folder, self.profile, self.study, self.code, after
+                )
 
 
 def _check_command() -> None:
@@ -291,153 +345,3 @@ def _numbered(after: str, found: list[list[str]]) -> str:
             array, _, task = what.partition("_")
             terms.append(f"{how}:{found[int(array)][int(task)]}")
     return ",".join(terms)
-
-
-def _nodes_of(stage: StageFile, profile: Slurm) -> int:
-    execution = stage.execution
-    by_gpus = math.ceil(execution.ranks / profile.gpus_per_node) if profile.device == "cuda" else 1
-    return max(execution.nodes, by_gpus)
-
-
-def _options(
-    stage: StageFile, profile: Slurm, study: str, token: str, number: int, after: str
-) -> dict[str, Any]:
-    """submitit's parameters for stages with the needs of this one."""
-    execution = stage.execution
-    on_gpu = profile.device == "cuda"
-    nodes = _nodes_of(stage, profile)
-    if execution.ranks % nodes:
-        raise UserError(
-            f"{stage.id}: {execution.ranks} ranks on {nodes} nodes of at most"
-            f" {profile.gpus_per_node} GPUs do not divide; choose resources.ranks or nodes to fit"
-        )
-    per_node = execution.ranks // nodes
-    options: dict[str, Any] = {
-        **_site(profile),
-        "job_name": f"{study}.{stage.kind}",
-        "comment": queue.comment_of(token, number),
-        "time": math.ceil((execution.time_s or profile.time) / 60),
-        "nodes": nodes,
-        "ntasks_per_node": per_node,
-        "cpus_per_task": max(execution.threads, profile.cpus_per_gpu if on_gpu else 1),
-        "signal_delay_s": profile.signal_s,
-        # A dead rank must not leave the others waiting in a collective, paid for.
-        "srun_args": ["--kill-on-bad-exit=1"],
-    }
-    more = options["additional_parameters"]
-    if on_gpu and profile.gpu_option == "gpus_per_node":
-        options["gpus_per_node"] = per_node
-    elif on_gpu and profile.gpu_option == "gres":
-        options["gres"] = f"gpu:{per_node}"
-    if execution.memory_gib is not None:
-        more["mem"] = f"{math.ceil(execution.memory_gib / nodes * 1024)}M"
-    elif profile.memory_gib_per_gpu is not None and on_gpu:
-        more["mem"] = f"{math.ceil(profile.memory_gib_per_gpu * per_node * 1024)}M"
-    if after:
-        options["dependency"] = after
-        # Behind a stage that failed for good nothing can run; its jobs need not wait for ever.
-        more["kill-on-invalid-dep"] = "yes"
-    if profile.parallel is not None:
-        options["array_parallelism"] = profile.parallel
-    else:
-        options["array_parallelism"] = 100_000
-    return options
-
-
-def _site(profile: Slurm) -> dict[str, Any]:
-    named = {k: getattr(profile, k) for k in ("partition", "account", "qos", "constraint")}
-    more: dict[str, Any] = {("requeue" if profile.requeue else "no-requeue"): True}
-    return {
-        **{k: v for k, v in named.items() if v is not None},
-        "additional_parameters": {**more, **profile.sbatch},
-    }
-
-
-def _code_lines(code: Path) -> list[str]:
-    """The copy of the code comes first, also where the job starts in somebody's checkout."""
-    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [path, "export PYTHONSAFEPATH=1"]
-
-
-def _lines(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[str], list[str]]:
-    """Shell lines before and after srun."""
-    python = shlex.quote(sys.executable)
-    call = f"{python} -m harness.launch.job"
-    file = shlex.quote(str(tasks))
-    setup = [
-        # The shell outlives the signals that stop its steps: it has to say how they ended.
-        "trap : TERM USR2",
-        f"export HARNESS_ROOT={shlex.quote(str(tree.root))}",
-        *_code_lines(code),
-        # Since 22.05 srun no longer takes this from sbatch.
-        'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
-        f"export DS_ACCELERATOR={profile.device}",
-        *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
-        *profile.setup,
-        f'exports="$({call} begin {file})"; code=$?',
-        f"if [ $code = {job.NOTHING_TO_DO} ]; then exit 0; fi",
-        "if [ $code != 0 ]; then exit $code; fi",
-        'eval "$exports"',
-    ]
-    return setup, [f"code=$?; {call} end {file} --code $code", "exit $?"]
-
-
-def _sbatch(
-    folder: Path,
-    tasks: Path,
-    options: Mapping[str, Any],
-    count: int,
-    lines: tuple[list[str], list[str]],
-) -> list[str]:
-    """Submits one array; the job ids of its tasks."""
-    with queue.outside_of_a_job():
-        executor = submitit.SlurmExecutor(folder=folder / "jobs")
-        executor.update_parameters(**options, setup=lines[0], teardown=lines[1])
-        try:
-            with executor.batch():
-                found = [executor.submit(job.run_rank, str(tasks)) for _ in range(count)]
-        except (FailedJobError, FailedSubmissionError) as error:
-            last = str(error).strip().splitlines()[-1]
-            raise UserError(f"sbatch refused: {last}; see the profile's options") from None
-    return [str(j.job_id) for j in found]
-
-
-def submit_caretaker(
-    folder: Path, profile: Slurm, study: str, code: Path, after: Iterable[str] = ()
-) -> str | None:
-    """A job that tends the submission in `folder`, after a while and after these jobs; its id.
-
-    None where the profile wants none. Raises UserError where sbatch refuses.
-    """
-    if not profile.caretaker:
-        return None
-    python = shlex.quote(sys.executable)
-    options = {
-        **_site(profile),
-        "job_name": f"{study}.caretaker",
-        "comment": f"caretaker.{folder.name}",
-        "time": 30,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": 1,
-        "use_srun": False,
-    }
-    options["additional_parameters"]["begin"] = f"now+{profile.caretaker_s}"
-    if dependency := _after(after):
-        options["dependency"] = dependency
-    setup = [
-        f"export HARNESS_ROOT={shlex.quote(str(folder.parent.parent))}",
-        *_code_lines(code),
-        *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
-        *profile.setup,
-        f"{python} -m harness.launch.caretaker {shlex.quote(str(folder))}",
-        "exit $?",
-    ]
-    # The lines above are the whole job: the shell ends before submitit's own command.
-    return _sbatch(folder, folder / "submission.json", options, 1, (setup, []))[0]
-
-
-def _after(jobs: Iterable[str]) -> str:
-    """The dependency on the end of these jobs, whole arrays of them."""
-    arrays = dict.fromkeys(job_id.partition("_")[0] for job_id in jobs)
-    return "afterany:" + ":".join(arrays) if arrays else ""

@@ -133,8 +133,8 @@ def test_a_claim_without_a_job_counts_as_long_as_somebody_submits(
     change(tree, grid, job=None)
     tasks = sorted((tree.root / "slurm" / token).glob("tasks.*.json"))
     first = {row["stage"] for row in (read_json(tasks[0]) or {})["tasks"]}
-    assert first and first < set(jobs)
-    site.holds(("1", f"{token}.0"))
+    assert len(first) > 1 and first < set(jobs)
+    site.holds(*((f"1_{task}", f"{token}.0") for task in range(len(first))))
     with lease.exclusive(tree.root / "slurm" / "submitting"):
         assert set(states(tree, grid).values()) == {"submitted"}
     found = states(tree, grid)

@@ -85,16 +85,15 @@ def test_a_job_requeued_and_killed_before_it_could_save_was_preempted(site: Site
 
 
 def test_a_time_limit_is_only_a_pause(site: Site) -> None:
-    """Of a minute for a stage of 50 s, told to stop half a minute before; then of an hour."""
-    site.profile(time="1m", signal_s="30")
-    site.submit(site.study(steps=1000))
+    """Of two minutes for a stage of 80 s, told to stop 50 s before, or up to a minute earlier."""
+    site.profile(time="2m", signal_s="50")
+    site.submit(site.study(steps=1600))
     job, folder = site.wait_training(), site.folder_of("wsp")
     site.wait_until(lambda: read_attempts(folder)[0].end, "no end before the limit")
     site.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60", check=True)
     site.wait_done()
-    ends = [a.end for a in read_attempts(folder)]
-    assert (ends[0], ends[-1], set(ends[:-1])) == ("timeout", "done", {"timeout"})
-    assert all(a.progress for a in read_attempts(folder)[1:])
+    first, last = read_attempts(folder)
+    assert (first.end, last.end, last.progress > 0) == ("timeout", "done", True)
 
 
 def test_preemption_that_cancels_the_job_is_no_scancel(site: Site) -> None:
@@ -151,9 +150,9 @@ def test_what_sbatch_has_no_room_for_the_caretaker_submits(site: Site) -> None:
 
 def test_a_submission_killed_between_arrays_is_seen_and_the_next_one_goes_on(site: Site) -> None:
     file = site.study(init="[random, mae]")
-    bin_ = refusing(site, 3, "kill -9 $PPID; sleep 1; exit 1")
+    bin_ = refusing(site, 2, "kill -9 $PPID; sleep 1; exit 1")
     site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
-    site.profile(sbatch="{hold: true}", caretaker_s="5")
+    site.profile(sbatch="{hold: true}", caretaker="false")
     site.harness("grid", str(file), "--submit", check=-9)
     del site.extra["PATH"]
     states = site.states()

@@ -1,0 +1,213 @@
+"""The caretaker of a submission, with a Slurm of scripts: for moments a real one seldom gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from harness.launch import caretaker, queue, slurm
+from harness.launch.settings import Slurm
+from harness.ledger import store
+from harness.ledger.attempts import read_attempts
+from harness.ledger.files import read_json, write_json
+from harness.ledger.tree import Tree
+from harness.study.cells import Grid, build_grid
+from harness.study.schema import Retry, load_study
+from tests.launch.fake_slurm import FakeSlurm
+
+REFUSE = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+COUNT = "$(cat {0}/sbatch.calls | wc -l)"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "runs")
+
+
+@pytest.fixture
+def grid(study_file: Callable[..., Path]) -> Grid:
+    return build_grid(load_study(study_file()))
+
+
+def submit(tree: Tree, grid: Grid, refusals: int | None = None, **profile: Any) -> slurm.Submitted:
+    profile = {"device": "cpu", **profile}
+    return slurm.submit(tree, "small", grid.stages, Slurm(**profile), Retry(), refusals=refusals)
+
+
+def states(tree: Tree, grid: Grid) -> dict[str, str]:
+    return {s: v.state for s, v in queue.read_states(tree, grid.stages).items()}
+
+
+def takes_only(site: FakeSlurm, number: int) -> None:
+    """The next jobs that sbatch takes, counted from now."""
+    count, limit = COUNT.format(site.folder), site.calls("sbatch") + number
+    site.says(
+        "sbatch",
+        f'if [ {count} -gt {limit} ]; then {REFUSE}; fi; echo "Submitted batch job {count}"',
+    )
+
+
+def submissions(tree: Tree) -> dict[str, dict[str, Any]]:
+    return {p.parent.name: read_json(p) or {} for p in tree.root.glob("slurm/*/submission.json")}
+
+
+def scripts(tree: Tree, token: str) -> list[str]:
+    """What sbatch was given; submitit keeps each file under two names."""
+    paths = (tree.root / "slurm" / token).glob("jobs/*submission*.sh")
+    return sorted({path.read_text() for path in paths})
+
+
+def first_array(tree: Tree, token: str) -> tuple[int, list[str]]:
+    """The array without upstream: its number, and its stages."""
+    tasks = read_json(tree.root / "slurm" / token / "tasks.0.json") or {}
+    return 0, [row["stage"] for row in tasks["tasks"]]
+
+
+def test_it_is_queued_before_all_others_and_knows_every_stage(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """sbatch kills nobody here, but takes the first job only: the moment after that one."""
+    takes_only(site, 1)
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
+        submit(tree, grid)
+    (token,) = submissions(tree)
+    first = (tree.root / "slurm" / token / "jobs" / "1_submission.sh").read_text()
+    assert "--begin=now+900" in first and f"--comment=caretaker.{token}" in first
+    assert all(tree.stage(s.kind, s.id).stage.exists() for s in grid.stages.values())
+    assert site.calls("scancel") == 1
+
+
+def test_a_job_whose_number_was_not_noted_is_one_to_wait_for(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """A submission was killed after sbatch had taken its first array."""
+    submit(tree, grid)
+    (token,) = submissions(tree)
+    array, first = first_array(tree, token)
+    for stage in grid.stages.values():
+        path = tree.stage(stage.kind, stage.id).status
+        write_json(path, {**(read_json(path) or {}), "job": None})
+    is_one = len(first) == 1
+    jobs = {s: "77" if is_one else f"77_{place}" for place, s in enumerate(first)}
+    site.holds(*((job, queue.comment_of(token, array)) for job in jobs.values()))
+    again = submit(tree, grid)
+    assert set(again.jobs) == set(grid.stages) - set(first)
+    for stage_id, job in jobs.items():
+        stage = grid.stages[stage_id]
+        assert (read_json(tree.stage(stage.kind, stage_id).status) or {})["job"] == job
+    (new,) = submissions(tree).keys() - {token}
+    waits = [text for text in scripts(tree, new) if "--dependency" in text]
+    assert any(":77" in text for text in waits)
+
+
+def test_what_runs_elsewhere_is_not_one_to_wait_for(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """A job behind it would be dropped at its start, and submitted again, and again."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    about = {"schema": 1, "state": "submitted", "attempt": 1, "host": "elsewhere", "pid": 1}
+    write_json(store.write_stage(tree, stage).status, about)
+    assert states(tree, grid)[stage.id] == "submitted"
+    done = submit(tree, grid)
+    behind = [s.id for s in grid.stages.values() if stage.id in s.config.upstream.values()]
+    assert done.jobs and behind and not set(behind) & set(done.jobs)
+
+
+def test_of_a_caretaker_that_gets_nothing_in_a_next_one_stays(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    takes_only(site, 1)
+    done = submit(tree, grid, refusals=0)
+    assert (done.jobs, done.caretaker, done.left) == ({}, "1", len(grid.stages))
+    assert site.calls("scancel") == 0
+    (about,) = submissions(tree).values()
+    assert about["refusals"] == 1
+    assert set(states(tree, grid).values()) <= {"planned", "waiting"}
+    takes_only(site, 1)
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
+        submit(tree, grid, refusals=100)
+    assert site.calls("scancel") == 1
+
+
+def test_claims_are_taken_back_also_where_slurm_answers_no_more(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    takes_only(site, 1)
+    site.says("scancel", "exit 1")
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit"):
+        submit(tree, grid)
+    assert set(states(tree, grid).values()) <= {"planned", "waiting"}
+
+
+def test_one_that_has_given_up_waiting_is_replaced(site: FakeSlurm, tree: Tree, grid: Grid) -> None:
+    site.says("scontrol", f'case "$1" in update) exit 1;; *) cat {site.folder}/scontrol.txt;; esac')
+    done = submit(tree, grid)
+    assert done.caretaker == str(site.calls("sbatch"))
+    (token,) = submissions(tree)
+    last = [text for text in scripts(tree, token) if "--dependency=afterany:2" in text]
+    assert any(f"caretaker.{token}" in text for text in last)
+
+
+def test_it_starts_early_waits_for_what_is_under_way_and_never_twice(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    folder = tree.root / "slurm" / token
+    site.holds(*((job, "x") for job in jobs.values()))
+    before = site.calls("sbatch")
+    assert caretaker.tend(folder).jobs == {}
+    assert site.calls("sbatch") == before + 1
+    texts = [t for t in scripts(tree, token) if f"caretaker.{token}" in t]
+    assert sum("--dependency=afterany:" in text for text in texts) == 1
+    site.holds(*((job, "x") for job in jobs.values()), ("99", f"caretaker.{token}"))
+    assert caretaker.tend(folder).jobs == {}
+    assert site.calls("sbatch") == before + 1
+
+
+def test_without_room_for_another_it_goes_back_into_the_queue(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    folder = tree.root / "slurm" / token
+    site.holds(*((job, "x") for job in jobs.values()))
+    takes_only(site, 0)
+    assert caretaker.main([str(folder)]) == EXIT_REQUEUE
+    script = next(t for t in scripts(tree, token) if f"caretaker.{token}" in t)
+    assert f'if [ $code = {EXIT_REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi' in script
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "500")
+    assert caretaker.main([str(folder)]) == EXIT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("reason", "ends", "is_back"),
+    [("None", ["cancelled"], False), ("DependencyNeverSatisfied", ["dropped", None], True)],
+)
+def test_a_job_that_a_user_cancelled_stays_so_while_its_upstream_is_under_way(
+    site: FakeSlurm, tree: Tree, grid: Grid, reason: str, ends: list[str | None], is_back: bool
+) -> None:
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    late = next(s for s in grid.stages.values() if s.config.upstream)
+    site.holds(*((job, "x") for s, job in jobs.items() if s != late.id))
+    about = f"JobId={jobs[late.id]} JobState=CANCELLED Reason={reason}"
+    site.says(
+        "scontrol", f'case "$2" in job) echo "{about}";; *) cat {site.folder}/scontrol.txt;; esac'
+    )
+    done = caretaker.tend(tree.root / "slurm" / token)
+    assert (late.id in done.jobs) is is_back
+    assert [a.end for a in read_attempts(tree.stage(late.kind, late.id))] == ends
+
+
+def test_caretakers_are_not_held_with_the_jobs(site: FakeSlurm, tree: Tree, grid: Grid) -> None:
+    submit(tree, grid, sbatch={"hold": True}, requeue=False)
+    (token,) = submissions(tree)
+    texts = scripts(tree, token)
+    (own,) = [text for text in texts if f"caretaker.{token}" in text]
+    assert "--hold" not in own and "--no-requeue" not in own and "--requeue" in own
+    assert all("--hold" in text and "--no-requeue" in text for text in texts if text != own)
