@@ -18,6 +18,8 @@ from harness.launch.settings import Slurm
 from harness.ledger.tree import Tree
 from harness.study.stages import StageFile
 
+_PAUSE_S = 60
+
 
 def nodes_of(stage: StageFile, profile: Slurm) -> int:
     """Nodes that a stage's ranks need."""
@@ -150,12 +152,15 @@ def submit_caretaker(
         "use_srun": False,
     }
     more = options["additional_parameters"]
-    more["begin"] = f"now+{profile.caretaker_s}"
+    dependency = after_end(after)
+    # Behind jobs it need not wait longer: just not start again and again while one of them ends.
+    wait_s = min(_PAUSE_S, profile.caretaker_s) if dependency else profile.caretaker_s
+    more["begin"] = f"now+{wait_s}"
     # Where it can do nothing yet it puts itself back, and what others are held for is not its.
     for word in ("no-requeue", "hold"):
         more.pop(word, None)
     more["requeue"] = True
-    if dependency := after_end(after):
+    if dependency:
         options["dependency"] = dependency
     setup = [
         f"export HARNESS_ROOT={shlex.quote(str(folder.parent.parent))}",
