@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import Make, holes
+from tests.analysis.conftest import Make, holes
 from runtree import SIZES, Spec, Truth
 
 from analysis import gain, laws

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Make
+from tests.analysis.conftest import Make
 from runtree import SIZES, Spec, Truth
 
 from analysis import gain

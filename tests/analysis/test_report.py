@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import holes
+from tests.analysis.conftest import holes
 from runtree import Spec, Truth, write_json, write_tree
 
 from analysis import pictures, style

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import chromium
 import pytest
-from conftest import holes
+from tests.analysis.conftest import holes
 from runtree import Spec, Truth, write_tree
 
 from analysis.report import build

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import holes
+from tests.analysis.conftest import holes
 from runtree import Spec, Truth, write_tree
 
 from analysis import contents, export, page, panels, report, scaling_sections, style

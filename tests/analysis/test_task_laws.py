@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import Make
+from tests.analysis.conftest import Make
 from runtree import Spec, Truth
 
 from analysis import panels, task_laws

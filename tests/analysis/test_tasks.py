@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Make
+from tests.analysis.conftest import Make
 from runtree import Spec, write_tree
 
 from analysis import report, tasks
