@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.analysis.conftest import Make, holes
 from runtree import SIZES, Spec, Truth
 
 from analysis import gain, laws
 from analysis.finding import Counts, amount, count, paragraph
 from analysis.load import StudyData
 from analysis.metrics import Metric, headline, metrics_of
+from tests.analysis.conftest import Make, holes
 
 
 def find(study: StudyData) -> str:

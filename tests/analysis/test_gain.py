@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tests.analysis.conftest import Make
 from runtree import SIZES, Spec, Truth
 
 from analysis import gain
 from analysis.curves import reaches, read_off
 from analysis.load import StudyData
 from analysis.metrics import headline, metrics_of
+from tests.analysis.conftest import Make
 
 
 def _of(rows: pd.DataFrame, **want: Any) -> pd.Series:

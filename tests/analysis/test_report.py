@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tests.analysis.conftest import holes
 from runtree import Spec, Truth, write_json, write_tree
 
 from analysis import pictures, style
 from analysis.load import load
 from analysis.report import ReportResult, build
 from harness.errors import NotFoundError
+from tests.analysis.conftest import holes
 
 SMALL: dict[str, Any] = {"sizes": ["xs", "s"], "data": [1_000, 4_000], "seeds": [0]}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import chromium
 import pytest
-from tests.analysis.conftest import holes
 from runtree import Spec, Truth, write_tree
 
 from analysis.report import build
+from tests.analysis.conftest import holes
 
 pytestmark = pytest.mark.browser
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tests.analysis.conftest import holes
 from runtree import Spec, Truth, write_tree
 
 from analysis import contents, export, page, panels, report, scaling_sections, style
@@ -21,6 +20,7 @@ from analysis.markdown import escaped
 from analysis.report import build
 from analysis.sections import Analysis, Section, analysed
 from analysis.tables import Table
+from tests.analysis.conftest import holes
 
 SMALL: dict[str, Any] = {"sizes": ["xs", "s"], "data": [1_000, 4_000], "seeds": [0]}
 DATA_FILES = ("cells", "curves", "gains", "results", "tasks")

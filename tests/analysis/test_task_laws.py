@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.analysis.conftest import Make
 from runtree import Spec, Truth
 
 from analysis import panels, task_laws
@@ -14,6 +13,7 @@ from analysis.chained import chain
 from analysis.loss_to_error import fit_loss_to_error
 from analysis.metrics import metrics_of
 from analysis.plain import plain
+from tests.analysis.conftest import Make
 
 CHANCE = 0.9
 TRUE = {"c": 0.08, "k": 2.2, "L0": 2.4}

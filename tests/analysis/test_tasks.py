@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.analysis.conftest import Make
 from runtree import Spec, write_tree
 
 from analysis import report, tasks
 from analysis.load import StudyData, load
 from analysis.metrics import metrics_of
+from tests.analysis.conftest import Make
 
 NUM = 4000
 SPEC = Spec(sizes=("xs", "l"), data=(1_000, 64_000), seeds=(0, 1), tasks=("probe", "fine_tune"))
