@@ -50,7 +50,7 @@ def tend(folder: Path) -> slurm.Submitted:
     # A submission that was still under way has said by now what it put into the queue.
     with exclusive(lock):
         states = queue.read_states(tree, stages, max_age_s=0.0, is_submitting=True)
-        states = slurm.number(tree, stages, states)
+        states = slurm.numbered(tree, stages, states)
         own = {s: v for s, v in states.items() if v.status.get("token") == about["token"]}
         for stage_id, state in own.items():
             if state.state == "lost":

@@ -74,14 +74,14 @@ def submit(
     stages = {k: _placed(s, profile) for k, s in stages.items()}
     with exclusive(tree.root / "slurm" / "submitting"):
         states = queue.read_states(tree, stages, max_age_s=_FRESH_S, is_submitting=True)
-        states = number(tree, stages, states)
+        states = numbered(tree, stages, states)
         cancelled = {s for s, v in states.items() if v.state == "cancelled"}
         skip = set() if refusals is None else cancelled
         wanted = _startable(stages, states, skip)
         return _submit(tree, study, stages, states, wanted, profile, retry, refusals)
 
 
-def number(
+def numbered(
     tree: Tree, stages: Mapping[str, StageFile], states: Mapping[str, StageState]
 ) -> dict[str, StageState]:
     """The states, with the numbers of jobs whose submission was killed before it noted them.
@@ -158,8 +158,8 @@ def _submit(
         site = queue.max_array_size()
         limit = min(profile.max_array or site, site)
         arrays = plan_arrays([stages[s] for s in job_.claimed], limit, running, avoid)
-        for number_, array in enumerate(arrays):
-            job_.put(number_, array, avoid.get(array.stages[0], ()))
+        for number, array in enumerate(arrays):
+            job_.put(number, array, avoid.get(array.stages[0], ()))
     except UserError as error:
         refused = str(error)
         job_.finish(refused, keep_caretaker=0 < tries <= _MOST_REFUSALS)

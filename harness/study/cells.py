@@ -164,8 +164,8 @@ class _Builder:
         self.features: dict[tuple[Any, ...], Any] = {}
         self.varied = varied(loaded)
         self._families: dict[Hashable, _Family] = {}
-        self._known: Known = {}
         """Cells that differ in the seed alone, by `Point.family`."""
+        self._known: Known = {}
         rules = (*loaded.study.overrides, *loaded.study.resources)
         self._seed_matters = any("seed" in rule.match for rule in rules)
 

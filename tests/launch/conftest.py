@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from harness.launch import queue
+from harness.ledger.tree import Tree
+from harness.study.cells import Grid, build_grid
+from harness.study.schema import load_study
 from tests.launch.fake_slurm import FakeSlurm
 from tests.launch.small_study import TINY, submit
 
@@ -22,6 +25,16 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]
     monkeypatch.setattr(queue, "_last", None)
     yield fake
     queue._config.cache_clear()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "runs")
+
+
+@pytest.fixture
+def grid(study_file: Callable[..., Path]) -> Grid:
+    return build_grid(load_study(study_file()))
 
 
 @pytest.fixture(scope="module")

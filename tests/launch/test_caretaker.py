@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,22 +13,12 @@ from harness.ledger import store
 from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, write_json
 from harness.ledger.tree import Tree
-from harness.study.cells import Grid, build_grid
-from harness.study.schema import Retry, load_study
+from harness.study.cells import Grid
+from harness.study.schema import Retry
 from tests.launch.fake_slurm import FakeSlurm
 
 REFUSE = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
 COUNT = "$(cat {0}/sbatch.calls | wc -l)"
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return Tree(tmp_path / "runs")
-
-
-@pytest.fixture
-def grid(study_file: Callable[..., Path]) -> Grid:
-    return build_grid(load_study(study_file()))
 
 
 def submit(tree: Tree, grid: Grid, refusals: int | None = None, **profile: Any) -> slurm.Submitted:
@@ -61,12 +49,6 @@ def scripts(tree: Tree, token: str) -> list[str]:
     return sorted({path.read_text() for path in paths})
 
 
-def first_array(tree: Tree, token: str) -> tuple[int, list[str]]:
-    """The array without upstream: its number, and its stages."""
-    tasks = read_json(tree.root / "slurm" / token / "tasks.0.json") or {}
-    return 0, [row["stage"] for row in tasks["tasks"]]
-
-
 def test_it_is_queued_before_all_others_and_knows_every_stage(
     site: FakeSlurm, tree: Tree, grid: Grid
 ) -> None:
@@ -87,13 +69,14 @@ def test_a_job_whose_number_was_not_noted_is_one_to_wait_for(
     """A submission was killed after sbatch had taken its first array."""
     submit(tree, grid)
     (token,) = submissions(tree)
-    array, first = first_array(tree, token)
+    tasks = read_json(tree.root / "slurm" / token / "tasks.0.json") or {}
+    first = [row["stage"] for row in tasks["tasks"]]
     for stage in grid.stages.values():
         path = tree.stage(stage.kind, stage.id).status
         write_json(path, {**(read_json(path) or {}), "job": None})
     is_one = len(first) == 1
     jobs = {s: "77" if is_one else f"77_{place}" for place, s in enumerate(first)}
-    site.holds(*((job, queue.comment_of(token, array)) for job in jobs.values()))
+    site.holds(*((job, queue.comment_of(token, 0)) for job in jobs.values()))
     again = submit(tree, grid)
     assert set(again.jobs) == set(grid.stages) - set(first)
     for stage_id, job in jobs.items():

@@ -25,16 +25,6 @@ from tests.launch.fake_slurm import FakeSlurm
 PROFILE = Slurm(device="cpu")
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return Tree(tmp_path / "runs")
-
-
-@pytest.fixture
-def grid(study_file: Callable[..., Path]) -> Grid:
-    return build_grid(load_study(study_file()))
-
-
 def submit(tree: Tree, grid: Grid) -> slurm.Submitted:
     return slurm.submit(tree, "small", grid.stages, PROFILE, Retry())
 
