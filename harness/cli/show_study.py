@@ -78,9 +78,10 @@ def _cell_table(plan: Plan) -> Table:
 
 def _varies(axis: str, cells: list[Cell]) -> bool:
     """Whether cells that have the axis differ in it."""
-    shown = (str(cell.axes[axis]) for cell in cells if axis in cell.axes)
-    first = next(shown)
-    return any(text != first for text in shown)
+    values = (cell.axes[axis] for cell in cells if axis in cell.axes)
+    first = next(values)
+    shown = str(first)
+    return any(value is not first and str(value) != shown for value in values)
 
 
 def _axis_text(axis: str, value: object) -> str:
@@ -113,7 +114,8 @@ def _stage_table(plan: Plan) -> Table:
             style="bold",
         )
         shared = [i for i in ids if feeds[i] > 1]
-        for stage_id in shared[: _rows_of(len(shared))]:
+        shown = shared[: _rows_of(max(len(shared), len(plan.grid.cells)))]
+        for stage_id in shown:
             like = known[stage_id].like
             table.add_row(
                 f"  {escape(stage_id)}",
@@ -123,6 +125,8 @@ def _stage_table(plan: Plan) -> Table:
                 format_seconds(plan.seconds[stage_id]),
                 state_text(plan.states[stage_id]),
             )
+        if len(shared) > len(shown):
+            table.add_row(f"  ... and {len(shared) - len(shown)} more: --json for all of them")
     return table
 
 
@@ -147,7 +151,7 @@ def _print_totals(out: Console, plan: Plan, tree: Tree, slots: int) -> None:
 
 _MOST_ROWS = 400
 """A table longer than this nobody reads, and it takes seconds to lay out."""
-_OF_MANY = 20
+_OF_MANY = 10
 
 
 def _rows_of(count: int) -> int:

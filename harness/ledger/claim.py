@@ -53,7 +53,7 @@ def is_as_seen(folder: StageFolder, seen: StageState) -> bool:
     if seen.state == "done":
         # Of a done stage a reader of thousands is told no more than this.
         status = {key: status.get(key) for key in seen.status}
-    return dict(seen.status) == status and (seen.result or {}).get("uid") == result.get("uid")
+    return dict(seen.status) == status and seen.uid == result.get("uid")
 
 
 def start_over(

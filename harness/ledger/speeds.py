@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from harness.ledger.index import results
 from harness.ledger.tree import Tree
 from harness.study.cost import CalibrationKey, Speeds
@@ -11,18 +13,20 @@ _MAX_AGE_S = 10.0
 
 def measured_speeds(tree: Tree, device: str) -> Speeds:
     """FLOP/s by (kind, size) from the finished stages of this root, on this kind of device."""
-    sums: dict[CalibrationKey, tuple[float, float]] = {}
+    flops: dict[CalibrationKey, list[float]] = {}
+    seconds: dict[CalibrationKey, list[float]] = {}
     stages = tree.root / "stages"
     kinds = sorted(p.name for p in stages.iterdir() if p.is_dir()) if stages.is_dir() else []
-    # A command has just read the states: what an estimate rests on need not be newer.
-    known = {k: results(tree, k, sorted(tree.begun(k)), max_age_s=_MAX_AGE_S) for k in kinds}
-    for result in (r for found in known.values() for r in found.values()):
-        if result.get("device", device) != device:
-            continue
-        busy = float(result["wall_s"].get("total", 0.0)) * result.get("processes", 1)
-        if busy <= 0 or not result["flops"]:
-            continue
-        key = (result["kind"], result["size"])
-        flops, seconds = sums.get(key, (0.0, 0.0))
-        sums[key] = (flops + result["flops"], seconds + busy)
-    return Speeds(device=device, flops_per_s={k: f / s for k, (f, s) in sums.items()})
+    for kind in kinds:
+        # A command has just read the states: what an estimate rests on need not be newer.
+        for row in results(tree, kind, tree.begun(kind), max_age_s=_MAX_AGE_S).values():
+            if row.device not in (device, None) or not row.flops or not row.total_s:
+                continue
+            key = (row.kind, row.size)
+            if key not in flops:
+                flops[key], seconds[key] = [], []
+            flops[key].append(row.flops)
+            seconds[key].append(row.total_s * (row.processes or 1))
+    # Exact sums: folders come in no order.
+    speeds = {key: math.fsum(flops[key]) / math.fsum(seconds[key]) for key in flops}
+    return Speeds(device=device, flops_per_s=speeds)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from harness.errors import UserError
 from harness.ledger.files import read_json
-from harness.ledger.index import results
+from harness.ledger.index import Row, results
 from harness.ledger.lease import owner_is_dead, read_lease
 from harness.ledger.tree import StageFolder, Tree
 
@@ -28,12 +28,24 @@ class StageState(NamedTuple):
 
     state: str
     status: Mapping[str, Any]
-    result: Mapping[str, Any] | None = None
-    """Of its last run: it counts only for a stage that is `done`."""
+    kept: Mapping[str, Any] | Row | None = None
+    """What there is of the last run's result.json: the whole of it, or its row in the index."""
     reason: str | None = None
     message: str | None = None
     held: bool = False
     """Cancelled by somebody, until somebody says `harness resume`."""
+
+    @property
+    def result(self) -> Mapping[str, Any] | None:
+        """Of the last run: it counts only for a stage that is `done`."""
+        return self.kept.result if isinstance(self.kept, Row) else self.kept
+
+    @property
+    def uid(self) -> Any:
+        """Of the last run, if it has a result."""
+        if isinstance(self.kept, Row):
+            return self.kept.uid
+        return None if self.kept is None else self.kept.get("uid")
 
     @property
     def is_over(self) -> bool:
@@ -60,7 +72,7 @@ def read_state(
         note = read_json(folder.stop) or {}
         state, reason = "cancelled", note.get("reason")
     return StageState(
-        state=state, reason=reason, message=message, status=status, result=result, held=held
+        state=state, reason=reason, message=message, status=status, kept=result, held=held
     )
 
 
@@ -166,7 +178,7 @@ def read_graph(
 ) -> dict[str, StageState]:
     """`read_states`, of stages of which only kinds and edges are known.
 
-    Of a stage that is done, `status` has only state and attempt, `result` only `index.KEYS`.
+    Of a stage that is done, `status` has only state and attempt, `result` what the index keeps.
     """
     states: dict[str, StageState] = {}
     # Most stages of a large study have no folder yet: one listing a kind tells.
@@ -175,7 +187,9 @@ def read_graph(
     for stage_id, node in graph.items():
         if stage_id in begun[node.kind]:
             own_ids[node.kind].append(stage_id)
-    rows = {kind: results(tree, kind, ids) for kind, ids in own_ids.items()}
+    rows: dict[str, Row] = {}
+    for kind, ids in own_ids.items():
+        rows |= results(tree, kind, ids)
     unbegun = StageState(state="planned", status={})
     # Of most stages of a large study nothing is known but that they wait: one object for all.
     ready, waits = unbegun, unbegun._replace(state="waiting")
@@ -185,21 +199,24 @@ def read_graph(
     statuses: dict[Any, dict[str, Any]] = {}
     """Of stages that are done, by attempt."""
     for stage_id, node in graph.items():
-        kind, upstream = node.kind, node.upstream
+        upstream = node.upstream
+        row = rows.get(stage_id)
+        if row is not None and row.told and _rests_on(row.upstream_uids, upstream, done):
+            attempt = row.attempts
+            if attempt not in statuses:
+                statuses[attempt] = {"state": "done", "attempt": attempt}
+            states[stage_id] = StageState("done", statuses[attempt], row)
+            done[stage_id] = row.uid
+            continue
+        kind = node.kind
         is_begun = stage_id in begun[kind]
         if not is_begun and blocking.isdisjoint(upstream):
-            is_ready = all([u in done or u not in states for u in upstream])
-            states[stage_id] = ready if is_ready else waits
+            states[stage_id] = ready
+            for u in upstream:
+                if u not in done and u in states:
+                    states[stage_id] = waits
+                    break
             continue
-        row = rows[kind].get(stage_id) if is_begun else None
-        if row is not None and row["told"]:
-            if row.get("upstream_uids", {}) == {u: done.get(u) for u in upstream}:
-                attempt = row.get("attempts")
-                if attempt not in statuses:
-                    statuses[attempt] = {"state": "done", "attempt": attempt}
-                states[stage_id] = StageState("done", statuses[attempt], row)
-                done[stage_id] = row.get("uid")
-                continue
         own = unbegun
         if is_begun:
             folder = tree.stage(kind, stage_id)
@@ -207,10 +224,18 @@ def read_graph(
         known = [states[u] for u in upstream if u in states]
         own = states[stage_id] = _in_graph(own, upstream, known)
         if own.state == "done":
-            done[stage_id] = (own.result or {}).get("uid")
+            done[stage_id] = own.uid
         elif _blocks(own):
             blocking.add(stage_id)
     return states
+
+
+def _rests_on(uids: Mapping[str, Any], upstream: tuple[str, ...], done: Mapping[str, Any]) -> bool:
+    """Whether it is the runs with these uids that its upstream stages are done with now."""
+    for stage_id in upstream:
+        if stage_id not in done or uids.get(stage_id) != done[stage_id]:
+            return False
+    return len(uids) == len(upstream)
 
 
 def _blocks(upstream: StageState) -> bool:
@@ -220,10 +245,7 @@ def _blocks(upstream: StageState) -> bool:
 def _in_graph(own: StageState, ids: tuple[str, ...], upstream: list[StageState]) -> StageState:
     if own.state == "done":
         used = (own.result or {}).get("upstream_uids", {})
-        now = {
-            u: (s.result or {}).get("uid") if s.state == "done" else None
-            for u, s in zip(ids, upstream, strict=True)
-        }
+        now = {u: s.uid if s.state == "done" else None for u, s in zip(ids, upstream, strict=True)}
         if used == now:
             return own
         message = "its upstream stage was run again or removed since"

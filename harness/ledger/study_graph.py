@@ -8,6 +8,7 @@ size and time of change that it had when it was read.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -62,16 +63,15 @@ def _load(path: Path, sign: list[int]) -> StudyGraph | None:
         if content["schema"] != _SCHEMA or content["sign"] != sign:
             return None
         ids: list[str] = content["stages"]
-        kinds: list[str] = content["kinds"]
-
-        def named(places: list[int]) -> tuple[str, ...]:
-            return tuple([ids[i] for i in places])
-
-        nodes = {
-            stage: PlainNode(kinds[kind], named(upstream))
-            for stage, kind, upstream in zip(ids, content["kind"], content["upstream"], strict=True)
-        }
-        return StudyGraph(nodes, [named(places) for places in content["cells"]])
+        of_place = ids.__getitem__
+        upstream = [tuple(map(of_place, places)) for places in content["upstream"]]
+        kinds = map(content["kinds"].__getitem__, content["kind"])
+        # `PlainNode(kind, upstream)`, without a call of Python's for each of thousands.
+        nodes = map(functools.partial(tuple.__new__, PlainNode), zip(kinds, upstream, strict=True))
+        return StudyGraph(
+            dict(zip(ids, nodes, strict=True)),
+            [tuple(map(of_place, places)) for places in content["cells"]],
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 

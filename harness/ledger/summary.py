@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.ledger.files import read_json
+from harness.ledger.index import Row, row_of
 from harness.ledger.states import ACTIVE, Node, StageState, read_graph
 from harness.ledger.study_graph import StudyGraph, read_study
 from harness.ledger.tree import Tree
@@ -125,13 +126,15 @@ def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, 
 
 def _overhead(states: dict[str, StageState]) -> dict[str, float] | None:
     """Mean seconds of a finished stage, and what of it was neither training nor evaluation."""
-    walls = [s.result["wall_s"] for s in states.values() if s.state == "done" and s.result]
-    if not walls:
+    kept = [s.kept for s in states.values() if s.state == "done"]
+    rows = [r if isinstance(r, Row) else row_of(r) for r in kept if r]
+    rows = [row for row in rows if row.total_s is not None]
+    if not rows:
         return None
-    total = sum(w["total"] for w in walls)
-    harness = sum(w["harness"] for w in walls)
+    total = sum([row.total_s for row in rows])
+    harness = sum([row.harness_s or 0.0 for row in rows])
     return {
-        "total": total / len(walls),
-        "harness": harness / len(walls),
+        "total": total / len(rows),
+        "harness": harness / len(rows),
         "share": harness / total if total else 0.0,
     }

@@ -247,7 +247,7 @@ class _Builder:
         flops = {role: self.stages[s].flops for role, s in chain.ids.items()}
         family = _Family(
             name=around_seed(axes, self.varied, ablation),
-            text=identity.CellText(plain(axes)),
+            text=identity.CellText(plain(axes), chain.ids),
             steps=[Step(link) for link in chain.links],
             params=count_flops.encoder_params(model),
             images=images,

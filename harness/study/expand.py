@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.errors import UserError
 from harness.study.schema import CORE_AXES, INITS, LoadedStudy
@@ -16,8 +15,7 @@ from harness.study.starting import find, is_checkpoint
 from harness.units import parse_count
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(NamedTuple):
     """One combination of axis values, `defaults` filled in."""
 
     values: dict[str, Any]
@@ -44,14 +42,16 @@ def expand(loaded: LoadedStudy, problems: list[str]) -> list[Point]:
     default_origin: dict[str, Location] = {k: ("defaults", k) for k in study.defaults}
     groups = _groups(loaded)
     places = [i for i, choices in enumerate(groups) if [n for n, _ in choices[0]] != ["seed"]]
-    for combination in itertools.product(*groups):
+    chosen = [[{n: study.axes[n][i] for n, i in c} for c in choices] for choices in groups]
+    origins: list[list[dict[str, Location]]]
+    origins = [[{n: ("axes", n, i) for n, i in c} for c in choices] for choices in groups]
+    for combination in itertools.product(*[range(len(choices)) for choices in groups]):
         values, origin = dict(study.defaults), dict(default_origin)
-        for choice in combination:
-            for name, index in choice:
-                values[name] = study.axes[name][index]
-                origin[name] = ("axes", name, index)
+        for group, choice in enumerate(combination):
+            values.update(chosen[group][choice])
+            origin.update(origins[group][choice])
         family = tuple([combination[i] for i in places])
-        points.append(Point(values=values, origin=origin, family=family))
+        points.append(Point(values, origin, family))
     for i, rule in enumerate(study.exclude):
         kept = [p for p in points if not matches(rule, p.values)]
         if len(kept) == len(points) and not _strange_keys(loaded, rule):
@@ -82,7 +82,7 @@ def expand(loaded: LoadedStudy, problems: list[str]) -> list[Point]:
         known, before = checked.get(point.family), len(problems)
         if known is not None and _is_seed(point.values.get("seed", 0)):
             values = {**known, "seed": point.values.get("seed", 0)}
-            good.append(Point(values=values, origin=point.origin, family=point.family))
+            good.append(Point(values, point.origin, point.family))
             continue
         normal = normalise(point, loaded, problems)
         if len(problems) == before:

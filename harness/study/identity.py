@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -115,17 +115,18 @@ _quoted = json.encoder.encode_basestring_ascii
 class CellText:
     """A cell's canonical text, but for its seed and its stages."""
 
-    def __init__(self, axes: dict[str, Any]) -> None:
-        """`axes`: plain values (`harness.study.cell_names.plain`)."""
-        shown = [(k, f"{_quoted(k)}:{_value(v)}") for k, v in sorted(axes.items()) if k != "seed"]
-        self._before = "".join(f"{text}," for k, text in shown if k < "seed")
-        self._after = "".join(f",{text}" for k, text in shown if k > "seed")
+    def __init__(self, axes: dict[str, Any], roles: Iterable[str]) -> None:
+        """`axes`: plain values (`harness.study.cell_names.plain`); `roles`: of its stages."""
+        self._roles = sorted(roles)
+        shown = {k: f"{_quoted(k)}:{_value(v)}" for k, v in axes.items()} | {"seed": '"seed":\0'}
+        texts = ",".join([shown[k] for k in sorted(shown)])
+        ids = ",".join([f"{_quoted(role)}:\0" for role in self._roles])
+        whole = f'{{"axes":{{{texts}}},"stages":{{{ids}}}}}'
+        self._text = whole.replace("%", "%%").replace("\0", "%s")
 
-    def digest(self, seed: int, stages: dict[str, str]) -> str:
+    def digest(self, seed: int, stages: Mapping[str, str]) -> str:
         """The hash part of its id, of `canonical({"axes": axes, "stages": stages})`."""
-        ids = ",".join([f"{_quoted(k)}:{_quoted(stages[k])}" for k in sorted(stages)])
-        axes = f'{{{self._before}"seed":{seed}{self._after}}}'
-        text = f'{{"axes":{axes},"stages":{{{ids}}}}}'
+        text = self._text % (seed, *[_quoted(stages[role]) for role in self._roles])
         return hashlib.sha256(text.encode()).hexdigest()[:CELL_HASH_CHARS]
 
 

@@ -6,10 +6,10 @@ most differ in the seed alone, which has no say in any of that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from harness.study import identity
 from harness.study.chain import Link
+from harness.study.identity import HASH_CHARS
 from harness.study.stage_set import Outline, StageSet
 
 
@@ -18,37 +18,37 @@ class Step:
 
     def __init__(self, link: Link) -> None:
         config = link.stage.config
-        self.role, self.stage = link.role, link.stage
-        self._text = link.text
+        self.role, self.built = link.role, link.stage.id
+        self._kind, self._like = link.stage.kind, link.stage
+        self._hashed = link.text.hashed
         self._name = link.stage.name.removesuffix(str(config.seed))
         self._upstream = tuple(config.upstream.values())
-        self._hashed = tuple(config.upstream[role] for role in link.text.roles)
+        self._in_text = tuple(config.upstream[role] for role in link.text.roles)
 
-    def of(self, seed: int, ids: dict[str, str], stages: StageSet) -> str:
+    def of(self, seed: int, ids: Mapping[str, str], stages: StageSet) -> str:
         """The id of the stage with this seed, which is among the `stages` then.
 
         `ids`: of the stages that it starts from, by those of the chain that was built.
         """
-        hashed = self._text.hashed(seed, [ids[i] for i in self._hashed])
-        stage_id = f"{self._name}{seed}-{hashed[: identity.HASH_CHARS]}"
-        if stage_id not in stages.outlines:
+        hashed = self._hashed(seed, [ids[i] for i in self._in_text])
+        stage_id = f"{self._name}{seed}-{hashed[:HASH_CHARS]}"
+        if stages.is_new(stage_id, hashed):
             upstream = tuple([ids[i] for i in self._upstream])
-            stages.add_like(stage_id, Outline(self.stage.kind, upstream, seed, self.stage), hashed)
+            stages.add_like(stage_id, Outline(self._kind, upstream, seed, self._like))
         return stage_id
 
 
-Known = dict[tuple[str, int], str]
-"""(id of a stage that was built, seed) -> id of the same stage with that seed."""
+Known = dict[int, dict[str, str]]
+"""Seed -> id of a stage that was built -> id of the same stage with that seed."""
 
 
 def repeat(steps: Sequence[Step], seed: int, stages: StageSet, known: Known) -> dict[str, str]:
     """Role -> stage id of the same chain with another seed. Chains share what is `known`."""
-    ids: dict[str, str] = {}
+    ids = known.setdefault(seed, {})
     roles: dict[str, str] = {}
     for step in steps:
-        built = step.stage.id
-        found = known.get((built, seed))
+        found = ids.get(step.built)
         if found is None:
-            found = known[built, seed] = step.of(seed, ids, stages)
-        ids[built] = roles[step.role] = found
+            found = ids[step.built] = step.of(seed, ids, stages)
+        roles[step.role] = found
     return roles

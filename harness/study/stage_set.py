@@ -4,6 +4,7 @@ when somebody asks for one.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
@@ -33,19 +34,26 @@ class StageSet(Mapping[str, StageFile]):
         self._outlines: dict[str, Outline] = {}
         self._whole: dict[str, StageFile] = {}
         self._hashes: dict[str, str] = {}
-        """Whole hashes, by what ids show of them."""
+        """Whole hashes, of which ids show how they begin."""
 
     def add(self, stage: StageFile, hashed: str) -> None:
         """Keeps a stage, once. `hashed` is the whole of its hash."""
-        if stage.id not in self._outlines:
-            self.add_like(stage.id, _outline(stage), hashed)
+        if self.is_new(stage.id, hashed):
+            self.add_like(stage.id, _outline(stage))
             self._whole[stage.id] = stage
 
-    def add_like(self, stage_id: str, outline: Outline, hashed: str) -> None:
+    def is_new(self, stage_id: str, hashed: str) -> bool:
+        """Whether nobody asked after this id before. `hashed` is the whole of the stage's hash."""
+        known = self._hashes.get(stage_id)
+        if known is None:
+            self._hashes[stage_id] = hashed
+            return True
+        if known != hashed:  # one name and hashes that begin alike: they would silently be one
+            raise RuntimeError(f"two different stages have the id {stage_id}")
+        return False
+
+    def add_like(self, stage_id: str, outline: Outline) -> None:
         """Keeps a new stage that is like another."""
-        # Two different stages never share an id; a clash of hashes would be silent otherwise.
-        key = hashed[:HASH_CHARS]
-        assert self._hashes.setdefault(key, hashed) == hashed, f"hash clash at {stage_id}"
         self._outlines[stage_id] = outline
 
     def __getitem__(self, stage_id: str) -> StageFile:
@@ -117,8 +125,8 @@ class OfFamilies(Mapping[str, T]):
 
 def families(stages: Iterable[Outline]) -> list[tuple[StageFile, int]]:
     """One stage of each family among them, and how many of it there are."""
-    likes = [outline.like for outline in stages]
-    by_id = {id(like): like for like in likes}
+    likes = list(map(operator.attrgetter("like"), stages))
+    by_id = dict(zip(map(id, likes), likes, strict=True))
     return [(by_id[key], number) for key, number in Counter(map(id, likes)).items()]
 
 

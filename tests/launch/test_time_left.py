@@ -28,7 +28,7 @@ def test_the_time_left_follows_rates_and_ended_stages_not_the_plan(
     tree = Tree(tmp_path / "runs")
     driver = Driver(grid, tree, this_machine("cpu", 1), Speeds(), told.append)
     wsp, other = [s for s in grid.stages.values() if s.kind == "wsp"][:2]
-    done = StageState(state="done", status={}, result={})
+    done = StageState(state="done", status={})
     states = dict.fromkeys(grid.stages, done) | {wsp.id: StageState(state="running", status={})}
     running = {wsp.id: Running(stage=wsp, attempt=1, places=())}
     pool = cast(Pool, SimpleNamespace(running=running, needs=lambda stage: 1.0, elsewhere=[]))
@@ -45,9 +45,8 @@ def test_the_time_left_follows_rates_and_ended_stages_not_the_plan(
     assert left(states, step=8, samples=1000, **half) == pytest.approx(500)
     assert left(states, step=12, samples=1500, **half) == pytest.approx(250)
     # A stage of the kind ended here and took ten times its estimate: so will the next.
-    slow = StageState(
-        state="done", status={}, result={"wall_s": {"total": 10 * Speeds().seconds(other)}}
-    )
+    took = {"wall_s": {"total": 10 * Speeds().seconds(other)}}
+    slow = StageState(state="done", status={}, kept=took)
     driver._ran.append(other.id)
     running.clear()
     assert left({**states, other.id: slow}) == pytest.approx(10 * plan)

@@ -90,8 +90,8 @@ def test_a_row_is_used_without_reading_the_result_again(tmp_path: Path, grid: Gr
     as_a_new_process()
     path = next((tmp_path / "index").iterdir())
     content = json.loads(path.read_text())
-    stage_id, (_, row) = next(iter(content["rows"].items()))
-    row["metrics"] = {"loss": 123.0}
+    stage_id, place = content["stages"][0], content["keys"].index("rest")
+    content["columns"][place][0] = '{"metrics":{"loss":123.0}}'
     path.write_text(json.dumps(content))
     assert (read_states(tree, grid.stages)[stage_id].result or {})["metrics"] == {"loss": 123.0}
 

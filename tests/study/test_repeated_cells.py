@@ -44,7 +44,7 @@ def test_the_hash_of_a_cell_is_that_of_its_whole_text(axes: dict[str, Any]) -> N
     stages = {"wsp": "d8x2-4k-s3-0123", "mae": "d8x2-full-s3-4567", "probe ä": 'x"y'}
     whole = identity.canonical({"stages": stages, "axes": plain(axes)})
     expected = hashlib.sha256(whole.encode()).hexdigest()[:10]
-    assert identity.CellText(plain(axes)).digest(axes["seed"], stages) == expected
+    assert identity.CellText(plain(axes), stages).digest(axes["seed"], stages) == expected
 
 
 def test_a_renewed_stage_is_pydantics_own_copy_and_leaves_the_first_as_it_was() -> None:
