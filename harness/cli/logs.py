@@ -97,15 +97,15 @@ class _Printer:
         about: dict[str, Any] = read_json(folder.attempt(number) / "attempt.json") or {}
         end = about.get("message") or about.get("end") or "running"
         print(f"== {role}: {folder.path.name}, attempt {number}: {show.printable(str(end))}")
-        for path in _job_logs(folder, about):
-            print(f"   job {about['job']}: {path}")
+        job, paths = _job_logs(folder, about)
+        for path in paths:
+            print(f"   job {job}: {path}")
 
 
-def _job_logs(folder: StageFolder, about: dict[str, Any]) -> list[Path]:
-    """What the batch script of an attempt's Slurm job printed: before and after the ranks."""
-    job, token = about.get("job"), about.get("token")
-    token = token or (read_json(folder.status) or {}).get("token")
-    if not job or not token:
-        return []
-    root = folder.path.parents[2]
-    return sorted((root / "slurm" / str(token) / "jobs").glob(f"{job}_*log.*"))
+def _job_logs(folder: StageFolder, about: dict[str, Any]) -> tuple[str | None, list[Path]]:
+    """An attempt's Slurm job, and what its batch script printed: before and after the ranks."""
+    status = read_json(folder.status) or {}
+    is_last = status.get("attempt") == about.get("attempt")
+    job = about.get("job") or (status.get("job") if is_last else None)
+    token = about.get("token") or status.get("token")
+    return job, folder.job_logs(str(token), str(job)) if job and token else []

@@ -77,6 +77,8 @@ def _render(found: dict[str, Any]) -> list[RenderableType]:
         parts.append(f"no study in {escape(found['root'])}; run `harness grid FILE --submit`")
     for study in found["studies"]:
         parts += _study(study)
+    if queue.is_silent():
+        parts.append("squeue does not answer here: jobs are shown as their files say")
     return parts
 
 

@@ -85,7 +85,8 @@ def _site(profile: Slurm) -> dict[str, Any]:
 def _code_lines(code: Path) -> list[str]:
     """The copy of the code comes first, also where the job starts in somebody's checkout."""
     path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [path, "export PYTHONSAFEPATH=1"]
+    # sbatch hands on the environment, and with it the submitting host's own name.
+    return [path, "export PYTHONSAFEPATH=1", "unset HARNESS_HOST"]
 
 
 def lines_of(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[str], list[str]]:

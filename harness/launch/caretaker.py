@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
-from harness.launch import batch, queue, slurm
-from harness.launch.ends import conclude
+from harness.launch import batch, ends, queue, slurm
 from harness.launch.settings import Slurm
 from harness.ledger import attempts, store
 from harness.ledger.claim import unclaim
 from harness.ledger.files import read_json
-from harness.ledger.lease import exclusive, owner_is_dead, read_lease
+from harness.ledger.lease import exclusive
 from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.schema import Retry
@@ -45,10 +43,8 @@ def tend(folder: Path) -> slurm.Submitted:
         for s, k in about["stages"].items()
         if tree.stage(k, s).stage.exists()
     }
-    lock = tree.root / "slurm" / "submitting"
-    _wait_for(lock)
-    # A submission that was still under way has said by now what it put into the queue.
-    with exclusive(lock):
+    # A submission that is still under way will have said by then what it put into the queue.
+    with exclusive(tree.root / "slurm" / "submitting", patience_s=_PATIENCE_S):
         states = queue.read_states(tree, stages, max_age_s=0.0, is_submitting=True)
         states = slurm.numbered(tree, stages, states)
         own = {s: v for s, v in states.items() if v.status.get("token") == about["token"]}
@@ -62,14 +58,6 @@ def tend(folder: Path) -> slurm.Submitted:
     # Of a submission that put something into the queue nothing was refused in the end.
     refusals = 0 if own else int(about.get("refusals", 0))
     return slurm.submit(tree, about["study"], stages, profile, retry, refusals=refusals)
-
-
-def _wait_for(lock: Path) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while (lease := read_lease(lock)) is not None and owner_is_dead(lease) is not True:
-        if time.monotonic() > deadline:
-            raise UserError(f"{lock}: a submission has held this lock for {_PATIENCE_S:g} s")
-        time.sleep(1.0)
 
 
 def _close(
@@ -96,7 +84,7 @@ def _close(
     with exclusive(folder.claim):
         end = _end_of(folder, attempt, about)
         status = attempts.close(folder, attempt, *end)
-        conclude(folder, attempt, status, retry, end[2] if end[0] == "cancelled" else None)
+        ends.conclude(folder, attempt, status, retry, end[2] if end[0] == "cancelled" else None)
 
 
 _CANCELLED = ("cancelled", "cancelled", "its job was cancelled in Slurm")
@@ -115,16 +103,24 @@ _ENDS = {
 def _end_of(folder: StageFolder, attempt: int, about: dict[str, str]) -> tuple[str, str, str]:
     """How an attempt ended whose job left the queue without a word: state, reason, message.
 
-    Slurm forgets jobs soon (MinJobAge). Of one that it has forgotten and that never began, the
-    likely end is that somebody took it out of the queue: what it waited for is done.
+    Slurm forgets jobs soon (MinJobAge). Of one that it has forgotten and that left no log either,
+    the likely end is that somebody took it out of the queue: what it waited for is done.
     """
+    state = about.get("JobState", "")
+    if state in _ENDS:
+        return _ENDS[state]
+    said = f"its job ended as {state}, exit code {about.get('ExitCode')}" if about else "its job"
+    log = ends.log_of(folder, attempt)
     record = read_json(folder.attempt(attempt) / "attempt.json") or {}
-    known = _ENDS.get(about.get("JobState", ""))
-    if known is not None:
-        return known
-    if not about and not record.get("job_started"):
+    if record.get("job_started"):
+        if not about:
+            return "failed", "node_fail", "its job is gone"
+        return "failed", "killed", f"{said}, without a word; see {log}"
+    if not about and not log.exists():
         return _CANCELLED
-    return "failed", "node_fail", "its job is gone"
+    # Its own first command failed: it would do so again.
+    said = said if about else f"{said} ended"
+    return "failed", "code", f"{said}, before the stage began; see {log}"
 
 
 def main(arguments: list[str] | None = None) -> int:

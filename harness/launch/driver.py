@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Literal
 
 from harness.errors import EXIT_BUSY, UserError
-from harness.launch import ends, provenance
+from harness.launch import ends, provenance, queue
 from harness.launch.machine import Machine, slots_per_rank
 from harness.launch.policy import lost_on
 from harness.launch.pool import Ended, Pool
@@ -20,7 +20,7 @@ from harness.ledger import attempts
 from harness.ledger.claim import claim, complete, is_untold, start_over
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Silence, exclusive
-from harness.ledger.states import ACTIVE, StageState, graph_of, read_graph
+from harness.ledger.states import ACTIVE, StageState, graph_of
 from harness.ledger.tree import Tree
 from harness.study.again import renewed
 from harness.study.cells import Grid
@@ -32,6 +32,8 @@ Mode = Literal["cached", "retry", "force", "read-only"]
 
 _POLL_S = 0.5
 _REREAD_S = 10.0
+_QUEUE_S = 30.0
+"""What a scheduler said is good for so long: its queue serves many."""
 # A driver that only waits takes at most a fiftieth of a core, however many stages it looks over: a
 # hundredth to read their files, as much for the rest.
 _IDLE = 100
@@ -113,7 +115,8 @@ class Driver:
         return renewed(stage, {"execution": known[1]})
 
     def _read_states(self) -> dict[str, StageState]:
-        return read_graph(self.tree, self._graph)
+        # Some may have been submitted to Slurm: their jobs are left alone, or are over.
+        return queue.read_graph(self.tree, self._graph, max_age_s=_QUEUE_S)
 
     def run(self, mode: Mode) -> Summary:
         """Runs all that is missing and can run; returns when nothing is left to wait for."""

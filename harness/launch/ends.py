@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_LOST_RANK, EXIT_STORAGE
@@ -92,9 +93,19 @@ def _meaning(
             return "cancelled", "killed", "did not stop in time"
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return "failed", "killed", f"ended by {name}{hint}"
-    log = folder.attempt(attempt) / "stderr.log"
+    log = log_of(folder, attempt)
     if code == EXIT_STORAGE:
         return "failed", "storage", f"{folder.path} takes no files; see {log}; free space"
     if code == EXIT_LOST_RANK:
         return "failed", "killed", f"a rank lost its connection to the others; see {log}"
     return "failed", "code", f"exit code {code}; see {log}"
+
+
+def log_of(folder: StageFolder, attempt: int) -> Path:
+    """Where to read what an attempt said: its ranks, or the Slurm job that started none."""
+    log = folder.attempt(attempt) / "stderr.log"
+    status = read_json(folder.status) or {}
+    record = read_json(folder.attempt(attempt) / "attempt.json") or {}
+    job, token = (record.get(key) or status.get(key) for key in ("job", "token"))
+    of_job = folder.job_logs(str(token), str(job)) if job and token else []
+    return of_job[0] if of_job and not log.exists() else log

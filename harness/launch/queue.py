@@ -7,7 +7,6 @@ accounting is needed (`sacct` fails on many clusters). Without an answer nothing
 from __future__ import annotations
 
 import functools
-import math
 import os
 import pwd
 import subprocess
@@ -15,13 +14,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
 from harness.ledger import states
 from harness.ledger.files import read_json
-from harness.ledger.lease import BEAT_S, owner_is_dead, read_lease
+from harness.ledger.lease import BEAT_S, is_long_silent, owner_is_dead, read_lease
 from harness.ledger.states import TOKEN, StageState
 from harness.ledger.tree import Tree
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from harness.study.stages import StageFile
 
 _TIMEOUT_S = 60
-_MOST_SKEW_S = 1200.0
 _SEPARATOR = "\x1f"
 _FIELDS = _SEPARATOR.join(("%i", "%T", "%k", "%r"))
 
@@ -94,6 +91,7 @@ class _Answer:
 
 
 _last: _Answer | None = None
+_silent = False
 
 
 def remember(jobs: Iterable[str]) -> None:
@@ -124,8 +122,8 @@ def read_graph(
     unnumbered = {s: str(v.status[TOKEN]) for s, v in asked.items() if not v.status.get("job")}
     jobs = {s: str(v.status["job"]) for s, v in asked.items() if s not in unnumbered}
     live = _live(set(jobs.values()), -1.0 if unnumbered else max_age_s)
-    if live is None:
-        return found
+    if live is None:  # whatever was in the queue may be so now
+        return states.read_graph(tree, graph, waiting={**jobs, **unnumbered})
     arrays = _arrays(tree, set(unnumbered.values()))
     broken = is_submitting or not _somebody_submits(tree)
     over, waiting = {}, {}
@@ -141,14 +139,20 @@ def read_graph(
     return states.read_graph(tree, graph, over=over, waiting=waiting)
 
 
+def is_silent() -> bool:
+    """Whether the scheduler gave no answer when it was last asked for states."""
+    return _silent
+
+
 def _live(jobs: set[str], max_age_s: float) -> set[str] | None:
     """Ids and comments of the queue; the last answer, if it is young and about these jobs."""
-    global _last
+    global _last, _silent
     known = _last
     if known is not None and time.monotonic() - known.time <= max_age_s:
         if jobs <= known.live | known.judged:
             return known.live
     found = jobs_now()
+    _silent = found is None
     if found is None:
         return None
     live = {j.id for j in found.values()} | {j.comment for j in found.values()}
@@ -201,8 +205,12 @@ def _arrays(tree: Tree, tokens: set[str]) -> dict[tuple[str, str], str]:
 
 
 def _somebody_submits(tree: Tree) -> bool:
-    lease = read_lease(tree.root / "slurm" / "submitting")
-    return lease is not None and owner_is_dead(lease) is not True
+    lock = tree.root / "slurm" / "submitting"
+    lease = read_lease(lock)
+    if lease is None:
+        return False
+    is_dead = owner_is_dead(lease)
+    return is_dead is False or (is_dead is None and not is_long_silent(lock))
 
 
 def _beating(
@@ -218,7 +226,7 @@ def _beating(
             continue
         is_dead = owner_is_dead(lease)
         # Nobody's clock is so wrong, and an old lease need not be watched.
-        if is_dead is None and _age_s(path) < _MOST_SKEW_S:
+        if is_dead is None and not is_long_silent(path):
             seen[stage] = (lease["token"], lease["beat"])
         elif is_dead is False:
             alive.add(stage)
@@ -231,13 +239,6 @@ def _beating(
                 del seen[stage]
                 alive |= {stage} if lease is not None else set()
     return alive
-
-
-def _age_s(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return math.inf
 
 
 # --- who we are ----------------------------------------------------------------------------
@@ -261,8 +262,13 @@ def _site() -> str | None:
 
 def _is_ours(status: Mapping[str, Any]) -> bool:
     """False for a job of another user, or of another cluster than this host's."""
-    user, site = status.get("user"), status.get("site")
-    return user in (None, _user()) and (site is None or _site() in (None, site))
+    return status.get("user") in (None, _user()) and is_of_this_site(status)
+
+
+def is_of_this_site(status: Mapping[str, Any]) -> bool:
+    """False for a job of another cluster than this host's: its number means another job here."""
+    site = status.get("site")
+    return site is None or _site() in (None, site)
 
 
 @functools.cache

@@ -119,9 +119,13 @@ def _startable(
 
 def _is_sure(upstream: StageState) -> bool:
     """Done, or a job that another can wait for: one that runs elsewhere is none."""
-    return upstream.state == "done" or (
-        upstream.state in ACTIVE and bool(upstream.status.get("job"))
-    )
+    return upstream.state == "done" or _is_job(upstream)
+
+
+def _is_job(state: StageState) -> bool:
+    """True for a stage that is one of this cluster's jobs now."""
+    status = state.status
+    return state.state in ACTIVE and bool(status.get("job")) and queue.is_of_this_site(status)
 
 
 def _submit(
@@ -150,11 +154,7 @@ def _submit(
             if attempt is not None:
                 job_.claimed[stage_id] = attempt
         avoid = _places_to_avoid(job_)
-        running = {
-            s: str(v.status["job"])
-            for s, v in states.items()
-            if v.state in ACTIVE and v.status.get("job")
-        }
+        running = {s: str(v.status["job"]) for s, v in states.items() if _is_job(v)}
         site = queue.max_array_size()
         limit = min(profile.max_array or site, site)
         arrays = plan_arrays([stages[s] for s in job_.claimed], limit, running, avoid)

@@ -124,7 +124,8 @@ def note_end(
         return
     status = read_json(folder.status) or {}
     if status.get("attempt") == number:
-        names = {"step": "last_step", "samples": "last_samples", "started": "started"}
+        names = {"step": "last_step", "samples": "last_samples"}
+        names |= {"started": "started", "job": "job"}
         row |= {ours: status[theirs] for theirs, ours in names.items() if theirs in status}
         row["last_checkpoint"] = last_checkpoint(folder)
         ended = ended or status.get("ended") or status.get("updated")

@@ -8,6 +8,7 @@ lease for a dead one. An owner on this host whose process is gone is dead at onc
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -25,6 +26,8 @@ from harness.ledger.tree import StageFolder
 EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
 """An owner that nobody can ask is given up after so long; the same for all who share a root."""
 BEAT_S = EXPIRY_S / 12
+MOST_SKEW_S = 1200.0
+"""Clocks of hosts that share a root do not differ by more."""
 _FRESH_S = 1.0
 
 
@@ -73,6 +76,14 @@ def read_lease(path: Path) -> dict[str, Any] | None:
     except UserError:
         # Only a file system that lost the content of a rename shows this: nobody owns such a lease.
         return {"token": "", "host": "", "pid": 0, "started": None, "beat": 0}
+
+
+def is_long_silent(path: Path) -> bool:
+    """True if the file was not written for longer than any two clocks differ, or is not there."""
+    try:
+        return time.time() - path.stat().st_mtime > MOST_SKEW_S
+    except OSError:
+        return True
 
 
 def owner_is_dead(lease: dict[str, Any]) -> bool | None:
@@ -284,13 +295,19 @@ class AttemptGuard:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Only one process at a time, on any shared file system; the lock of a dead one is taken."""
+def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
+    """Only one process at a time, on any shared file system; the lock of a dead one is taken.
+
+    Raises LeaseHeldError where others hold it for longer than `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             lease = Lease.acquire(path)
             break
         except LeaseHeldError:
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.1)
     lease.start_beating()
     try:

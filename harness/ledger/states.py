@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from harness.errors import UserError
 from harness.ledger.files import read_json
 from harness.ledger.index import Row, results
-from harness.ledger.lease import owner_is_dead, read_lease
+from harness.ledger.lease import MOST_SKEW_S, is_long_silent, owner_is_dead, read_lease
 from harness.ledger.tree import StageFolder, Tree
 
 if TYPE_CHECKING:
@@ -91,22 +91,28 @@ def _as_of_now(
         return ("submitted" if state in ("preempted", "timeout") else state), message
     if state == "running":
         lease = read_lease(folder.lease)
-        if lease is None or owner_is_dead(lease) or (job is not None and job == over):
+        is_dead = lease is None or owner_is_dead(lease)
+        if is_dead or (job is not None and job == over):
             return "lost", "its process is gone without a word"
+        if is_dead is None and job is None and is_long_silent(folder.lease):
+            host = str(status.get("host")).partition(":")[0]
+            return "lost", f"its host {host} has given no sign for {MOST_SKEW_S / 60:.0f} minutes"
     elif state == "submitted" and job is not None:
         if job == over:
             has_job = status.get("job") is not None
             what = "its job left the queue before it started" if has_job else "was never submitted"
             return "lost", what
-    elif state == "submitted" and owner_is_dead(
-        {
-            "token": "driver",
-            "host": status.get("host"),
-            "pid": status.get("pid", 0),
-            "started": status.get("pid_started"),
-        }
-    ):
-        return "lost", "the command that submitted it is gone"
+    elif state == "submitted":
+        is_dead = owner_is_dead(
+            {
+                "token": "driver",
+                "host": status.get("host"),
+                "pid": status.get("pid", 0),
+                "started": status.get("pid_started"),
+            }
+        )
+        if is_dead or (is_dead is None and is_long_silent(folder.status)):
+            return "lost", "the command that submitted it is gone"
     return state, message
 
 

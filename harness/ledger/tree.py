@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,14 @@ class StageFolder:
     def attempt(self, number: int) -> Path:
         """Folder of one try."""
         return self.attempts / str(number)
+
+    def job_logs(self, token: str, job: str) -> list[Path]:
+        """What the batch script of a Slurm job printed, before and after the ranks; errors first.
+
+        `token`: of the submission that the job belongs to.
+        """
+        folder = self.path.parents[2] / "slurm" / token / "jobs"
+        return sorted(folder.glob(f"{glob.escape(job)}_*log.*"))
 
     def attempt_numbers(self) -> list[int]:
         """Numbers of all tries so far, ascending."""

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from harness.cli import logs
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from harness.launch import caretaker, queue, slurm
 from harness.launch.settings import Slurm
 from harness.ledger import store
 from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, write_json
+from harness.ledger.lease import Lease
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid
 from harness.study.schema import Retry
@@ -185,6 +187,64 @@ def test_a_job_that_a_user_cancelled_stays_so_while_its_upstream_is_under_way(
     done = caretaker.tend(tree.root / "slurm" / token)
     assert (late.id in done.jobs) is is_back
     assert [a.end for a in read_attempts(tree.stage(late.kind, late.id))] == ends
+
+
+def test_it_takes_the_lock_of_a_submission_that_was_killed_on_another_host(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node, of which a compute node sees no process: only its heartbeat tells."""
+    submit(tree, grid)
+    (token,) = submissions(tree)
+    for stage in grid.stages.values():
+        path = tree.stage(stage.kind, stage.id).status
+        write_json(path, {**(read_json(path) or {}), "job": None})
+    monkeypatch.setenv("HARNESS_HOST", "login-2")
+    Lease.acquire(tree.root / "slurm" / "submitting")
+    monkeypatch.delenv("HARNESS_HOST")
+    monkeypatch.setattr(Lease.acquire.__func__, "__defaults__", (0.3,))
+    done = caretaker.tend(tree.root / "slurm" / token)
+    assert set(done.jobs) == set(grid.stages)
+
+
+@pytest.mark.parametrize(
+    ("about", "has_log", "state", "said"),
+    [
+        ("JobState=FAILED ExitCode=127:0", True, "failed", "as FAILED, exit code 127:0, before"),
+        ("", True, "failed", "its job ended, before the stage began"),  # Slurm has forgotten it
+        ("", False, "cancelled", "its job was cancelled in Slurm"),
+    ],
+)
+def test_a_job_whose_own_first_command_failed_is_not_a_lost_node(
+    site: FakeSlurm,
+    tree: Tree,
+    grid: Grid,
+    about: str,
+    has_log: bool,
+    state: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nodes do not see the Python of the environment: `begin` never ran."""
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    first = next(s for s in grid.stages.values() if not s.config.upstream)
+    site.holds(*((job, "x") for s, job in jobs.items() if s != first.id))
+    site.says(
+        "scontrol", f'case "$2" in job) echo "{about}";; *) cat {site.folder}/scontrol.txt;; esac'
+    )
+    log = tree.root / "slurm" / token / "jobs" / f"{jobs[first.id]}_0_log.err"
+    if has_log:
+        log.write_text("python: No such file or directory\n")
+    assert first.id not in caretaker.tend(tree.root / "slurm" / token).jobs
+    folder = tree.stage(first.kind, first.id)
+    status = read_json(folder.status) or {}
+    assert status["state"] == state and said in status["message"]
+    (attempt,) = read_attempts(folder)
+    assert attempt.end == ("code" if state == "failed" else "cancelled")
+    if has_log:
+        assert str(log) in status["message"]
+        logs._Printer().print_new(first.kind, folder)
+        assert f"job {jobs[first.id]}: {log}" in capsys.readouterr().out
 
 
 def test_caretakers_are_not_held_with_the_jobs(site: FakeSlurm, tree: Tree, grid: Grid) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from harness.cli import steer
+from harness.cli import status, steer
 from harness.errors import UserError
 from harness.launch import nodes, queue, slurm
+from harness.launch.driver import Driver
+from harness.launch.machine import this_machine
+from harness.launch.pool import Pool
 from harness.launch.settings import Slurm
 from harness.ledger import lease, store
 from harness.ledger.files import read_json, write_json
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
+from harness.study.cost import Speeds
 from harness.study.schema import Retry, load_study
 from tests.conftest import SMALL
 from tests.launch.fake_slurm import FakeSlurm
@@ -130,6 +136,86 @@ def test_a_claim_without_a_job_counts_as_long_as_somebody_submits(
     found = states(tree, grid)
     assert {s for s, state in found.items() if state == "submitted"} == first
     assert set(submit(tree, grid).jobs) == set(jobs) - first
+
+
+def on_another_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock whose owner, elsewhere, was killed."""
+    monkeypatch.setenv("HARNESS_HOST", "login-2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lease.Lease.acquire(path)
+    monkeypatch.delenv("HARNESS_HOST")
+
+
+def age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_submission_that_died_on_another_host_counts_no_longer_than_clocks_may_differ(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(tree, grid)
+    change(tree, grid, job=None)
+    lock = tree.root / "slurm" / "submitting"
+    on_another_host(lock, monkeypatch)
+    assert set(states(tree, grid).values()) == {"submitted"}
+    age(lock, lease.MOST_SKEW_S + 60)
+    assert set(states(tree, grid).values()) == {"lost"}
+
+
+def test_without_an_answer_of_the_queue_nothing_is_submitted_a_second_time(
+    site: FakeSlurm, tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Jobs put themselves back and wait, and then squeue fails."""
+    submit(tree, grid)
+    change(tree, grid, state="preempted")
+    site.says(
+        "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    )
+    before = site.calls("sbatch")
+    assert set(states(tree, grid).values()) == {"submitted"}
+    assert submit(tree, grid).jobs == {} and site.calls("sbatch") == before
+    store.register(tree, grid, [])
+    assert status.status(study=None, root=tree.root) == 0
+    assert "squeue does not answer here" in capsys.readouterr().out
+
+
+def test_a_job_of_another_cluster_is_not_one_to_wait_for(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """Its number means somebody else's job here."""
+    submit(tree, grid)
+    mae = next(s for s in grid.stages.values() if s.kind == "mae")
+    path = tree.stage(mae.kind, mae.id).status
+    write_json(path, {**(read_json(path) or {}), "site": "elsewhere", "job": "4711"})
+    behind = {s.id for s in grid.stages.values() if mae.id in s.config.upstream.values()}
+    done = submit(tree, grid)  # the queue is empty: all others are over
+    assert behind and done.jobs and not behind & set(done.jobs)
+    assert not any("4711" in p.read_text() for p in tree.root.glob("slurm/*/jobs/*.sh"))
+
+
+def driver(tree: Tree, grid: Grid) -> Driver:
+    return Driver(grid, tree, this_machine("cpu", 1), Speeds())
+
+
+def test_a_local_driver_leaves_jobs_of_the_queue_alone_and_takes_those_that_left_it(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = submit(tree, grid).jobs
+    change(tree, grid, state="preempted")
+    site.holds(*((job, "x") for job in jobs.values()))
+    local = driver(tree, grid)
+    found = local._read_states()
+    assert {v.state for v in found.values()} == {"submitted"}
+    started: list[str] = []
+    pool = SimpleNamespace(free=1, running={}, fits=lambda *_: True)
+    pool.start = lambda stage, attempt: started.append(stage.id)
+    local._place(cast(Pool, pool), local._in_order(found, local._todo(found)), found)
+    assert started == []
+    change(tree, grid, state="submitted")
+    site.holds()
+    monkeypatch.setattr(queue, "_last", None)  # half a minute later
+    assert {v.state for v in local._read_states().values()} == {"lost"}
 
 
 def test_what_sbatch_refuses_is_taken_back(site: FakeSlurm, tree: Tree, grid: Grid) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,8 +111,26 @@ def test_running_without_a_living_owner_is_lost(tmp_path: Path, grid: Grid) -> N
     assert states(tree, grid)[folder.path.name] == "lost"
     write_json(folder.lease, {**owner, "host": "elsewhere:1"})
     assert states(tree, grid)[folder.path.name] == "running"  # its heartbeat is not ours to judge
+    days_ago = time.time() - 3 * 86_400
+    os.utime(folder.lease, (days_ago, days_ago))
+    assert states(tree, grid)[folder.path.name] == "lost"
     folder.lease.unlink()
     assert states(tree, grid)[folder.path.name] == "lost"
+
+
+def test_a_claim_whose_command_on_another_host_never_started_it_is_lost_after_long(
+    tmp_path: Path, grid: Grid
+) -> None:
+    tree = Tree(tmp_path)
+    folder = store.write_stage(tree, grid.stages[chain(grid)[0]])
+    own = {"host": this_host(), "pid": os.getpid(), "pid_started": process_started(os.getpid())}
+    elsewhere = {**own, "host": "elsewhere:1"}
+    days_ago = time.time() - 3 * 86_400
+    for about, expected in ((own, "submitted"), (elsewhere, "lost")):
+        write_json(folder.status, {"state": "submitted", "attempt": 1, **about})
+        assert states(tree, grid)[folder.path.name] == "submitted"
+        os.utime(folder.status, (days_ago, days_ago))
+        assert states(tree, grid)[folder.path.name] == expected
 
 
 def test_a_stored_config_that_is_not_its_ids_is_shown_as_a_field_diff(

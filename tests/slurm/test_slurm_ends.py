@@ -169,8 +169,12 @@ def test_a_submission_killed_between_arrays_is_seen_and_the_next_one_goes_on(sit
 
 
 def test_a_submission_killed_between_arrays_is_finished_by_its_caretaker(site: Site) -> None:
-    """It starts while the jobs that were submitted are under way, and before anybody looks."""
+    """It starts while the jobs that were submitted are under way, and before anybody looks.
+
+    The lock of submissions is that of a login node, of whose processes it sees none.
+    """
     site.profile(caretaker_s="3")
+    site.extra |= {"HARNESS_HOST": "login-2", "HARNESS_LEASE_EXPIRY_S": "5"}
     bin_ = refusing(site, 3, '[ "$n" -ge 4 ] || { kill -9 $PPID; sleep 1; exit 1; }')
     site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
     file = site.study(init="[random, mae]", steps=400)
@@ -179,6 +183,19 @@ def test_a_submission_killed_between_arrays_is_finished_by_its_caretaker(site: S
     for path in site.root.glob("stages/*/*"):
         assert sum(e["event"] == "done" for e in read_jsonl(path / "events.jsonl")) == 1
     assert len(list(site.root.glob("slurm/*/submission.json"))) >= 2
+
+
+def test_one_rank_that_dies_ends_the_others_and_the_stage_goes_on(site: Site) -> None:
+    """Of two tasks of a step: the one left would work on for a minute, and for nothing."""
+    site.profile(env='{HARNESS_DEVICE: cpu, LIGHT_RANK_DIES_IN: "1"}')
+    site.submit(site.study(steps=1200, resources=", ranks: 2, nodes: 2"))
+    folder = site.folder_of("wsp")
+    site.wait_until(lambda: read_attempts(folder)[0].end, "the rank's death was not seen")
+    first = read_json(folder.attempt(1) / "attempt.json") or {}
+    assert first["end"] == "killed" and first["nodes"] == list(site.cluster.nodes)
+    site.wait_done()
+    last = read_attempts(folder)[-1]
+    assert last.end == "done" and 0 < last.progress < 1200
 
 
 def test_nobody_else_concludes_from_a_queue_that_shows_only_ones_own_jobs(site: Site) -> None:
