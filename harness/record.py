@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,7 +78,15 @@ def _mongo_observer(url: str) -> RunObserver | None:
     try:
         from sacred.observers import MongoObserver  # needs pymongo, which only its users install
 
-        return MongoObserver(url=url, db_name="harness", serverSelectionTimeoutMS=_MONGO_WAIT_MS)
+        made = MongoObserver(url=url, db_name="harness", serverSelectionTimeoutMS=_MONGO_WAIT_MS)
+        start = made.started_event
+
+        def started_event(**about: Any) -> Any:
+            # Run roots that share a database may hold the same stages.
+            return start(**{**about, "_id": f"{about['_id']}-{uuid.uuid4().hex[:6]}"})
+
+        made.started_event = started_event  # pyright: ignore[reportAttributeAccessIssue]
+        return made
     except Exception as error:  # a missing package, a URL that is none
         _say_lost("MongoObserver", error)
         return None

@@ -7,6 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mongomock
+import mongomock.gridfs
+import pymongo
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,3 +124,24 @@ def test_a_database_that_cannot_be_reached_ends_no_training(
     assert said.count("no record by MongoObserver") == 1
     assert "Traceback" not in said
     assert (tmp_path / "x-a1" / "run.json").exists()
+
+
+def test_a_mongo_record_has_config_curve_and_result_and_roots_may_share_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Omniboard reads, from sacred's own observer and a database in memory."""
+    mongomock.gridfs.enable_gridfs_integration()
+    client: Any = mongomock.MongoClient()
+    monkeypatch.setattr(pymongo, "MongoClient", lambda *_, **__: client)
+    monkeypatch.setenv("HARNESS_MONGO_URL", "mongodb://127.0.0.1:1")
+    for root in ("one", "two"):  # the same attempt at the same stage
+        recorded(tmp_path / root)
+        assert (tmp_path / root / "x-a1" / "run.json").exists()
+    runs, curves = client["harness"].runs, client["harness"].metrics
+    assert runs.count_documents({}) == 2
+    for run in runs.find():
+        assert run["_id"].startswith("x-a1-") and run["status"] == "COMPLETED"
+        assert run["result"] == {"x": 1.0}
+        assert run["config"]["stage"]["config"]["recipe"]["batch"] == 4
+        (curve,) = curves.find({"run_id": run["_id"]})
+        assert (curve["name"], curve["steps"], curve["values"]) == ("loss", [1], [1.0])
