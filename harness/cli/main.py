@@ -86,6 +86,7 @@ def _top(
 
 _VERBS: dict[str, str] = {
     "grid": "grid",
+    "why": "why",
     "status": "status",
     "logs": "logs",
     "run": "run",
