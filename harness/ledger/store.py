@@ -10,7 +10,16 @@ from typing import Any
 
 from harness.errors import NotFoundError
 from harness.ledger.cell_rows import check_keys
-from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
+from harness.ledger.files import (
+    Guard,
+    JsonlWriter,
+    jsonl,
+    read_json,
+    read_jsonl,
+    unguarded,
+    write_bytes,
+    write_json,
+)
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Ablation, Cell, Grid
 from harness.study.stage_set import outline_of
@@ -112,12 +121,12 @@ def write_stage(tree: Tree, stage: StageFile) -> StageFolder:
     return folder
 
 
-def add_event(folder: StageFolder, event: str, **fields: Any) -> None:
+def add_event(folder: StageFolder, event: str, *, guard: Guard = unguarded, **fields: Any) -> None:
     """Notes something that happened to a stage."""
-    JsonlWriter(folder.events).append({"time": time.time(), "event": event, **fields})
+    JsonlWriter(folder.events, guard).append({"time": time.time(), "event": event, **fields})
 
 
-def set_aside(folder: StageFolder) -> None:
+def set_aside(folder: StageFolder, guard: Guard = unguarded) -> None:
     """Moves what an earlier run produced into its last attempt's folder, to start from scratch.
 
     Attempts are kept, never overwritten; the stage's own files then belong to the new run.
@@ -128,6 +137,7 @@ def set_aside(folder: StageFolder) -> None:
     for path in sorted(folder.path.iterdir()):
         if path.name in about or path.name.startswith((".", "lease", "claim", "stop.json")):
             continue
+        guard()
         if target is None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             continue
