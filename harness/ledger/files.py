@@ -48,7 +48,7 @@ def leftovers(folder: Path) -> list[Path]:
     for path in [p for place in places for p in folder.glob(place)]:
         match = re.match(r"\.tmp\.[0-9a-f]+-([0-9a-f]+)-(\d+)\.", path.name)
         if match and match[1] == _machine() and sys.platform == "linux":
-            is_left = not Path(f"/proc/{match[2]}").exists()
+            is_left = not process_exists(int(match[2]))
         else:
             try:
                 is_left = time.time() - path.stat().st_mtime > _DAY_S
@@ -62,6 +62,17 @@ def remove_leftovers(folder: Path) -> None:
     """Takes away what `leftovers` finds."""
     for path in leftovers(folder):
         path.unlink(missing_ok=True)
+
+
+def process_exists(pid: int) -> bool:
+    """Asked of the system: /proc may be missing, or show the pids of another namespace."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @functools.cache

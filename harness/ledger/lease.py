@@ -2,13 +2,15 @@
 
 Creation is a hard link of a whole file, which is atomic on all of them. The heartbeat is a counter
 in the file, and a watcher judges it by its own clock: hosts whose clocks differ cannot take a live
-lease for a dead one. An owner on this host whose process is gone is dead at once.
+lease for a dead one. An owner on this host whose process is gone is dead at once; a container with
+pids of its own counts as another host.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LeaseLostError, StorageError, UserError
-from harness.ledger.files import dump, read_json, temporary_name, write_bytes
+from harness.ledger.files import dump, process_exists, read_json, temporary_name, write_bytes
 from harness.ledger.tree import StageFolder
 
 EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
@@ -39,31 +41,38 @@ class LeaseHeldError(UserError):
 
 
 def this_host() -> str:
-    """Name of this machine since its last boot; a rebooted host is another one.
+    """Where a pid means what it means here: name of the machine, its last boot, pid namespace.
 
+    A rebooted host is another one, and so is a container beside us, of the same name perhaps.
     HARNESS_HOST stands in for the name where several machines have the same one.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
     except OSError:
-        boot = ""
-    return f"{os.environ.get('HARNESS_HOST') or socket.gethostname()}:{boot}"
+        boot = namespace = ""
+    return f"{os.environ.get('HARNESS_HOST') or socket.gethostname()}:{boot}:{namespace}"
 
 
 def process_started(pid: int) -> str | None:
     """A text that differs when the pid is used again by another process; None if it is gone."""
+    if not _proc_is_ours():
+        return "unknown" if process_exists(pid) else None
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-        try:  # no /proc (macOS): the bare existence of the pid has to do
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return "unknown"
+        return None
     fields = stat.rsplit(")", 1)[1].split()
     return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _proc_is_ours() -> bool:
+    """False where there is no /proc (macOS), or it shows the pids of another namespace (`unshare
+    --pid` without `--mount-proc`): the bare existence of a pid has to do."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,76 @@ def test_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
     held = json.loads(path.read_text())
     assert owner_is_dead(held) is False
     assert owner_is_dead({**held, "started": "1"}) is True
+
+
+def test_an_owner_of_another_pid_namespace_is_judged_by_its_heartbeat_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lease"
+    Lease.acquire(path)
+    held = json.loads(path.read_text())
+    name, boot, _ = held["host"].split(":")
+    # Its pid is another process here, or none. An older version wrote no namespace.
+    for host in (f"{name}:{boot}:1", f"{name}:{boot}"):
+        assert owner_is_dead({**held, "host": host, "started": "1"}) is None
+    readlink = os.readlink
+    monkeypatch.setattr(
+        os, "readlink", lambda p, **k: "pid:[7]" if p == "/proc/self/ns/pid" else readlink(p, **k)
+    )
+    assert leases.this_host() == f"{name}:{boot}:7"
+    assert owner_is_dead({**held, "started": "1"}) is None
+
+
+TAKER = """
+import pathlib, sys
+from harness.ledger.lease import Lease, LeaseHeldError
+try:
+    Lease.acquire(pathlib.Path(sys.argv[1]), expiry_s=2)
+except LeaseHeldError:
+    sys.exit(76)
+"""
+COUPLE = """
+import pathlib, subprocess, sys
+from harness.ledger.lease import Lease, owner_is_dead, read_lease
+path = pathlib.Path(sys.argv[1])
+if not path.exists():
+    Lease.acquire(path)
+    subprocess.run([sys.executable, "-c", sys.argv[2], str(path)], check=True)
+    path.unlink()
+    take = "import sys; from harness.ledger.lease import *; Lease.acquire(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", take, str(path)], check=True)
+print(owner_is_dead(read_lease(path)), flush=True)
+"""
+
+
+def in_another_pid_namespace(code: str, path: Path, *options: str) -> "subprocess.Popen[str]":
+    """Python in a container that is no more than pids of its own. Skips where that is forbidden."""
+    unshare = ["unshare", "--pid", "--fork", *options]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"]).returncode:
+        pytest.skip("`unshare --pid` is missing or not permitted; as root it is")
+    command = [*unshare, sys.executable, "-c", code, str(path), code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_container_with_our_host_name_takes_no_living_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    lease = Lease.acquire(tmp_path / "lease")
+    lease.start_beating()
+    try:
+        taker = in_another_pid_namespace(TAKER, lease.path, "--mount-proc")
+        assert taker.wait(60) == 76
+        lease.check()
+    finally:
+        lease.release()
+
+
+def test_without_a_proc_of_its_own_a_container_still_tells_its_living_from_its_dead(
+    tmp_path: Path,
+) -> None:
+    couple = in_another_pid_namespace(COUPLE, tmp_path / "lease")
+    assert couple.communicate(timeout=60)[0].split() == ["False", "True"]
 
 
 def test_a_silent_owner_on_another_host_expires_by_our_clock(tmp_path: Path) -> None:
