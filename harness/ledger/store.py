@@ -132,7 +132,7 @@ def set_aside(folder: StageFolder, guard: Guard = unguarded) -> None:
     Attempts are kept, never overwritten; the stage's own files then belong to the new run.
     """
     numbers = folder.attempt_numbers()
-    target = folder.attempt(numbers[-1]) / "superseded" if numbers else None
+    target = _unused(folder.attempt(numbers[-1]) / "superseded") if numbers else None
     about = ("stage.json", "status.json", "events.jsonl", "lineage.json", "memory.json", "attempts")
     for path in sorted(folder.path.iterdir()):
         if path.name in about or path.name.startswith((".", "lease", "claim", "stop.json")):
@@ -146,6 +146,14 @@ def set_aside(folder: StageFolder, guard: Guard = unguarded) -> None:
     # Optimizer state of a superseded run is of no use to anybody.
     if target is not None:
         shutil.rmtree(target / "checkpoints", ignore_errors=True)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or it with a number: an attempt that set a stale run aside may leave one, too."""
+    number = 1
+    while (found := path if number == 1 else path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return found
 
 
 def base_folders(tree: Tree, study: str) -> list[Path]:
