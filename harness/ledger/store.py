@@ -150,10 +150,11 @@ def set_aside(folder: StageFolder, guard: Guard = unguarded) -> None:
 
 def _unused(path: Path) -> Path:
     """The path, or it with a number: an attempt that set a stale run aside may leave one, too."""
-    number = 1
-    while (found := path if number == 1 else path.with_name(f"{path.name}.{number}")).exists():
+    unused, number = path, 1
+    while unused.exists():
         number += 1
-    return found
+        unused = path.with_name(f"{path.name}.{number}")
+    return unused
 
 
 def base_folders(tree: Tree, study: str) -> list[Path]:
