@@ -93,6 +93,11 @@ def owner_is_dead(lease: dict[str, Any]) -> bool | None:
     return process_started(int(lease["pid"])) != lease["started"]
 
 
+def takeover_guard(path: Path) -> Path:
+    """The lease on taking a lease away from its owner; a process killed meanwhile leaves it."""
+    return path.with_name(f"{path.name}.takeover")
+
+
 class Silence:
     """How long owners on other hosts have given no sign, by this process's own clock."""
 
@@ -192,7 +197,7 @@ class Lease:
         """Replaces a dead owner's lease. A second lease makes sure only one process does."""
         try:
             # Judged as any lease is, by life and not by its file's time: clocks of hosts differ.
-            guard = Lease.acquire(self.path.with_name(f"{self.path.name}.takeover"), expiry_s)
+            guard = Lease.acquire(takeover_guard(self.path), expiry_s)
         except LeaseHeldError:
             time.sleep(0.05)
             return False
@@ -203,7 +208,7 @@ class Lease:
             write_bytes(self.path, self._content())
             return True
         finally:
-            guard.release()
+            guard.drop()
 
     def is_ours(self) -> bool:
         """True if no other process has taken the lease."""
@@ -260,12 +265,46 @@ class Lease:
             os.fsync(file.fileno())
 
     def release(self) -> None:
-        """Gives the lease back if it is still ours."""
+        """Gives the lease back if it is still ours; nobody takes it over between look and removal.
+
+        A taker that stands still keeps us waiting for the expiry at most: then the lease stays, and
+        counts no more once this process is gone.
+        """
+        self._stop_beating()
+        deadline = time.monotonic() + EXPIRY_S
+        while self.is_ours():
+            try:
+                guard = Lease.acquire(takeover_guard(self.path))
+            except LeaseHeldError:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.05)
+                continue
+            except StorageError:  # a full disk takes no file of a taker either
+                self.drop()
+                return
+            try:
+                if self.is_ours() and guard.is_ours():
+                    self.path.unlink(missing_ok=True)
+                    return
+            finally:
+                guard.drop()
+
+    def drop(self) -> None:
+        """`release` without the guard, for locks that are held for a moment, thousands of times.
+
+        The guard, a file more to sync, link and remove, makes it 3 to 8 ms on ext4 instead of 0.3.
+        Whoever takes over a lock whose owner stood still for a minute right here still has the
+        worker's own lease behind it.
+        """
+        self._stop_beating()
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
+
+    def _stop_beating(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self.is_ours():
-            self.path.unlink(missing_ok=True)
 
 
 class AttemptGuard:
@@ -305,4 +344,4 @@ def exclusive(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lease.release()
+        lease.drop()

@@ -1,5 +1,6 @@
 """One owner per stage."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import LeaseLostError
+from harness.errors import LeaseLostError, StorageError
 from harness.ledger import lease as leases
 from harness.ledger.files import write_json
 from harness.ledger.lease import Lease, LeaseHeldError, owner_is_dead, read_lease
@@ -159,6 +160,57 @@ def test_an_owner_that_lost_its_lease_notices(tmp_path: Path) -> None:
         first.check()
     first.release()  # must not remove the new owner's
     second.check()
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lease_cannot_be_taken_between_the_last_look_and_its_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    lease, other = Lease.acquire(tmp_path / "lease"), Lease(tmp_path / "lease", "other")
+    is_ours, looks, is_taken = lease.is_ours, 0, False
+
+    def stopped() -> bool:
+        nonlocal looks, is_taken
+        answer, looks = is_ours(), looks + 1
+        if looks == look:
+            is_taken = other._take_over(lease.token, 60)
+        return answer
+
+    monkeypatch.setattr(lease, "is_ours", stopped)
+    lease.release()
+    assert looks >= look
+    assert [p.name for p in tmp_path.iterdir()] == ["lease"] * is_taken
+    assert other.is_ours() == is_taken
+
+
+def test_a_release_gets_past_the_guard_of_a_dead_taker_and_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(tmp_path / "lease")
+    dead = {**json.loads(lease.path.read_text()), "started": "1", "token": "dead"}
+    leases.takeover_guard(lease.path).write_text(json.dumps(dead))
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+    def full(path: Path, *_: object) -> None:
+        raise StorageError(path, OSError(errno.ENOSPC, "No space left on device"))
+
+    lease = Lease.acquire(tmp_path / "lease")
+    monkeypatch.setattr(leases, "write_bytes", full)
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_release_waits_for_a_taker_that_stands_still_no_longer_than_the_expiry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(tmp_path / "lease")
+    Lease.acquire(leases.takeover_guard(lease.path))  # by this very process, which lives
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.3)
+    began = time.monotonic()
+    lease.release()
+    assert 0.3 < time.monotonic() - began < 10
+    assert lease.is_ours()
 
 
 def _race(path: Path, together: Barrier, wins: "multiprocessing.Queue[int]") -> None:
