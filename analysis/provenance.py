@@ -45,7 +45,8 @@ def origins(study: StudyData) -> Origins:
         seconds += float(result.get("wall_s", {}).get("total", 0.0))
         for folder in stage.tries:
             about = _parsed(_read(f"{folder}/attempt.json"))
-            hosts |= {str(about["host"])} if about.get("host") else set()
+            # After the name come boot and pid namespace: every container is another one.
+            hosts |= {str(about["host"]).partition(":")[0]} if about.get("host") else set()
             for name, text in (about.get("versions") or {}).items():
                 versions.setdefault(str(name), set()).add(str(text))
             commits.add(_read(f"{folder}/git.json"))

@@ -110,7 +110,7 @@ class Status:
         about = {"state": state, "reason": reason, "message": message}
         row = {**self.base, **self.last, "updated": time.time(), **final, **about}
         self.guard()
-        write_json(self.folder.status, row)
+        write_json(self.folder.status, row, self.guard)
 
 
 _PACKAGES = ("torch", "deepspeed", "timm", "torchvision", "numpy", "safetensors", "transformers")

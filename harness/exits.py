@@ -107,12 +107,12 @@ def _out_of_memory(
         return _end(folder, attempt, job, "failed", "too_large", error, EXIT_FAILED)
     asked = {"ranks": stage.execution.ranks, "micro_batch": stage.execution.micro_batch}
     row = {"schema": 1, "asked": asked, "micro_batch": error.smaller, "failed": error.micro_batch}
+    guard = job.lease.check if job else AttemptGuard(folder, attempt).guard
     try:
-        (job.lease.check if job else AttemptGuard(folder, attempt).guard)()
+        write_json(folder.memory, row, guard)
     except LeaseLostError as lost:
         say(lost)
         return EXIT_BUSY
-    write_json(folder.memory, row)
     return _end(folder, attempt, job, "failed", "oom", error, EXIT_FAILED)
 
 

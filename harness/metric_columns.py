@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pyarrow import ipc
 
 from harness.errors import UserError
-from harness.ledger.files import read_jsonl, write_bytes
+from harness.ledger.files import Guard, read_jsonl, unguarded, write_bytes
 
 NAME = "metrics.arrow"
 """Beside metrics.jsonl. Float64 columns, one a key; NaN where a row has no number."""
@@ -31,7 +31,7 @@ _ABOUT = b"metrics.jsonl"
 """Key of the schema's metadata: size, time of change and checksum of the text."""
 
 
-def write_columns(metrics: Path) -> None:
+def write_columns(metrics: Path, guard: Guard = unguarded) -> None:
     """Copies a metrics.jsonl that nobody writes to any more, if it is long and rows of numbers.
 
     A copy that cannot be written is none: that is no reason to lose a stage.
@@ -48,7 +48,7 @@ def write_columns(metrics: Path) -> None:
         sink = pa.BufferOutputStream()
         with ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        write_bytes(metrics.with_name(NAME), sink.getvalue().to_pybytes())
+        write_bytes(metrics.with_name(NAME), sink.getvalue().to_pybytes(), guard)
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, NDArray[np.float64]] | None:

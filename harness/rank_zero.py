@@ -59,14 +59,14 @@ class RankZero:
         self._start_clean_if_stale(uids)
         self.status.write("running")
         self._write_attempt(None)
-        write_environment(self.folder.attempt(self.attempt) / "env.json")
-        store.add_event(self.folder, "started", attempt=self.attempt, pid=os.getpid())
+        write_environment(self.folder.attempt(self.attempt) / "env.json", self.lease.guard)
+        self._add_event("started", pid=os.getpid())
         record_id = f"{self.stage.id}-a{self.attempt}"
         git = read_json(self.folder.attempt(self.attempt) / "git.json")
         about = {**(read_json(self._attempt_file) or {}), "git": git}
         result = record.run_recorded(self.tree.sacred, record_id, self.stage, about, self._train)
         self.lease.check()
-        write_columns(self.folder.metrics)
+        write_columns(self.folder.metrics, self.lease.guard)
         self._write_result(result, uids)
         self.finish("done")
         return EXIT_OK
@@ -77,8 +77,8 @@ class RankZero:
         known = read_json(lineage)
         self.lease.check()
         if self.folder.result.exists() or (known is not None and known["upstream_uids"] != uids):
-            store.set_aside(self.folder)
-        write_json(lineage, {"schema": 1, "upstream_uids": uids})
+            store.set_aside(self.folder, self.lease.guard)
+        write_json(lineage, {"schema": 1, "upstream_uids": uids}, self.lease.check)
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
         events = self.tree.events / self.stage.id if os.environ.get(_TENSORBOARD) else None
@@ -144,6 +144,7 @@ class RankZero:
                 "upstream_uids": uids,
                 "harness_version": __version__,
             },
+            self.lease.check,
         )
 
     @property
@@ -181,7 +182,11 @@ class RankZero:
             "ended": time.time() if ended else None,
             **(details or {}),
         }
-        write_json(self._attempt_file, row)
+        write_json(self._attempt_file, row, self.lease.guard)
+
+    def _add_event(self, event: str, **fields: Any) -> None:
+        about = {"attempt": self.attempt, **fields}
+        store.add_event(self.folder, event, guard=self.lease.guard, **about)
 
     def _samples(self, step: int | None) -> int | None:
         """Samples seen after a step; None where the stage has no steps."""
@@ -207,7 +212,7 @@ class RankZero:
         # A note's reason is in the user's words; the end is one of ours.
         end = state if state == "cancelled" else reason or state
         self._write_attempt(end, message, details)
-        store.add_event(self.folder, state, attempt=self.attempt, reason=reason, message=message)
+        self._add_event(state, reason=reason, message=message)
         self.status.write(state, reason, message)
 
 

@@ -141,7 +141,7 @@ class Rows:
         """`guard` is called before every write, and raises where there must be none. `events` is
         a folder for TensorBoard's files. Raises UserError if its package is missing.
         """
-        self.writer = JsonlWriter(path)
+        self.writer = JsonlWriter(path, guard)
         self.log_scalar, self.guard = log_scalar, guard
         self.events = _Events(events) if events is not None else None
         self.first_step: int | None = None

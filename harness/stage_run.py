@@ -12,7 +12,7 @@ from harness.attempt import versions
 from harness.errors import UserError
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.environment import environment
-from harness.ledger.files import read_json, write_json
+from harness.ledger.files import Guard, read_json, write_json
 from harness.ledger.tree import StageFolder, Tree
 from harness.models.weight_files import guarded
 from harness.study.stages import StageFile
@@ -60,9 +60,9 @@ def upstream_folders(tree: Tree, stage: StageFile) -> dict[str, Path]:
     return {role: tree.stage(kinds[s], s).path for role, s in stage.config.upstream.items()}
 
 
-def write_environment(path: Path) -> None:
+def write_environment(path: Path, guard: Guard) -> None:
     """Variables and versions as this process has them."""
-    write_json(path, {**environment("worker"), "versions": versions()})
+    write_json(path, {**environment("worker"), "versions": versions()}, guard)
 
 
 def tell(path: Path, state: str, reason: str, message: str) -> None:

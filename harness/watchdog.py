@@ -101,6 +101,7 @@ class Watchdog:
                 **{"step": at[0], "phase": at[1], "stands_s": stands_s, "beat": self._beat},
                 "over": over,
             },
+            self.guard,
         )
 
     def _saved(self, now: tuple[int, str] | None) -> int:

@@ -136,7 +136,7 @@ def _run_rank(
     whereabouts = Whereabouts()
     guard()  # before it waits for the others, of whom rank 0 has nothing to do if this raises
     if os.environ.get("LOCAL_RANK") == "0":  # of the host's ranks the first
-        write_environment(folder.attempt(attempt) / f"env.rank{rank}.json")
+        write_environment(folder.attempt(attempt) / f"env.rank{rank}.json", guard)
     context = StageContext(
         rank=rank,
         ranks=ranks,

@@ -23,7 +23,7 @@ from harness.errors import EXIT_BUSY, HarnessError
 from harness.launch import ends, nodes, provenance, queue
 from harness.launch.policy import decide, lost_on
 from harness.ledger import attempts, states, store
-from harness.ledger.claim import stop_asked, submitted
+from harness.ledger.claim import complete, stop_asked, submitted
 from harness.ledger.files import read_json, read_jsonl, write_json
 from harness.ledger.lease import exclusive, this_host
 from harness.ledger.tree import StageFolder, Tree
@@ -87,6 +87,8 @@ def begin(tasks_file: str) -> int:
             number = int((read_json(task.folder.status) or {}).get("attempt") or 0)
             attempts.close(task.folder, number, "failed", "code", f"in `begin`: {error}")
             raise
+    if code == NOTHING_TO_DO:
+        complete(task.folder)  # this job may have been stopped, and put back, before it could
     if code:
         return code
     assert attempt is not None
@@ -281,6 +283,10 @@ def end(tasks_file: str, code: int) -> int:
     """Says how the attempt ended, and puts the job back into the queue if that helps."""
     task = _read(tasks_file)
     folder, attempt = task.folder, int(os.environ["HARNESS_ATTEMPT"])
+    if (read_json(folder.result) or {}).get("attempts") == attempt:
+        if code != 0:
+            complete(folder)  # it was killed between its result and the word of it
+        return 0
     number = -(code - 128) if 128 < code < 160 else code
     about = queue.about_job(task.job)
     is_running = about.get("JobState") == "RUNNING"

@@ -20,6 +20,7 @@ from harness.ledger.lease import (
     owner_is_dead,
     process_started,
     read_lease,
+    takeover_guard,
     this_host,
 )
 from harness.ledger.states import StageState
@@ -111,9 +112,9 @@ def complete(folder: StageFolder) -> None:
             return
         number = int(result["attempts"])
         status = read_json(folder.status) or {}
-        if lease is not None:
+        if lease is not None or takeover_guard(folder.lease).exists():
             try:
-                Lease.acquire(folder.lease).release()
+                Lease.acquire(folder.lease).release()  # with what a killed `release` left
             except LeaseHeldError:
                 return
         remove_leftovers(folder.path)
@@ -129,7 +130,10 @@ def complete(folder: StageFolder) -> None:
 def is_untold(folder: StageFolder, state: StageState) -> bool:
     """True for a done stage that something of its worker may be left of."""
     return state.state == "done" and (
-        state.status.get("state") != "done" or folder.lease.exists() or bool(leftovers(folder.path))
+        state.status.get("state") != "done"
+        or folder.lease.exists()
+        or takeover_guard(folder.lease).exists()
+        or bool(leftovers(folder.path))
     )
 
 

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,13 @@ import orjson
 from harness.errors import StorageError, UserError
 
 _DAY_S = 86_400.0
+
+Guard = Callable[[], None]
+"""Raises where this process must write nothing more, as a `Lease.guard` does."""
+
+
+def unguarded() -> None:
+    """The guard of files that nobody takes over."""
 
 
 def temporary_name(name: str) -> str:
@@ -41,7 +48,7 @@ def leftovers(folder: Path) -> list[Path]:
     for path in [p for place in places for p in folder.glob(place)]:
         match = re.match(r"\.tmp\.[0-9a-f]+-([0-9a-f]+)-(\d+)\.", path.name)
         if match and match[1] == _machine() and sys.platform == "linux":
-            is_left = not Path(f"/proc/{match[2]}").exists()
+            is_left = not process_exists(int(match[2]))
         else:
             try:
                 is_left = time.time() - path.stat().st_mtime > _DAY_S
@@ -57,6 +64,17 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def process_exists(pid: int) -> bool:
+    """Asked of the system: /proc may be missing, or show the pids of another namespace."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 @functools.cache
 def _machine() -> str:
     """Differs between machines, boots and containers."""
@@ -68,8 +86,12 @@ def _machine() -> str:
     return hashlib.sha256(f"{socket.gethostname()}{boot}".encode()).hexdigest()[:8]
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces the file in one step: readers see the old content or the new, never a part."""
+def write_bytes(path: Path, content: bytes, guard: Guard = unguarded) -> None:
+    """Replaces the file in one step: readers see the old content or the new, never a part.
+
+    `guard` is called right before that step: by then a process that was stopped while it wrote, or
+    whose file server hung, may own the file no more.
+    """
     temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +99,14 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        guard()
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StorageError(path, error) from error
+        if isinstance(error, OSError):
+            raise StorageError(path, error) from error
+        raise
 
 
 def dump(value: Any) -> str:
@@ -89,9 +114,9 @@ def dump(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=False, allow_nan=False, ensure_ascii=False)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one step."""
-    write_bytes(path, (dump(value) + "\n").encode())
+def write_json(path: Path, value: Any, guard: Guard = unguarded) -> None:
+    """Writes a JSON file in one step; `guard` as in `write_bytes`."""
+    write_bytes(path, (dump(value) + "\n").encode(), guard)
 
 
 def parse(raw: bytes) -> Any:
@@ -154,10 +179,13 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 class JsonlWriter:
-    """Appends rows to a file; one write call a row, so a reader sees whole lines."""
+    """Appends rows to a file; one write call a row, so a reader sees whole lines.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `guard` is called right before every write.
+    """
+
+    def __init__(self, path: Path, guard: Guard = unguarded) -> None:
+        self.path, self.guard = path, guard
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -167,12 +195,13 @@ class JsonlWriter:
             raw = path.read_bytes()
             end = raw.rfind(b"\n") + 1
             if end != len(raw):
-                write_bytes(path, raw[:end])
+                write_bytes(path, raw[:end], guard)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row and hands it to the operating system at once."""
         try:
             with open(self.path, "ab") as file:
+                self.guard()
                 file.write(jsonl([row]))
         except OSError as error:
             raise StorageError(self.path, error) from error
@@ -182,4 +211,4 @@ class JsonlWriter:
         rows = read_jsonl(self.path)
         kept = [r for r in rows if r.get("step", 0) <= step]
         if len(kept) != len(rows):
-            write_bytes(self.path, jsonl(kept))
+            write_bytes(self.path, jsonl(kept), self.guard)

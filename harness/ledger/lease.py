@@ -2,7 +2,8 @@
 
 Creation is a hard link of a whole file, which is atomic on all of them. The heartbeat is a counter
 in the file, and a watcher judges it by its own clock: hosts whose clocks differ cannot take a live
-lease for a dead one. An owner on this host whose process is gone is dead at once.
+lease for a dead one. An owner on this host whose process is gone is dead at once; a container with
+pids of its own counts as another host.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LeaseLostError, StorageError, UserError
-from harness.ledger.files import dump, read_json, temporary_name, write_bytes
+from harness.ledger.files import dump, process_exists, read_json, temporary_name, write_bytes
 from harness.ledger.tree import StageFolder
 
 EXPIRY_S = float(os.environ.get("HARNESS_LEASE_EXPIRY_S", "60"))
@@ -42,31 +44,38 @@ class LeaseHeldError(UserError):
 
 
 def this_host() -> str:
-    """Name of this machine since its last boot; a rebooted host is another one.
+    """Where a pid means what it means here: name of the machine, its last boot, pid namespace.
 
+    A rebooted host is another one, and so is a container beside us, of the same name perhaps.
     HARNESS_HOST stands in for the name where several machines have the same one.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
     except OSError:
-        boot = ""
-    return f"{os.environ.get('HARNESS_HOST') or socket.gethostname()}:{boot}"
+        boot = namespace = ""
+    return f"{os.environ.get('HARNESS_HOST') or socket.gethostname()}:{boot}:{namespace}"
 
 
 def process_started(pid: int) -> str | None:
     """A text that differs when the pid is used again by another process; None if it is gone."""
+    if not _proc_is_ours():
+        return "unknown" if process_exists(pid) else None
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-        try:  # no /proc (macOS): the bare existence of the pid has to do
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return "unknown"
+        return None
     fields = stat.rsplit(")", 1)[1].split()
     return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _proc_is_ours() -> bool:
+    """False where there is no /proc (macOS), or it shows the pids of another namespace (`unshare
+    --pid` without `--mount-proc`): the bare existence of a pid has to do."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:
@@ -93,6 +102,11 @@ def owner_is_dead(lease: dict[str, Any]) -> bool | None:
     if lease["host"] != this_host():
         return None
     return process_started(int(lease["pid"])) != lease["started"]
+
+
+def takeover_guard(path: Path) -> Path:
+    """The lease on taking a lease away from its owner; a process killed meanwhile leaves it."""
+    return path.with_name(f"{path.name}.takeover")
 
 
 class Silence:
@@ -194,7 +208,7 @@ class Lease:
         """Replaces a dead owner's lease. A second lease makes sure only one process does."""
         try:
             # Judged as any lease is, by life and not by its file's time: clocks of hosts differ.
-            guard = Lease.acquire(self.path.with_name(f"{self.path.name}.takeover"), expiry_s)
+            guard = Lease.acquire(takeover_guard(self.path), expiry_s)
         except LeaseHeldError:
             time.sleep(0.05)
             return False
@@ -205,7 +219,7 @@ class Lease:
             write_bytes(self.path, self._content())
             return True
         finally:
-            guard.release()
+            guard.drop()
 
     def is_ours(self) -> bool:
         """True if no other process has taken the lease."""
@@ -262,12 +276,46 @@ class Lease:
             os.fsync(file.fileno())
 
     def release(self) -> None:
-        """Gives the lease back if it is still ours."""
+        """Gives the lease back if it is still ours; nobody takes it over between look and removal.
+
+        A taker that stands still keeps us waiting for the expiry at most: then the lease stays, and
+        counts no more once this process is gone.
+        """
+        self._stop_beating()
+        deadline = time.monotonic() + EXPIRY_S
+        while self.is_ours():
+            try:
+                guard = Lease.acquire(takeover_guard(self.path))
+            except LeaseHeldError:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.05)
+                continue
+            except StorageError:  # a full disk takes no file of a taker either
+                self.drop()
+                return
+            try:
+                if self.is_ours() and guard.is_ours():
+                    self.path.unlink(missing_ok=True)
+                    return
+            finally:
+                guard.drop()
+
+    def drop(self) -> None:
+        """`release` without the guard, for locks that are held for a moment, thousands of times.
+
+        The guard, a file more to sync, link and remove, makes it 3 to 8 ms on ext4 instead of 0.3.
+        Whoever takes over a lock whose owner stood still for a minute right here still has the
+        worker's own lease behind it.
+        """
+        self._stop_beating()
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
+
+    def _stop_beating(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self.is_ours():
-            self.path.unlink(missing_ok=True)
 
 
 class AttemptGuard:
@@ -313,4 +361,4 @@ def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
     try:
         yield
     finally:
-        lease.release()
+        lease.drop()

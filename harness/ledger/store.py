@@ -10,7 +10,16 @@ from typing import Any
 
 from harness.errors import NotFoundError
 from harness.ledger.cell_rows import check_keys
-from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
+from harness.ledger.files import (
+    Guard,
+    JsonlWriter,
+    jsonl,
+    read_json,
+    read_jsonl,
+    unguarded,
+    write_bytes,
+    write_json,
+)
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Ablation, Cell, Grid
 from harness.study.stage_set import outline_of
@@ -112,22 +121,23 @@ def write_stage(tree: Tree, stage: StageFile) -> StageFolder:
     return folder
 
 
-def add_event(folder: StageFolder, event: str, **fields: Any) -> None:
+def add_event(folder: StageFolder, event: str, *, guard: Guard = unguarded, **fields: Any) -> None:
     """Notes something that happened to a stage."""
-    JsonlWriter(folder.events).append({"time": time.time(), "event": event, **fields})
+    JsonlWriter(folder.events, guard).append({"time": time.time(), "event": event, **fields})
 
 
-def set_aside(folder: StageFolder) -> None:
+def set_aside(folder: StageFolder, guard: Guard = unguarded) -> None:
     """Moves what an earlier run produced into its last attempt's folder, to start from scratch.
 
     Attempts are kept, never overwritten; the stage's own files then belong to the new run.
     """
     numbers = folder.attempt_numbers()
-    target = folder.attempt(numbers[-1]) / "superseded" if numbers else None
+    target = _unused(folder.attempt(numbers[-1]) / "superseded") if numbers else None
     about = ("stage.json", "status.json", "events.jsonl", "lineage.json", "memory.json", "attempts")
     for path in sorted(folder.path.iterdir()):
         if path.name in about or path.name.startswith((".", "lease", "claim", "stop.json")):
             continue
+        guard()
         if target is None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             continue
@@ -136,6 +146,15 @@ def set_aside(folder: StageFolder) -> None:
     # Optimizer state of a superseded run is of no use to anybody.
     if target is not None:
         shutil.rmtree(target / "checkpoints", ignore_errors=True)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or it with a number: an attempt that set a stale run aside may leave one, too."""
+    unused, number = path, 1
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.name}.{number}")
+    return unused
 
 
 def base_folders(tree: Tree, study: str) -> list[Path]:

@@ -14,14 +14,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness.errors import UserError, storage_error
+from harness.errors import LeaseLostError, UserError, storage_error
+from harness.ledger.files import Guard
 from harness.train.engine import Engine
 
 SCHEMA = 1
@@ -42,7 +42,7 @@ class Progress:
     """Seconds by part, over all attempts that led here."""
 
 
-def save(folder: Path, engine: Engine, progress: Progress, guard: Callable[[], None]) -> Path:
+def save(folder: Path, engine: Engine, progress: Progress, guard: Guard) -> Path:
     """Write a checkpoint of the stage in `folder`, then remove the older ones.
 
     `guard` raises on rank 0 where another process owns the stage now.
@@ -52,14 +52,17 @@ def save(folder: Path, engine: Engine, progress: Progress, guard: Callable[[], N
     partial = final.with_name(f"{final.name}.partial-{_common_number(engine):06x}")
     try:
         if engine.rank == 0:
+            remove_partial(folder, guard)
             guard()
-            remove_partial(folder)
             partial.mkdir(parents=True)
         engine.barrier()
         engine.save(partial)
         engine.barrier()
         if engine.rank == 0:
             _complete(partial, final, {"ranks": engine.ranks, **asdict(progress)}, guard)
+    except LeaseLostError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except (OSError, RuntimeError) as error:
         known = storage_error(error, final)
         if known is None:
@@ -71,16 +74,17 @@ def save(folder: Path, engine: Engine, progress: Progress, guard: Callable[[], N
     return final
 
 
-def _complete(
-    partial: Path, final: Path, content: dict[str, Any], guard: Callable[[], None]
-) -> None:
+def _complete(partial: Path, final: Path, content: dict[str, Any], guard: Guard) -> None:
     """Rank 0: gives a written checkpoint its name and its mark, and removes the older ones."""
     (partial / "progress.json").write_text(json.dumps({"schema": SCHEMA, **content}))
     for file in partial.rglob("*"):
         _sync(file)
+    if final.exists():
+        # Without its mark, if it was killed before; or complete, and about to be replaced. In one
+        # step: a process stopped while it removes file after file may go on in its successor's.
+        guard()
+        final.rename(partial.with_name(f"{partial.name}.old"))
     guard()
-    # Without its mark, if it was killed before; or complete, and about to be replaced.
-    shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
     _sync(final.parent)
     guard()
@@ -93,9 +97,10 @@ def _complete(
             shutil.rmtree(other, ignore_errors=True)
 
 
-def remove_partial(folder: Path) -> None:
+def remove_partial(folder: Path, guard: Guard) -> None:
     """Takes away what attempts that were killed while they saved have left."""
-    for partial in (folder / "checkpoints").glob("step_*.partial*"):
+    for partial in list((folder / "checkpoints").glob("step_*.partial*")):
+        guard()  # what was there when this still was the owner is not its successor's
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -81,7 +81,7 @@ def run(
         progress = Progress()
         if ctx.rank == 0:
             ctx.check_lease()
-            checkpoint.remove_partial(ctx.folder)
+            checkpoint.remove_partial(ctx.folder, ctx.check_lease)
         found = checkpoint.latest(ctx.folder)
         if found is not None:
             progress = checkpoint.load(found, engine)

@@ -176,12 +176,14 @@ class DetectionObjective:
         """Rank 0: what all ranks found, in the order of images; through files of the stage."""
         files = [self.ctx.folder / f"found-{rank}.json" for rank in range(engine.ranks)]
         if engine.ranks > 1:
-            write_bytes(files[engine.rank], json.dumps(list(own.items())).encode())
+            content = json.dumps(list(own.items())).encode()
+            write_bytes(files[engine.rank], content, self.ctx.check_lease)
             engine.barrier()
             if engine.rank == 0:
                 own = {}
                 for file in files:
                     own |= {int(place): rows for place, rows in json.loads(file.read_bytes())}
+                    self.ctx.check_lease()
                     file.unlink()
         if engine.rank:
             return []

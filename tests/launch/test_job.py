@@ -14,11 +14,13 @@ from harness.launch import job, nodes, slurm
 from harness.launch.settings import Slurm
 from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, read_jsonl, write_json
+from harness.ledger.lease import this_host
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import build_grid
 from harness.study.schema import Retry, load_study
 from tests.launch.fake_slurm import FakeSlurm
 
+DEAD = {"schema": 1, "token": "t", "pid": 1, "started": "no process", "beat": 0}
 UP = "State=IDLE BootTime=2026-01-01T00:00:00\n"
 SINFO = "n1|gpu*|idle|gpu:8|\nn2|gpu*|idle|gpu:8|\n"
 
@@ -41,6 +43,23 @@ class Job:
         write_json(path, {**(read_json(path) or {}), "end": end, "node": node})
         status = {**(read_json(self.folder.status) or {}), "state": "preempted"}
         write_json(self.folder.status, status)
+
+    def kill_after_result(self) -> None:
+        """As a worker leaves its first attempt that SIGKILL ends right before its last words."""
+        upstream = job._read(str(self.tasks)).stage.upstream_kinds
+        assert not upstream, "its result says what it was made from"
+        result = {"schema": 1, "uid": "u", "attempts": 1, "upstream_uids": {}, "steps": None}
+        write_json(self.folder.result, result)
+        status = {**(read_json(self.folder.status) or {}), "state": "running"}
+        write_json(self.folder.status, status)
+        write_json(self.folder.lease, {**DEAD, "host": this_host()})
+
+    def is_done(self) -> bool:
+        """As all files tell it."""
+        state = (read_json(self.folder.status) or {}).get("state")
+        told = [e for e in read_jsonl(self.folder.events) if e["event"] == "done"]
+        is_free = not self.folder.lease.exists()
+        return (state, self.ends(), len(told), is_free) == ("done", ["done"], 1, True)
 
     def ends(self) -> list[str | None]:
         return [a.end for a in read_attempts(self.folder)]
@@ -130,6 +149,26 @@ def test_without_requeue_the_next_submission_avoids_the_node(
     slurm.submit(tree, "small", {stage.id: stage}, Slurm(device="cpu", partition="gpu"), Retry())
     scripts = [p.read_text() for p in set(tree.root.glob("slurm/*/jobs/*.sh")) - before]
     assert any("#SBATCH --exclude=n1" in text for text in scripts)
+
+
+def test_a_worker_killed_between_its_result_and_its_last_words_is_done(
+    submitted: Job, site: FakeSlurm
+) -> None:
+    site.write("scontrol", "JobState=RUNNING Restarts=0\n")
+    assert submitted.start("n1") == 0
+    submitted.kill_after_result()
+    submitted.monkeypatch.setenv("HARNESS_ATTEMPT", "1")
+    assert job.end(str(submitted.tasks), 137) == 0  # or Slurm would drop what waits for it
+    assert submitted.is_done()
+    assert not any(line.startswith("requeue") for line in said(site))
+
+
+def test_a_job_put_back_after_its_result_says_that_it_is_done(submitted: Job) -> None:
+    """Slurm killed the batch shell, too."""
+    assert submitted.start("n1") == 0
+    submitted.kill_after_result()
+    assert submitted.start("n1") == job.NOTHING_TO_DO
+    assert submitted.is_done()
 
 
 @pytest.mark.parametrize(

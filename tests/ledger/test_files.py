@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
+from harness.errors import LeaseLostError, UserError
 from harness.ledger.files import JsonlWriter, read_json, read_jsonl, write_json
 
 
@@ -30,6 +30,41 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(
         write_json(tmp_path / "a.json", {"new": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def lost() -> None:
+    raise LeaseLostError("another process owns the stage")
+
+
+def test_who_loses_a_file_while_it_is_written_leaves_the_new_owners_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "a.json", {"of": "the new owner"})
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+
+    def guard() -> None:
+        assert synced, "looked before the file was on the disk"
+        lost()
+
+    with pytest.raises(LeaseLostError):
+        write_json(tmp_path / "a.json", {"of": "the old one"}, guard)
+    assert read_json(tmp_path / "a.json") == {"of": "the new owner"}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_who_lost_a_file_appends_nothing_and_drops_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    JsonlWriter(path).append({"step": 1})
+    old = JsonlWriter(path, lost)
+    for write in (lambda: old.append({"step": 2}), lambda: old.rewind(0)):
+        with pytest.raises(LeaseLostError):
+            write()
+    assert path.read_bytes() == b'{"step": 1}\n'
+    path.write_bytes(b'{"step": 1}\n{"st')  # the new owner is in the middle of a row
+    with pytest.raises(LeaseLostError):
+        JsonlWriter(path, lost)
+    assert path.read_bytes() == b'{"step": 1}\n{"st'
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:

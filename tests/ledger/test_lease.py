@@ -1,8 +1,10 @@
 """One owner per stage."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import LeaseLostError
+from harness.errors import LeaseLostError, StorageError
 from harness.ledger import lease as leases
 from harness.ledger.files import write_json
 from harness.ledger.lease import Lease, LeaseHeldError, owner_is_dead, read_lease
@@ -46,6 +48,76 @@ def test_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
     held = json.loads(path.read_text())
     assert owner_is_dead(held) is False
     assert owner_is_dead({**held, "started": "1"}) is True
+
+
+def test_an_owner_of_another_pid_namespace_is_judged_by_its_heartbeat_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lease"
+    Lease.acquire(path)
+    held = json.loads(path.read_text())
+    name, boot, _ = held["host"].split(":")
+    # Its pid is another process here, or none. An older version wrote no namespace.
+    for host in (f"{name}:{boot}:1", f"{name}:{boot}"):
+        assert owner_is_dead({**held, "host": host, "started": "1"}) is None
+    readlink = os.readlink
+    monkeypatch.setattr(
+        os, "readlink", lambda p, **k: "pid:[7]" if p == "/proc/self/ns/pid" else readlink(p, **k)
+    )
+    assert leases.this_host() == f"{name}:{boot}:7"
+    assert owner_is_dead({**held, "started": "1"}) is None
+
+
+TAKER = """
+import pathlib, sys
+from harness.ledger.lease import Lease, LeaseHeldError
+try:
+    Lease.acquire(pathlib.Path(sys.argv[1]), expiry_s=2)
+except LeaseHeldError:
+    sys.exit(76)
+"""
+COUPLE = """
+import pathlib, subprocess, sys
+from harness.ledger.lease import Lease, owner_is_dead, read_lease
+path = pathlib.Path(sys.argv[1])
+if not path.exists():
+    Lease.acquire(path)
+    subprocess.run([sys.executable, "-c", sys.argv[2], str(path)], check=True)
+    path.unlink()
+    take = "import sys; from harness.ledger.lease import *; Lease.acquire(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", take, str(path)], check=True)
+print(owner_is_dead(read_lease(path)), flush=True)
+"""
+
+
+def in_another_pid_namespace(code: str, path: Path, *options: str) -> "subprocess.Popen[str]":
+    """Python in a container that is no more than pids of its own. Skips where that is forbidden."""
+    unshare = ["unshare", "--pid", "--fork", *options]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"]).returncode:
+        pytest.skip("`unshare --pid` is missing or not permitted; as root it is")
+    command = [*unshare, sys.executable, "-c", code, str(path), code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_container_with_our_host_name_takes_no_living_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    lease = Lease.acquire(tmp_path / "lease")
+    lease.start_beating()
+    try:
+        taker = in_another_pid_namespace(TAKER, lease.path, "--mount-proc")
+        assert taker.wait(60) == 76
+        lease.check()
+    finally:
+        lease.release()
+
+
+def test_without_a_proc_of_its_own_a_container_still_tells_its_living_from_its_dead(
+    tmp_path: Path,
+) -> None:
+    couple = in_another_pid_namespace(COUPLE, tmp_path / "lease")
+    assert couple.communicate(timeout=60)[0].split() == ["False", "True"]
 
 
 def test_a_silent_owner_on_another_host_expires_by_our_clock(tmp_path: Path) -> None:
@@ -88,6 +160,57 @@ def test_an_owner_that_lost_its_lease_notices(tmp_path: Path) -> None:
         first.check()
     first.release()  # must not remove the new owner's
     second.check()
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lease_cannot_be_taken_between_the_last_look_and_its_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    lease, other = Lease.acquire(tmp_path / "lease"), Lease(tmp_path / "lease", "other")
+    is_ours, looks, is_taken = lease.is_ours, 0, False
+
+    def stopped() -> bool:
+        nonlocal looks, is_taken
+        answer, looks = is_ours(), looks + 1
+        if looks == look:
+            is_taken = other._take_over(lease.token, 60)
+        return answer
+
+    monkeypatch.setattr(lease, "is_ours", stopped)
+    lease.release()
+    assert looks >= look
+    assert [p.name for p in tmp_path.iterdir()] == ["lease"] * is_taken
+    assert other.is_ours() == is_taken
+
+
+def test_a_release_gets_past_the_guard_of_a_dead_taker_and_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(tmp_path / "lease")
+    dead = {**json.loads(lease.path.read_text()), "started": "1", "token": "dead"}
+    leases.takeover_guard(lease.path).write_text(json.dumps(dead))
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+    def full(path: Path, *_: object) -> None:
+        raise StorageError(path, OSError(errno.ENOSPC, "No space left on device"))
+
+    lease = Lease.acquire(tmp_path / "lease")
+    monkeypatch.setattr(leases, "write_bytes", full)
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_release_waits_for_a_taker_that_stands_still_no_longer_than_the_expiry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(tmp_path / "lease")
+    Lease.acquire(leases.takeover_guard(lease.path))  # by this very process, which lives
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.3)
+    began = time.monotonic()
+    lease.release()
+    assert 0.3 < time.monotonic() - began < 10
+    assert lease.is_ours()
 
 
 def _race(path: Path, together: Barrier, wins: "multiprocessing.Queue[int]") -> None:

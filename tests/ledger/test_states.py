@@ -14,7 +14,7 @@ from harness.ledger.files import write_json
 from harness.ledger.lease import process_started, this_host
 from harness.ledger.speeds import measured_speeds
 from harness.ledger.states import read_states
-from harness.ledger.tree import Tree
+from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
 
@@ -168,3 +168,21 @@ def test_starting_over_keeps_the_old_files_with_their_attempt(tmp_path: Path, gr
     assert not folder.result.exists() and not folder.metrics.exists()
     assert (folder.attempt(1) / "superseded" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert folder.new_attempt() == 2
+
+
+def test_what_one_attempt_set_aside_and_what_it_left_are_both_kept(tmp_path: Path) -> None:
+    """It found an older run of its upstream, failed, and a user asks for a start from scratch."""
+    folder = StageFolder(tmp_path)
+    folder.new_attempt()
+    for run in ("stale", "failed", "third"):
+        (folder.path / "features").mkdir()
+        (folder.path / "features" / "0.safetensors").write_text(run)
+        folder.metrics.write_text(run)
+        store.set_aside(folder)
+        store.set_aside(folder)  # nothing is left: no empty folder either
+    assert [p.name for p in folder.path.iterdir()] == ["attempts"]
+    for name, run in (("", "stale"), (".2", "failed"), (".3", "third")):
+        kept = folder.attempt(1) / f"superseded{name}"
+        assert kept.joinpath("metrics.jsonl").read_text() == run
+        assert kept.joinpath("features", "0.safetensors").read_text() == run
+    assert len(list(folder.attempt(1).iterdir())) == 3

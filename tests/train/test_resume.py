@@ -1,8 +1,11 @@
 """A run that was stopped or killed and resumed is the undisturbed run, to the last bit."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -13,11 +16,12 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from safetensors.torch import load_file
 
 from harness.data.loader import eval_batches
-from harness.errors import PreemptedError, UserError
+from harness.errors import LeaseLostError, PreemptedError, UserError
 from harness.models.mae import Mae
 from harness.study.protocols import FineTune
 from harness.study.recipes import Duration, MaeRecipe, Optimization, WspRecipe
 from harness.train import checkpoint
+from harness.train.checkpoint import Progress
 from harness.train.engine import Engine, checkpoint_blocks
 from harness.train.loop import train
 from harness.train.objectives import OBJECTIVES
@@ -98,6 +102,38 @@ def test_killed_after_a_checkpoint_the_rows_are_written_again_identically(tmp_pa
     run(WSP, tmp_path / "killed", killed)
     assert killed.timeless() == straight.timeless()
     same_weights(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2, 3])
+def test_stopped_while_it_removes_files_a_process_touches_none_of_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    folder, remove, calls = tmp_path / "checkpoints", shutil.rmtree, 0
+    for name in ("step_3", "step_5", "step_4.partial-0"):
+        (folder / name).mkdir(parents=True)
+    theirs = ("step_5/of the successor", "step_5/COMPLETE", "step_6.partial-1/of the successor")
+
+    def stopped(path: Path, **about: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stopped_at:
+            remove(folder)
+            for name in theirs:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+        remove(path, **about)
+
+    def guard() -> None:
+        if calls >= stopped_at:
+            raise LeaseLostError("another process owns the stage")
+
+    about = {"rank": 0, "ranks": 1, "device": "cpu", "barrier": lambda: None}
+    engine = SimpleNamespace(**about, save=lambda path: None, total=lambda value: value)
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with contextlib.suppress(LeaseLostError):  # the last thing it removes is the last it does
+        checkpoint.save(tmp_path, engine, Progress(step=5), guard)  # type: ignore[arg-type]
+    assert calls >= stopped_at
+    assert {str(p.relative_to(folder)) for p in folder.glob("*/*")} == set(theirs)
 
 
 def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
