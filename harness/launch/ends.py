@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_LOST_RANK, EXIT_STORAGE
+from harness.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_STORAGE
 from harness.launch.policy import Decision, decide
 from harness.ledger import attempts, store
 from harness.ledger.claim import stop_asked
@@ -29,7 +29,10 @@ def settle(
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
-        return status
+        # Of ranks of which one ends by itself the others are asked to, and may say just that.
+        is_cause = asked_to_stop or code in (0, EXIT_REQUEUE) or stop_asked(folder) is not None
+        if status["state"] != "preempted" or is_cause:
+            return status
     return attempts.close(folder, attempt, *_meaning(folder, attempt, code, asked_to_stop, gone))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import EXIT_STORAGE
+from harness.errors import EXIT_REQUEUE, EXIT_STORAGE
 from harness.launch import ends
 from harness.launch.driver import Driver, reset
 from harness.launch.machine import this_machine
@@ -52,6 +52,26 @@ def test_a_driver_killed_before_it_decided_costs_no_try(tmp_path: Path, grid: Gr
     ended(tree, grid, -9, gone="host a is gone")
     assert state_after_submit(tree, grid, Retry()) == "failed"
     assert len([e for e in read_jsonl(folder.events) if e["event"] == "retry"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "end"),
+    [(-9, False, "killed"), (EXIT_REQUEUE, False, "preempted"), (-9, True, "preempted")],
+)
+def test_a_rank_that_died_is_the_cause_where_another_says_that_it_was_asked_to_stop(
+    tmp_path: Path, grid: Grid, code: int, asked: bool, end: str
+) -> None:
+    """srun, and the pool, ask the ranks that are left to stop; rank 0 hears nothing else."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(Tree(tmp_path), stage)
+    number = folder.new_attempt()
+    attempts.begin(folder, number, {})
+    attempts.close(folder, number, "preempted", "preempted", "asked to stop")
+    status = ends.settle(folder, number, code, asked_to_stop=asked)
+    assert status["reason"] == end
+    assert [a.end for a in attempts.read_attempts(folder)] == [end]
+    if end == "killed":  # two more tries of its own, and not one for ever
+        assert not ends.conclude(folder, number, status, Retry(killed=0)).again
 
 
 def test_a_table_that_allows_more_than_it_did_is_obeyed(tmp_path: Path, grid: Grid) -> None:
