@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.cli import steer
+from harness.cli import selection
 from harness.errors import UserError
 from harness.launch import nodes, queue, slurm
 from harness.launch.settings import Slurm
@@ -65,7 +65,7 @@ def test_a_selection_in_several_studies_asks_once(
         store.register(tree, grid, [])
         submit(tree, grid)
     before = site.calls("squeue")
-    assert len(steer._choices(tree, None, ["init=mae"])) == 2
+    assert len(selection.choices(tree, None, ["init=mae"])) == 2
     assert site.calls("squeue") <= before + 1
 
 

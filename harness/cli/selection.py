@@ -1,0 +1,145 @@
+"""Which stages `harness cancel`, `resume` and `retry` mean, over all studies of a run root."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from harness.cli import base
+from harness.errors import NotFoundError, UserError
+from harness.launch import queue
+from harness.ledger import cell_rows, store
+from harness.ledger.states import StageState
+from harness.ledger.tree import Tree
+from harness.study.cells import Ablation, Grid, build_grid
+from harness.study.schema import load_study
+from harness.study.select import Chosen, choose
+from harness.study.stages import StageFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the selectors mean in one study."""
+
+    study: str
+    grid: Grid
+    ablations: list[Ablation]
+    states: Mapping[str, StageState]
+    parts: dict[str, Chosen]
+    """By selector, of those that mean something here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A stage to act on; where several studies have it, of the first of them."""
+
+    study: str
+    stage: StageFile
+    state: StageState
+
+
+@base.no_collection()
+def choices(tree: Tree, study: str | None, selectors: list[str]) -> list[Choice]:
+    """The studies in which a selector means something.
+
+    Raises NotFoundError or UserError if one means nothing in any of them.
+    """
+    if study is not None:
+        cell_rows.read_cells(tree, study)  # raises if there is none of that name
+    grids = _grids(tree, [study] if study else tree.studies())
+    # Of all at once: a scheduler is asked once.
+    everything = {s: stage for grid, _ in grids.values() for s, stage in grid.stages.items()}
+    all_states = queue.read_states(tree, everything)
+    found = [
+        Choice(
+            study=name,
+            grid=grid,
+            ablations=ablations,
+            states={s: all_states[s] for s in grid.stages},
+            parts={},
+        )
+        for name, (grid, ablations) in grids.items()
+    ]
+    words = [{s: v.state for s, v in choice.states.items()} for choice in found]
+    for selector in dict.fromkeys(selectors):
+        errors: list[UserError] = []
+        for choice, state in zip(found, words, strict=True):
+            try:
+                choice.parts[selector] = choose(choice.grid.cells, state, selector)
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(found):
+            raise _nearest(tree, errors)
+    return [choice for choice in found if choice.parts]
+
+
+def _grids(tree: Tree, studies: list[str]) -> dict[str, tuple[Grid, list[Ablation]]]:
+    """Those that can be built; raises UserError if none can."""
+    grids: dict[str, tuple[Grid, list[Ablation]]] = {}
+    problems: list[str] = []
+    for name in studies:
+        try:
+            loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
+            ablations = store.read_ablations(tree, name)
+            grids[name] = build_grid(loaded, ablations), ablations
+        except UserError as error:
+            first, *rest = error.problems
+            more = f" (and {len(rest)} more)" if rest else ""
+            problems.append(f"study {name} cannot be read: {first}{more}")
+    if problems and not grids:
+        raise UserError(*problems)
+    for problem in problems:
+        print(f"{problem}; it is passed over", file=sys.stderr)
+    return grids
+
+
+def _nearest(tree: Tree, errors: list[UserError]) -> UserError:
+    """What is wrong with a selector, told as where it was understood, if it was."""
+    if not errors:
+        return NotFoundError(f"no study in {tree.root}")
+    missing = [e for e in errors if isinstance(e, NotFoundError)]
+    problems = list(dict.fromkeys(p for e in missing or errors for p in e.problems))
+    return NotFoundError(*problems) if missing else UserError(*problems)
+
+
+def targets(found: list[Choice], wanted: Callable[[StageState], bool]) -> list[Target]:
+    """Chosen stages in a wanted state, each once."""
+    kept: dict[str, Target] = {}
+    for choice in found:
+        for stage in (s for part in choice.parts.values() for s in part.stages):
+            state = choice.states[stage]
+            if stage not in kept and wanted(state):
+                kept[stage] = Target(
+                    study=choice.study, stage=choice.grid.stages[stage], state=state
+                )
+    return list(kept.values())
+
+
+def free(tree: Tree, found: list[Choice]) -> set[str]:
+    """Chosen stages that no cell needs but selected ones, or that were asked for themselves.
+
+    A selector by state selects cells for what it says of their stages: they count as selected for
+    these stages only, cells that were selected whole for those of every selector.
+    """
+    others = set(tree.studies()) - {choice.study for choice in found}
+    elsewhere = cell_rows.stages_needed(tree, others)
+    kept: set[str] = set()
+    for selector in dict.fromkeys(s for choice in found for s in choice.parts):
+        along: set[str] = set()
+        for part in (c.parts[selector] for c in found if selector in c.parts):
+            (kept if part.is_asked else along).update(part.stages)
+        if along:
+            kept |= along - elsewhere - _needed_besides(found, selector)
+    return kept
+
+
+def _needed_besides(found: list[Choice], selector: str) -> set[str]:
+    """Stages of cells that neither this selector selects nor another one whole."""
+    needed: set[str] = set()
+    for choice in found:
+        parts = choice.parts.items()
+        inside = {c for s, part in parts if s == selector or part.is_whole for c in part.cells}
+        outside = (c for c in choice.grid.cells if c.id not in inside)
+        needed.update(stage for cell in outside for stage in cell.stages.values())
+    return needed
