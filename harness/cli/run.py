@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -40,12 +41,13 @@ def run(
     name, row = find_in_studies(tree, cell, study)
     loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
     ablations = store.read_ablations(tree, name)
-    wanted = row["id"]
+    wanted, own = row["id"], []
     if changes or tag:
         new = Ablation(
             parent=row["id"], values=row["axes"], set=_parse(changes or []), tag=_tag(tag)
         )
         before = {c.id for c in build_grid(loaded, ablations).cells}
+        own = [new]
         if new not in ablations:
             ablations = [*ablations, new]
         added = [c for c in build_grid(loaded, ablations).cells if c.id not in before]
@@ -58,7 +60,8 @@ def run(
     machine, plan = shared.plan(tree, grid, cluster=cluster)
     shared.check_drift(tree, grid)
     print(f"cell {wanted}")
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
+    write = partial(store.add_ablations, tree, name, own)
+    return shared.submit(tree, grid, machine, plan, mode, cluster, write=write)
 
 
 def find_in_studies(

@@ -12,7 +12,7 @@ from harness.launch import queue
 from harness.ledger import cell_rows, store
 from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
-from harness.study.cells import Ablation, Grid, build_grid
+from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
 from harness.study.select import Chosen, choose
 from harness.study.stages import StageFile
@@ -24,7 +24,6 @@ class Choice:
 
     study: str
     grid: Grid
-    ablations: list[Ablation]
     states: Mapping[str, StageState]
     parts: dict[str, Chosen]
     """By selector, of those that mean something here."""
@@ -49,17 +48,11 @@ def choices(tree: Tree, study: str | None, selectors: list[str]) -> list[Choice]
         cell_rows.read_cells(tree, study)  # raises if there is none of that name
     grids = _grids(tree, [study] if study else tree.studies())
     # Of all at once: a scheduler is asked once.
-    everything = {s: stage for grid, _ in grids.values() for s, stage in grid.stages.items()}
+    everything = {s: stage for grid in grids.values() for s, stage in grid.stages.items()}
     all_states = queue.read_states(tree, everything)
     found = [
-        Choice(
-            study=name,
-            grid=grid,
-            ablations=ablations,
-            states={s: all_states[s] for s in grid.stages},
-            parts={},
-        )
-        for name, (grid, ablations) in grids.items()
+        Choice(study=k, grid=grid, states={s: all_states[s] for s in grid.stages}, parts={})
+        for k, grid in grids.items()
     ]
     words = [{s: v.state for s, v in choice.states.items()} for choice in found]
     for selector in dict.fromkeys(selectors):
@@ -74,15 +67,14 @@ def choices(tree: Tree, study: str | None, selectors: list[str]) -> list[Choice]
     return [choice for choice in found if choice.parts]
 
 
-def _grids(tree: Tree, studies: list[str]) -> dict[str, tuple[Grid, list[Ablation]]]:
+def _grids(tree: Tree, studies: list[str]) -> dict[str, Grid]:
     """Those that can be built; raises UserError if none can."""
-    grids: dict[str, tuple[Grid, list[Ablation]]] = {}
+    grids: dict[str, Grid] = {}
     problems: list[str] = []
     for name in studies:
         try:
             loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
-            ablations = store.read_ablations(tree, name)
-            grids[name] = build_grid(loaded, ablations), ablations
+            grids[name] = build_grid(loaded, store.read_ablations(tree, name))
         except UserError as error:
             first, *rest = error.problems
             more = f" (and {len(rest)} more)" if rest else ""

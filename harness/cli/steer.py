@@ -218,8 +218,5 @@ def _submit(tree: Tree, found: list[Choice], wanted: list[Target], cluster: str 
             continue
         part = only(choice.grid, cells)
         machine, plan = shared.plan(tree, part, cluster=cluster)
-        code = shared.submit(
-            tree, choice.grid, choice.ablations, part, machine, plan, "cached", cluster
-        )
-        worst = max(worst, code)
+        worst = max(worst, shared.submit(tree, part, machine, plan, "cached", cluster))
     return worst

@@ -126,7 +126,7 @@ def test_a_search_and_a_stop_at_the_first_failure_need_a_command_that_stays(
     assert tune._profile("local", "cached").kind == "local"
     machine, plan = shared.plan(tree, grid, cluster="local")
     with pytest.raises(UserError, match="--fail-fast: on cluster 'lab'"):
-        shared.submit(tree, grid, [], grid, machine, plan, "cached", "lab", fail_fast=True)
+        shared.submit(tree, grid, machine, plan, "cached", "lab", fail_fast=True)
 
 
 def test_more_than_ten_stages_are_only_named_without_yes(
