@@ -5,8 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -97,23 +97,35 @@ def cancel(
     free = {t.stage.id for t in open_} if shared_too else selection.free(tree, found)
     wanted = [t for t in open_ if t.stage.id in free]
     why = f"cancelled by {getpass.getuser()} on {this_host().partition(':')[0]}"
-    jobs: list[str] = []
+    jobs: dict[str, Mapping[str, Any]] = {}
 
     def act(target: Target) -> None:
         # Also of a stage that nobody has begun: readers of the tree know only what is in it.
         ask_to_stop(store.write_stage(tree, target.stage), why)
-        if target.state.state == "submitted" and target.state.status.get("job"):
-            jobs.append(str(target.state.status["job"]))
+        status = target.state.status
+        if target.state.state == "submitted" and status.get("job"):
+            jobs[str(status["job"])] = status
 
     code = _apply(
         "cancel", wanted, act, yes=yes, dry=dry, as_json=as_json, none="nothing to cancel"
     )
-    if jobs:
-        queue.cancel_jobs(jobs)
+    _tell_left({job: jobs[job].get("site") for job in queue.cancel_jobs(jobs, jobs)})
     spared = len(open_) - len(wanted)
     if spared and not as_json:
         print(f"{spared} stages feed cells that were not selected; --shared cancels them too")
     return EXIT_OK if code is None else code
+
+
+def _tell_left(sites: Mapping[str, str | None]) -> None:
+    """Of jobs that stay in a queue though their stages are cancelled."""
+    for site in dict.fromkeys(sites.values()):
+        jobs = [job for job, of in sites.items() if of == site]
+        shown = " ".join(jobs[:_MANY]) + (" ..." if len(jobs) > _MANY else "")
+        where = f"the queue of {site}" if site else "its queue"
+        what = (
+            f"job{'s' * (len(jobs) > 1)} {shown}: in {where} until started, and over at once then"
+        )
+        print(f"{what}; or `scancel {shown}` there", file=sys.stderr)
 
 
 def resume(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.launch import queue
 from harness.ledger import store
 from harness.ledger.files import write_json
 from harness.ledger.lease import Lease
@@ -14,6 +15,7 @@ from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Cell, Grid, build_grid
 from harness.study.schema import load_study
 from tests.conftest import SMALL, Harness
+from tests.launch.fake_slurm import FakeSlurm
 
 Register = Callable[..., Grid]
 
@@ -163,3 +165,37 @@ def test_a_stage_of_two_studies_is_retried_once(
     write_json(folder(tree, grid, stage.id).status, {"schema": 1, "state": "failed", "attempt": 1})
     done = here("retry", "state=failed", "--no-submit")
     assert done.stdout == f"retry {stage.id}  (failed)\n" and done.stderr == ""
+
+
+def queued(tree: Tree, grid: Grid, **about: str) -> str:
+    """A MAE stage whose job waits in a queue."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    status = {"state": "submitted", "attempt": 1, "cluster": "slurm", "job": "77", "token": "t"}
+    write_json(folder(tree, grid, stage.id).status, {"schema": 1, **status, **about})
+    return stage.id
+
+
+def test_without_scancel_a_note_is_left_and_the_job_is_named(
+    tree: Tree, register: Register, here: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tree.root))
+    monkeypatch.setattr(queue, "_config", dict)
+    stage = queued(tree, register("one"), site="lab")
+    done = here("cancel", stage)
+    assert stopped(tree) == {stage}
+    assert done.stderr == (
+        "job 77: in the queue of lab until started, and over at once then; or `scancel 77` there\n"
+    )
+
+
+def test_a_job_of_another_cluster_is_left_to_it(
+    tree: Tree, register: Register, here: Harness, site: FakeSlurm
+) -> None:
+    site.holds(("77", "t.0"))
+    stage = queued(tree, register("one"), site="elsewhere")
+    assert "in the queue of elsewhere until" in here("cancel", stage).stderr
+    assert stopped(tree) == {stage} and site.calls("scancel") == 0
+    queued(tree, register("one"), site="lab")
+    tree.stage("mae", stage).stop.unlink()
+    assert here("cancel", stage).stderr == ""
+    assert (site.folder / "scancel.calls").read_text() == "--quiet 77\n"
