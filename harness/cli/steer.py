@@ -18,9 +18,10 @@ from harness.launch import queue
 from harness.ledger import store
 from harness.ledger.claim import ask_to_stop, clear_stop, start_over
 from harness.ledger.lease import this_host
-from harness.ledger.states import ACTIVE
+from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import only
+from harness.study.stages import StageFile
 
 _MANY = 10
 
@@ -93,7 +94,7 @@ def cancel(
     """
     tree = base.tree(root)
     found = selection.choices(tree, study, selectors)
-    open_ = selection.targets(found, lambda state: not state.is_over)
+    open_ = selection.targets(found, lambda _, state: not state.is_over)
     free = {t.stage.id for t in open_} if shared_too else selection.free(tree, found)
     wanted = [t for t in open_ if t.stage.id in free]
     why = f"cancelled by {getpass.getuser()} on {this_host().partition(':')[0]}"
@@ -122,10 +123,8 @@ def _tell_left(sites: Mapping[str, str | None]) -> None:
         jobs = [job for job, of in sites.items() if of == site]
         shown = " ".join(jobs[:_MANY]) + (" ..." if len(jobs) > _MANY else "")
         where = f"the queue of {site}" if site else "its queue"
-        what = (
-            f"job{'s' * (len(jobs) > 1)} {shown}: in {where} until started, and over at once then"
-        )
-        print(f"{what}; or `scancel {shown}` there", file=sys.stderr)
+        until = f"in {where} until started, and over at once then"
+        print(f"job {shown}: {until}; or `scancel {shown}` there", file=sys.stderr)
 
 
 def resume(
@@ -146,7 +145,13 @@ def resume(
     """
     tree = base.tree(root)
     found = selection.choices(tree, study, selectors)
-    wanted = selection.targets(found, lambda state: state.held or state.state == "cancelled")
+
+    def is_wanted(stage: StageFile, state: StageState) -> bool:
+        # A running stage may have a note that its worker has not obeyed yet.
+        is_told = state.state == "running" and tree.stage(stage.kind, stage.id).stop.exists()
+        return state.held or state.state == "cancelled" or is_told
+
+    wanted = selection.targets(found, is_wanted)
 
     def act(target: Target) -> None:
         folder = tree.stage(target.stage.kind, target.stage.id)
@@ -187,7 +192,7 @@ def retry(
     idle = (*ACTIVE, "planned", "waiting")
     wanted = selection.targets(
         found,
-        lambda state: (
+        lambda _, state: (
             state.state not in idle if from_scratch else state.state in ("failed", "diverged")
         ),
     )

@@ -199,3 +199,15 @@ def test_a_job_of_another_cluster_is_left_to_it(
     tree.stage("mae", stage).stop.unlink()
     assert here("cancel", stage).stderr == ""
     assert (site.folder / "scancel.calls").read_text() == "--quiet 77\n"
+
+
+def test_a_note_is_taken_back_from_a_stage_that_still_runs(
+    tree: Tree, register: Register, owned: Callable[[StageFolder], None], here: Harness
+) -> None:
+    grid = register("one")
+    stage = next(s.id for s in grid.stages.values() if s.kind == "mae")
+    owned(folder(tree, grid, stage))
+    here("cancel", stage)
+    assert here("resume", stage, "--no-submit").stdout == f"resume {stage}  (running)\n"
+    assert stopped(tree) == set()
+    assert "nothing to resume" in here("resume", stage, "--no-submit").stdout
