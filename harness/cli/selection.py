@@ -95,13 +95,14 @@ def _nearest(tree: Tree, errors: list[UserError]) -> UserError:
     return NotFoundError(*problems) if missing else UserError(*problems)
 
 
-def targets(found: list[Choice], wanted: Callable[[StageFile, StageState], bool]) -> list[Target]:
-    """Chosen stages that are wanted in their state, each once."""
+def targets(found: list[Choice], wanted: Callable[[StageState], bool]) -> list[Target]:
+    """Chosen stages in a wanted state, each once."""
     kept: dict[str, Target] = {}
     for choice in found:
         for stage in (s for part in choice.parts.values() for s in part.stages):
-            own, state = choice.grid.stages[stage], choice.states[stage]
-            if stage not in kept and wanted(own, state):
+            state = choice.states[stage]
+            if stage not in kept and wanted(state):
+                own = choice.grid.stages[stage]
                 kept[stage] = Target(study=choice.study, stage=own, state=state)
     return list(kept.values())
 

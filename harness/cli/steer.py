@@ -18,10 +18,9 @@ from harness.launch import queue
 from harness.ledger import store
 from harness.ledger.claim import ask_to_stop, clear_stop, start_over
 from harness.ledger.lease import this_host
-from harness.ledger.states import ACTIVE, StageState
+from harness.ledger.states import ACTIVE
 from harness.ledger.tree import Tree
 from harness.study.cells import only
-from harness.study.stages import StageFile
 
 _MANY = 10
 
@@ -94,7 +93,7 @@ def cancel(
     """
     tree = base.tree(root)
     found = selection.choices(tree, study, selectors)
-    open_ = selection.targets(found, lambda _, state: not state.is_over)
+    open_ = selection.targets(found, lambda state: not state.is_over)
     free = {t.stage.id for t in open_} if shared_too else selection.free(tree, found)
     wanted = [t for t in open_ if t.stage.id in free]
     why = f"cancelled by {getpass.getuser()} on {this_host().partition(':')[0]}"
@@ -145,13 +144,15 @@ def resume(
     """
     tree = base.tree(root)
     found = selection.choices(tree, study, selectors)
-
-    def is_wanted(stage: StageFile, state: StageState) -> bool:
-        # A running stage may have a note that its worker has not obeyed yet.
-        is_told = state.state == "running" and tree.stage(stage.kind, stage.id).stop.exists()
-        return state.held or state.state == "cancelled" or is_told
-
-    wanted = selection.targets(found, is_wanted)
+    candidates = selection.targets(
+        found, lambda state: state.held or state.state in ("cancelled", "running")
+    )
+    # A running stage may have a note that its worker has not obeyed yet.
+    wanted = [
+        t
+        for t in candidates
+        if t.state.state != "running" or tree.stage(t.stage.kind, t.stage.id).stop.exists()
+    ]
 
     def act(target: Target) -> None:
         folder = tree.stage(target.stage.kind, target.stage.id)
@@ -192,7 +193,7 @@ def retry(
     idle = (*ACTIVE, "planned", "waiting")
     wanted = selection.targets(
         found,
-        lambda _, state: (
+        lambda state: (
             state.state not in idle if from_scratch else state.state in ("failed", "diverged")
         ),
     )

@@ -211,3 +211,18 @@ def test_a_note_is_taken_back_from_a_stage_that_still_runs(
     assert here("resume", stage, "--no-submit").stdout == f"resume {stage}  (running)\n"
     assert stopped(tree) == set()
     assert "nothing to resume" in here("resume", stage, "--no-submit").stdout
+
+
+def test_a_cell_of_two_studies_is_one_cell_to_read_and_two_to_run(
+    tree: Tree, register: Register, here: Harness
+) -> None:
+    cells = register("one").cells
+    register("two")
+    register("three", SMALL.replace("samples: 2k}\n  transfer", "samples: 3k}\n  transfer"))
+    for text in (cells[0].id, cells[0].id[:-2]):
+        assert f"no attempt of {cells[0].name} has a log" in here("logs", text).stderr
+        done = here("run", text, check=2)
+        assert done.stderr == f"cell '{cells[0].id}' is in studies one and two; add --study one\n"
+    done = here("logs", cells[0].name, check=2)  # by this name there are two
+    assert f"'{cells[0].name}' is in studies one and three and two; add" in done.stderr
+    assert "means 8 cells" in here("logs", "d16x2", check=2).stderr
