@@ -76,7 +76,7 @@ def grid(
     check_budget(plan)
     shared.check_images(grid)
     shared.check_drift(tree, grid)
-    write = partial(store.register, tree, full, ablations)
+    write = partial(shared.register, tree, full, ablations)
     return shared.submit(tree, grid, machine, plan, mode, cluster, write=write, fail_fast=fail_fast)
 
 

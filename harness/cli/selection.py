@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from harness.cli import base
 from harness.errors import NotFoundError, UserError
 from harness.launch import queue
 from harness.ledger import cell_rows, store
-from harness.ledger.states import StageState
-from harness.ledger.tree import Tree
+from harness.ledger.states import StageState, read_state
+from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
 from harness.study.select import Chosen, choose
@@ -33,20 +33,41 @@ class Choice:
 class Target:
     """A stage to act on; where several studies have it, of the first of them."""
 
-    study: str
-    stage: StageFile
+    study: str | None
+    """None if no study has the stage any more."""
+    folder: StageFolder
+    stage: StageFile | None
+    """None as above: what can be said to it is said in its folder."""
     state: StageState
+
+    @property
+    def id(self) -> str:
+        """Of the stage."""
+        return self.folder.path.name
+
+    @property
+    def kind(self) -> str:
+        """Of the stage."""
+        return self.folder.path.parent.name
 
 
 @base.no_collection()
-def choices(tree: Tree, study: str | None, selectors: list[str]) -> list[Choice]:
+def choices(
+    tree: Tree, study: str | None, selectors: list[str], known: Collection[str] = ()
+) -> list[Choice]:
     """The studies in which a selector means something.
 
-    Raises NotFoundError or UserError if one means nothing in any of them.
+    Raises NotFoundError or UserError if one means nothing in any of them and is not `known` to
+    mean something besides.
     """
     if study is not None:
         cell_rows.read_cells(tree, study)  # raises if there is none of that name
-    grids = _grids(tree, [study] if study else tree.studies())
+    grids, problems = _grids(tree, [study] if study else tree.studies())
+    asked = [s for s in dict.fromkeys(selectors) if s not in known]
+    if problems and asked and not grids:
+        raise UserError(*problems)
+    for problem in problems:
+        print(f"{problem}; it is passed over", file=sys.stderr)
     # Of all at once: a scheduler is asked once.
     everything = {s: stage for grid in grids.values() for s, stage in grid.stages.items()}
     all_states = queue.read_states(tree, everything)
@@ -62,13 +83,13 @@ def choices(tree: Tree, study: str | None, selectors: list[str]) -> list[Choice]
                 choice.parts[selector] = choose(choice.grid.cells, state, selector)
             except UserError as error:
                 errors.append(error)
-        if len(errors) == len(found):
+        if len(errors) == len(found) and selector in asked:
             raise _nearest(tree, errors)
     return [choice for choice in found if choice.parts]
 
 
-def _grids(tree: Tree, studies: list[str]) -> dict[str, Grid]:
-    """Those that can be built; raises UserError if none can."""
+def _grids(tree: Tree, studies: list[str]) -> tuple[dict[str, Grid], list[str]]:
+    """Studies by name, and what is wrong with those that cannot be built."""
     grids: dict[str, Grid] = {}
     problems: list[str] = []
     for name in studies:
@@ -79,11 +100,7 @@ def _grids(tree: Tree, studies: list[str]) -> dict[str, Grid]:
             first, *rest = error.problems
             more = f" (and {len(rest)} more)" if rest else ""
             problems.append(f"study {name} cannot be read: {first}{more}")
-    if problems and not grids:
-        raise UserError(*problems)
-    for problem in problems:
-        print(f"{problem}; it is passed over", file=sys.stderr)
-    return grids
+    return grids, problems
 
 
 def _nearest(tree: Tree, errors: list[UserError]) -> UserError:
@@ -95,7 +112,7 @@ def _nearest(tree: Tree, errors: list[UserError]) -> UserError:
     return NotFoundError(*problems) if missing else UserError(*problems)
 
 
-def targets(found: list[Choice], wanted: Callable[[StageState], bool]) -> list[Target]:
+def targets(tree: Tree, found: list[Choice], wanted: Callable[[StageState], bool]) -> list[Target]:
     """Chosen stages in a wanted state, each once."""
     kept: dict[str, Target] = {}
     for choice in found:
@@ -103,8 +120,36 @@ def targets(found: list[Choice], wanted: Callable[[StageState], bool]) -> list[T
             state = choice.states[stage]
             if stage not in kept and wanted(state):
                 own = choice.grid.stages[stage]
-                kept[stage] = Target(study=choice.study, stage=own, state=state)
+                folder = tree.stage(own.kind, stage)
+                kept[stage] = Target(study=choice.study, folder=folder, stage=own, state=state)
     return list(kept.values())
+
+
+def folders_of(tree: Tree, selectors: list[str]) -> dict[str, list[StageFolder]]:
+    """Selectors that are the id of a stage with a folder, or its beginning, and these folders.
+
+    A stage that was left out of its study since has nothing else.
+    """
+    found: dict[str, list[StageFolder]] = {}
+    for path in sorted(tree.root.glob("stages/*/*")):
+        for selector in dict.fromkeys(selectors):
+            if selector.strip() and path.name.startswith(selector):
+                found.setdefault(selector, []).append(StageFolder(path))
+    return found
+
+
+def in_no_study(folders: Mapping[str, list[StageFolder]], found: list[Choice]) -> list[Target]:
+    """Stages with a folder that a selector means which means nothing in any study."""
+    loose = {
+        folder.path: folder
+        for selector, own in folders.items()
+        if not any(selector in choice.parts for choice in found)
+        for folder in own
+    }
+    return [
+        Target(study=None, folder=folder, stage=None, state=read_state(folder))
+        for folder in loose.values()
+    ]
 
 
 def free(tree: Tree, found: list[Choice]) -> set[str]:

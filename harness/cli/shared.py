@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +18,10 @@ from harness.launch import queue, settings
 from harness.launch.driver import Driver, Mode, reset
 from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.machine import Machine, detect, this_machine
-from harness.ledger import drift, states
+from harness.ledger import cell_rows, drift, states, store
 from harness.ledger.speeds import measured_speeds
 from harness.ledger.tree import Tree
-from harness.study.cells import Grid
+from harness.study.cells import Ablation, Grid
 from harness.study.plan import Plan, make_plan
 from harness.study.stage_set import outlines
 
@@ -106,6 +107,22 @@ def check_records() -> None:
                 f"{variable} is set, but {package} is not installed; unset it, or"
                 f" pip install 'vision-scaling-harness[{extra}]'"
             )
+
+
+def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
+    """Writes the study down; says which stages still run that are in no study any more."""
+    dropped = store.register(tree, grid, ablations)
+    needed = cell_rows.stages_needed(tree, tree.studies()) if dropped else set()
+    graph = {s: states.PlainNode(k, ()) for s, k in dropped.items() if s not in needed}
+    found = queue.read_graph(tree, graph)
+    active = [s for s, state in found.items() if state.state in states.ACTIVE]
+    if active:
+        shown = ", ".join(active[:5]) + (" ..." if len(active) > 5 else "")
+        print(
+            f"{len(active)} stages that are no longer in the study still run or wait: {shown};"
+            " `harness cancel ID` stops them",
+            file=sys.stderr,
+        )
 
 
 def submit(

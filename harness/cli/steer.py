@@ -55,8 +55,7 @@ def _apply(
             act(target)
     if as_json:
         rows = [
-            {"study": t.study, "id": t.stage.id, "kind": t.stage.kind, "state": t.state.state}
-            for t in targets
+            {"study": t.study, "id": t.id, "kind": t.kind, "state": t.state.state} for t in targets
         ]
         print(json.dumps({"schema": 1, "verb": verb, "applied": applied, "stages": rows}, indent=1))
     else:
@@ -64,7 +63,7 @@ def _apply(
         word = verb if applied else f"would {verb}"
         for target in targets[: 50 if applied else 1000]:
             state = show.state_text(target.state.state)
-            out.print(f"{word} {escape(target.stage.id)}  ({state})")
+            out.print(f"{word} {escape(target.id)}  ({state})")
         if not targets:
             out.print(none)
         elif held_back and not dry:
@@ -92,16 +91,21 @@ def cancel(
       harness cancel 'size=d64x4,init=mae' --dry-run
     """
     tree = base.tree(root)
-    found = selection.choices(tree, study, selectors)
-    open_ = selection.targets(found, lambda state: not state.is_over)
-    free = {t.stage.id for t in open_} if shared_too else selection.free(tree, found)
-    wanted = [t for t in open_ if t.stage.id in free]
+    folders = {} if study else selection.folders_of(tree, selectors)
+    found = selection.choices(tree, study, selectors, folders)
+    open_ = selection.targets(tree, found, lambda state: not state.is_over)
+    free = {t.id for t in open_} if shared_too else selection.free(tree, found)
+    wanted = [t for t in open_ if t.id in free]
+    spared = len(open_) - len(wanted)
+    wanted += [t for t in selection.in_no_study(folders, found) if not t.state.is_over]
     why = f"cancelled by {getpass.getuser()} on {this_host().partition(':')[0]}"
     jobs: dict[str, Mapping[str, Any]] = {}
 
     def act(target: Target) -> None:
-        # Also of a stage that nobody has begun: readers of the tree know only what is in it.
-        ask_to_stop(store.write_stage(tree, target.stage), why)
+        if target.stage is not None:
+            # Also of a stage that nobody has begun: readers of the tree know only what is in it.
+            store.write_stage(tree, target.stage)
+        ask_to_stop(target.folder, why)
         status = target.state.status
         if target.state.state == "submitted" and status.get("job"):
             jobs[str(status["job"])] = status
@@ -110,7 +114,6 @@ def cancel(
         "cancel", wanted, act, yes=yes, dry=dry, as_json=as_json, none="nothing to cancel"
     )
     _tell_left({job: jobs[job].get("site") for job in queue.cancel_jobs(jobs, jobs)})
-    spared = len(open_) - len(wanted)
     if spared and not as_json:
         print(f"{spared} stages feed cells that were not selected; --shared cancels them too")
     return EXIT_OK if code is None else code
@@ -145,19 +148,14 @@ def resume(
     tree = base.tree(root)
     found = selection.choices(tree, study, selectors)
     candidates = selection.targets(
-        found, lambda state: state.held or state.state in ("cancelled", "running")
+        tree, found, lambda state: state.held or state.state in ("cancelled", "running")
     )
     # A running stage may have a note that its worker has not obeyed yet.
-    wanted = [
-        t
-        for t in candidates
-        if t.state.state != "running" or tree.stage(t.stage.kind, t.stage.id).stop.exists()
-    ]
+    wanted = [t for t in candidates if t.state.state != "running" or t.folder.stop.exists()]
 
     def act(target: Target) -> None:
-        folder = tree.stage(target.stage.kind, target.stage.id)
-        clear_stop(folder)
-        store.add_event(folder, "resumed")
+        clear_stop(target.folder)
+        store.add_event(target.folder, "resumed")
 
     none = "nothing to resume: none of these is cancelled"
     code = _apply("resume", wanted, act, yes=yes, dry=dry, as_json=as_json, none=none)
@@ -192,6 +190,7 @@ def retry(
     found = selection.choices(tree, study, selectors)
     idle = (*ACTIVE, "planned", "waiting")
     wanted = selection.targets(
+        tree,
         found,
         lambda state: (
             state.state not in idle if from_scratch else state.state in ("failed", "diverged")
@@ -199,11 +198,10 @@ def retry(
     )
 
     def act(target: Target) -> None:
-        folder = tree.stage(target.stage.kind, target.stage.id)
         why = "from-scratch" if from_scratch else "retry"
-        if not start_over(folder, target.state, why, from_scratch=from_scratch):
+        if not start_over(target.folder, target.state, why, from_scratch=from_scratch):
             late = "another command has taken it meanwhile; see `harness status`"
-            print(f"{target.stage.id}: {late}", file=sys.stderr)
+            print(f"{target.id}: {late}", file=sys.stderr)
 
     none = "nothing to retry: none of these has failed or diverged"
     code = _apply("retry", wanted, act, yes=yes, dry=dry, as_json=as_json, none=none)
@@ -215,7 +213,7 @@ def retry(
 
 
 def _tell_dependants(found: list[Choice], wanted: list[Target]) -> None:
-    named = {target.stage.id for target in wanted}
+    named = {target.id for target in wanted}
     again, more = set(named), dict[str, None]()
     for choice in found:
         for stage in choice.grid.stages.values():
@@ -229,7 +227,7 @@ def _tell_dependants(found: list[Choice], wanted: list[Target]) -> None:
 
 def _submit(tree: Tree, found: list[Choice], wanted: list[Target], cluster: str | None) -> int:
     """Runs the cells that the stages belong to, study by study."""
-    worst, again = EXIT_OK, {target.stage.id for target in wanted}
+    worst, again = EXIT_OK, {target.id for target in wanted}
     for choice in found:
         cells = [c for c in choice.grid.cells if not again.isdisjoint(c.stages.values())]
         if not cells:

@@ -14,7 +14,7 @@ from harness.cli import base, shared, show_study
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 from harness.launch import settings
 from harness.launch.driver import Driver, Mode
-from harness.ledger import store, tuned
+from harness.ledger import tuned
 from harness.study.cells import build_grid
 from harness.study.groups import groups_of
 from harness.study.schema import load_study
@@ -68,7 +68,7 @@ def tune(
     search = Search(grid, section, shown, tree, storage, slots)
     interrupted = False
     if mode != "read-only" and search.missing:
-        store.register(tree, grid, [])
+        shared.register(tree, grid, [])
         search.register()
         part = replace(grid, cells=[], stages=dict(search.stages), feeds={})
         machine, plan = shared.plan(tree, part, cluster=cluster)

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import NotFoundError
-from harness.ledger.cell_rows import check_keys
+from harness.errors import NotFoundError, UserError
+from harness.ledger.cell_rows import check_keys, read_cells
 from harness.ledger.files import JsonlWriter, jsonl, read_json, read_jsonl, write_bytes, write_json
 from harness.ledger.lease import exclusive
 from harness.ledger.tree import StageFolder, Tree
@@ -19,17 +19,20 @@ from harness.study.stage_set import outline_of
 from harness.study.stages import StageFile
 
 
-def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
+def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> dict[str, str]:
     """Writes studies/<name>: the file as it was read, all of it resolved, a row per cell.
 
     `ablations` are those of `grid`. What other commands have added since stays in the study.
+    Returns stages that the study had and has no longer: id -> kind.
     """
     folder = tree.study(grid.loaded.study.name)
     with exclusive(_lock(folder)):
         known = _joined(read_ablations(tree, folder.name), ablations)
         if known != ablations:
             grid = build_grid(grid.loaded, known)
+        before = _stages_before(tree, folder.name)
         _write_study(folder, grid, known)
+    return {stage: kind for stage, kind in before.items() if stage not in grid.feeds}
 
 
 def add_ablations(tree: Tree, study: str, new: list[Ablation]) -> None:
@@ -41,6 +44,14 @@ def add_ablations(tree: Tree, study: str, new: list[Ablation]) -> None:
         if joined != known:
             loaded = load_study(folder / "study.yaml", base_folders(tree, study))
             _write_study(folder, build_grid(loaded, joined), joined)
+
+
+def _stages_before(tree: Tree, study: str) -> dict[str, str]:
+    try:
+        rows = read_cells(tree, study)
+    except UserError:  # not submitted yet, or damaged: what is written now mends it
+        return {}
+    return {stage: row["kinds"][stage] for row in rows for stage in row["stages"].values()}
 
 
 def _lock(folder: Path) -> Path:

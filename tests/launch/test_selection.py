@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from harness.cli import shared
 from harness.launch import queue
-from harness.ledger import store
+from harness.ledger import cell_rows, store
 from harness.ledger.files import write_json
 from harness.ledger.lease import Lease
 from harness.ledger.tree import StageFolder, Tree
@@ -226,3 +228,41 @@ def test_a_cell_of_two_studies_is_one_cell_to_read_and_two_to_run(
     done = here("logs", cells[0].name, check=2)  # by this name there are two
     assert f"'{cells[0].name}' is in studies one and three and two; add" in done.stderr
     assert "means 8 cells" in here("logs", "d16x2", check=2).stderr
+
+
+def test_stages_that_were_left_out_are_named_and_can_be_cancelled(
+    tree: Tree,
+    register: Register,
+    owned: Callable[[StageFolder], None],
+    here: Harness,
+    study_file: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = register("one")
+    active = [s for s in whole.stages.values() if s.kind == "wsp" and s.config.size == "d32x3"]
+    for stage in active:
+        owned(folder(tree, whole, stage.id))
+    register("other", SMALL.replace("data: [1k, 4k]", "data: [1k]"))  # needs some of them
+    needed = cell_rows.stages_needed(tree, ["other"])
+    loose = [s.id for s in active if s.id not in needed]
+    assert 0 < len(loose) < len(active)
+
+    text = SMALL.replace("name: small", "name: one").replace("[d16x2, d32x3]", "[d16x2]")
+    rest = build_grid(load_study(study_file(text, "one.yaml")))
+    assert set(rest.stages) < set(whole.stages)
+    shared.register(tree, rest, [])
+    assert capsys.readouterr().err == (
+        f"{len(loose)} stages that are no longer in the study still run or wait:"
+        f" {', '.join(loose)}; `harness cancel ID` stops them\n"
+    )
+    shared.register(tree, rest, [])
+    assert capsys.readouterr().err == ""
+    first, *others = loose
+    assert here("cancel", first).stdout == f"cancel {first}  (running)\n"
+    assert stopped(tree) == {first}
+    done = here("cancel", *(s[:-2] for s in others), "state=running", "--json")
+    stages = [s for s in json.loads(done.stdout)["stages"] if s["study"] is None]
+    assert [(s["id"], s["kind"]) for s in stages] == [(s, "wsp") for s in others]
+    assert stopped(tree) >= set(loose)
+    assert "means no stage" in here("resume", first, check=4).stderr
+    assert "a selector is empty" in here("cancel", "", check=2).stderr
