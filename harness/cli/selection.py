@@ -34,7 +34,7 @@ class Target:
     """A stage to act on; where several studies have it, of the first of them."""
 
     study: str | None
-    """None if no study has the stage any more."""
+    """None if no study, of those that can be read, has the stage."""
     folder: StageFolder
     stage: StageFile | None
     """None as above: what can be said to it is said in its folder."""

@@ -188,12 +188,12 @@ def retry(
     """
     tree = base.tree(root)
     found = selection.choices(tree, study, selectors)
-    idle = (*ACTIVE, "planned", "waiting")
+    not_ended = (*ACTIVE, "planned", "waiting")
     wanted = selection.targets(
         tree,
         found,
         lambda state: (
-            state.state not in idle if from_scratch else state.state in ("failed", "diverged")
+            state.state not in not_ended if from_scratch else state.state in ("failed", "diverged")
         ),
     )
 
