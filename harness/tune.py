@@ -29,7 +29,7 @@ from harness.ledger import store
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import Tree
-from harness.study.cells import Ablation, Cell, Grid, build_ablations, build_grid
+from harness.study.cells import Ablation, Cell, Grid, build_ablations
 from harness.study.groups import Group
 from harness.study.identity import canonical
 from harness.study.stages import StageFile
@@ -268,10 +268,8 @@ class Search:
 
     def register(self) -> None:
         """Writes the trials down as cells of the study, those of other processes too."""
-        known = store.read_ablations(self.tree, self.name)
         found = [a for s in self.searched for a in self._ablations(s)]
-        ablations = [*known, *(a for a in found if a not in known)]
-        store.register(self.tree, build_grid(self.grid.loaded, ablations), ablations)
+        store.add_ablations(self.tree, self.name, found)
 
     def _ablations(self, s: _Searched) -> list[Ablation]:
         return [s.group.trial(_values(t, s.group), self.tune) for t in _whole(s)]

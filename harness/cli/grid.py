@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,8 +12,9 @@ from harness.cli import base, shared, show_study
 from harness.errors import UserError
 from harness.launch.driver import Mode
 from harness.launch.machine import Machine
+from harness.ledger import store
 from harness.ledger.tree import Tree
-from harness.study.cells import TUNE, Grid, build_grid, only
+from harness.study.cells import TUNE, Ablation, Grid, build_grid, only
 from harness.study.plan import Plan, check_budget
 from harness.study.schema import load_study
 from harness.study.select import select
@@ -63,7 +65,7 @@ def grid(
         raise UserError(f"--mode {mode} says how to run; add --submit, or leave it out for a plan")
     only_these = None if selection is None else ",".join(selection)
     with base.no_collection():
-        full, grid, machine, plan = _planned(tree, file, only_these, device, cluster)
+        full, ablations, grid, machine, plan = _planned(tree, file, only_these, device, cluster)
         if not submit:
             base.hold((full, plan))
             if as_json:
@@ -74,23 +76,22 @@ def grid(
     check_budget(plan)
     shared.check_images(grid)
     shared.check_drift(tree, grid)
-    ablations = shared.known_ablations(tree, grid.loaded.study.name)
-    return shared.submit(
-        tree, full, ablations, grid, machine, plan, mode, cluster, fail_fast=fail_fast
-    )
+    write = partial(shared.register, tree, full, ablations)
+    return shared.submit(tree, grid, machine, plan, mode, cluster, write=write, fail_fast=fail_fast)
 
 
 def _planned(
     tree: Tree, file: Path, selection: str | None, device: Device | None, cluster: str | None
-) -> tuple[Grid, Grid, Machine, Plan]:
-    """The whole grid, the part that was selected, and the plan of that part."""
+) -> tuple[Grid, list[Ablation], Grid, Machine, Plan]:
+    """The whole grid with its ablations, the part that was selected, and the plan of that part."""
     loaded = load_study(shared.study_file(file))
-    ablations = shared.known_ablations(tree, loaded.study.name)
+    # What `harness run` added stays a part of the study when its file is submitted again.
+    ablations = store.read_ablations(tree, loaded.study.name)
     full = build_grid(loaded, ablations)
     # Trials of a search are cells too, but theirs is `harness tune`: a pruned one stays pruned.
     own = [c for c in full.cells if c.tag != TUNE]
     grid = only(full, select(own, selection))
-    return full, grid, *shared.plan(tree, grid, device, cluster)
+    return full, ablations, grid, *shared.plan(tree, grid, device, cluster)
 
 
 grid.__doc__ = f"{grid.__doc__}\n\n{_EXAMPLE}"

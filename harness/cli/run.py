@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -40,12 +41,13 @@ def run(
     name, row = find_in_studies(tree, cell, study)
     loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
     ablations = store.read_ablations(tree, name)
-    wanted = row["id"]
+    wanted, own = row["id"], []
     if changes or tag:
         new = Ablation(
             parent=row["id"], values=row["axes"], set=_parse(changes or []), tag=_tag(tag)
         )
         before = {c.id for c in build_grid(loaded, ablations).cells}
+        own = [new]
         if new not in ablations:
             ablations = [*ablations, new]
         added = [c for c in build_grid(loaded, ablations).cells if c.id not in before]
@@ -58,15 +60,17 @@ def run(
     machine, plan = shared.plan(tree, grid, cluster=cluster)
     shared.check_drift(tree, grid)
     print(f"cell {wanted}")
-    return shared.submit(tree, full, ablations, grid, machine, plan, mode, cluster)
+    write = partial(store.add_ablations, tree, name, own)
+    return shared.submit(tree, grid, machine, plan, mode, cluster, write=write)
 
 
 def find_in_studies(
     tree: Tree, cell: str, study: str | None, stages_too: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """Study and row of a cell. Raises NotFoundError or, if several studies have it, UserError.
+    """Study and row of a cell. Raises NotFoundError or, if several cells are meant, UserError.
 
-    `stages_too`: the id of a stage, as progress and failures name it, is a cell of that stage only.
+    `stages_too`: of a cell of several studies the first will do, as its stages are the same; and
+    the id of a stage, as progress and failures name it, is a cell of that stage only.
     """
     names = [study] if study else tree.studies()
     rows = [{**row, "study": name} for name in names for row in cell_rows.read_cells(tree, name)]
@@ -74,15 +78,20 @@ def find_in_studies(
     if stages_too and of_stage is not None:
         roles = {role: s for role, s in of_stage["stages"].items() if s == cell}
         return of_stage["study"], {**of_stage, "stages": roles}
-    exact = {
-        r["study"]
-        for r in rows
-        if cell in (r["id"], r["name"], *spellings(r["name"], r.get("tag")))
-    }
-    if len(exact) > 1:
-        raise UserError(f"cell '{cell}' is in several studies; add --study {' or '.join(exact)}")
-    row = find_cell(rows, cell)
+    exact = [r for r in rows if cell in (r["id"], r["name"], *spellings(r["name"], r.get("tag")))]
+    if len({r["id"] for r in exact}) > 1 and len({r["study"] for r in exact}) > 1:
+        raise UserError(f"cell '{cell}' is {_in_studies(exact)}")
+    each = {row["id"]: row for row in reversed(rows)}  # of the first study that has it
+    row = find_cell([*reversed(each.values())], cell)
+    same = [r for r in rows if r["id"] == row["id"]]
+    if len(same) > 1 and not stages_too:
+        raise UserError(f"cell '{row['id']}' is {_in_studies(same)}")
     return row["study"], row
+
+
+def _in_studies(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["study"] for row in rows))
+    return f"in studies {' and '.join(names)}; add --study {names[0]}"
 
 
 def _tag(tag: str | None) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,18 +18,12 @@ from harness.launch import queue, settings
 from harness.launch.driver import Driver, Mode, reset
 from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.machine import Machine, detect, this_machine
-from harness.ledger import drift, states, store
+from harness.ledger import cell_rows, drift, states, store
 from harness.ledger.speeds import measured_speeds
 from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, Grid
 from harness.study.plan import Plan, make_plan
 from harness.study.stage_set import outlines
-
-
-def known_ablations(tree: Tree, study: str) -> list[Ablation]:
-    """Ablations of the study so far: they stay cells of it when the file is submitted again."""
-    return store.read_ablations(tree, study)
-
 
 _COMMAND_S = 600.0
 
@@ -113,21 +109,37 @@ def check_records() -> None:
             )
 
 
+def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
+    """Writes the study down; says which stages still run that are in no study any more."""
+    dropped = store.register(tree, grid, ablations)
+    needed = cell_rows.stages_needed(tree, tree.studies()) if dropped else set()
+    graph = {s: states.PlainNode(k, ()) for s, k in dropped.items() if s not in needed}
+    found = queue.read_graph(tree, graph)
+    active = [s for s, state in found.items() if state.state in states.ACTIVE]
+    if active:
+        shown = ", ".join(active[:5]) + (" ..." if len(active) > 5 else "")
+        print(
+            f"{len(active)} stages that are no longer in the study still run or wait: {shown};"
+            " `harness cancel ID` stops them",
+            file=sys.stderr,
+        )
+
+
 def submit(
     tree: Tree,
-    full: Grid,
-    ablations: list[Ablation],
     grid: Grid,
     machine: Machine,
     plan: Plan,
     mode: Mode,
     cluster: str | None = None,
     *,
+    write: Callable[[], None] = lambda: None,
     fail_fast: bool = False,
 ) -> int:
-    """Runs what is missing of `grid`, a part of the study `full`; returns the exit code.
+    """Runs what is missing of `grid`, a study or a part of one; returns the exit code.
 
-    On a Slurm cluster it only submits: the study then finishes by itself.
+    `write`: called before anything runs, unless mode is read-only, to write down what is to be a
+    part of the study. On a Slurm cluster it only submits: the study then finishes by itself.
     """
     name, profile = settings.find_profile(cluster)
     if fail_fast and isinstance(profile, settings.Slurm):
@@ -137,7 +149,7 @@ def submit(
         )
     if mode != "read-only":
         check_records()
-        store.register(tree, full, ablations)
+        write()
     if isinstance(profile, settings.Slurm) and mode != "read-only":
         return _to_slurm(tree, grid, name, profile, mode)
     ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]

@@ -283,7 +283,10 @@ def summary(summary: Summary, grid: Grid, tree: Tree, mode: Mode) -> None:
     if summary.failed and mode == "cached":
         out.print("  run failed stages again with --mode retry")
     if summary.interrupted:
-        out.print("  stopped; the same command goes on from the last checkpoints")
+        again = "the same command"
+        if mode == "force":  # it would set aside what it has done so far, and begin anew
+            again += " without --mode force"
+        out.print(f"  stopped; {again} goes on from the last checkpoints")
 
 
 def submitted(done: Submitted, grid: Grid, cluster: str, found: Mapping[str, StageState]) -> None:

@@ -68,6 +68,7 @@ def tune(
     search = Search(grid, section, shown, tree, storage, slots)
     interrupted = False
     if mode != "read-only" and search.missing:
+        shared.register(tree, grid, [])
         search.register()
         part = replace(grid, cells=[], stages=dict(search.stages), feeds={})
         machine, plan = shared.plan(tree, part, cluster=cluster)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from harness.cli import base, shared, show
 from harness.errors import EXIT_OK
 from harness.launch import queue
+from harness.ledger import store
 from harness.ledger.why import reasons
 from harness.study.cells import TUNE, build_grid, only
 from harness.study.schema import load_study
@@ -38,7 +39,7 @@ def why(
     """
     tree = base.tree(root)
     loaded = load_study(shared.study_file(file))
-    full = build_grid(loaded, shared.known_ablations(tree, loaded.study.name))
+    full = build_grid(loaded, store.read_ablations(tree, loaded.study.name))
     own = [c for c in full.cells if c.tag != TUNE]
     grid = only(full, select(own, None if selection is None else ",".join(selection)))
     found = reasons(tree, grid.stages, queue.read_states(tree, grid.stages))

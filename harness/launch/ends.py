@@ -51,6 +51,12 @@ def conclude(
         store.add_event(folder, "cancelled", attempt=attempt, reason=why)
         write_json(folder.status, {**status, "state": "cancelled", "reason": why})
         return Decision(again=False, why=why)
+    if status.get("state") == "cancelled" and status.get("reason") != "killed":
+        # Its worker obeyed a note that was taken back (`harness resume`) before it was through.
+        decision = Decision(again=True, why="resumed while it ended")
+        store.add_event(folder, "retry", attempt=attempt, why=decision.why)
+        write_json(folder.status, {**status, "state": "preempted", "reason": "preempted"})
+        return decision
     tries = attempts.read_attempts(folder)
     decision = decide(retry, tries, attempts.progress_of(folder))
     if decision.again:

@@ -277,15 +277,27 @@ def _config() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in rows}
 
 
-def cancel_jobs(ids: Iterable[str]) -> None:
-    """Takes jobs out of the queue. Those that are over already are not an error."""
-    wanted = list(ids)
+def cancel_jobs(
+    ids: Iterable[str], about: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[str]:
+    """Takes jobs out of the queue; those that are over already are not an error.
+
+    Returns the jobs that it cannot reach from here: of another user or cluster, as what status.json
+    says `about` them tells, or all where there is no `scancel`.
+    """
+    wanted, about = list(ids), about or {}
+    left = [job for job in wanted if not _is_ours(about.get(job, {}))]
+    wanted = [job for job in wanted if job not in left]
     for start in range(0, len(wanted), 200):
         command = ["scancel", "--quiet", *wanted[start : start + 200]]
-        done = subprocess.run(command, capture_output=True, text=True, env=scrubbed())
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=scrubbed())
+        except FileNotFoundError:
+            return left + wanted
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise HarnessError(f"scancel: {last}")
+    return left
 
 
 def scontrol(*arguments: str) -> str | None:

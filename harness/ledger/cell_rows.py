@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ def read_cells(tree: Tree, study: str) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     check_keys(path, rows, "id", "name", "axes", "stages", "kinds")
     return rows
+
+
+def stages_needed(tree: Tree, studies: Iterable[str]) -> set[str]:
+    """Stages that cells of these studies need, as far as their rows can be read."""
+    needed: set[str] = set()
+    for study in studies:
+        with contextlib.suppress(UserError):
+            needed.update(s for row in read_cells(tree, study) for s in row["stages"].values())
+    return needed
 
 
 def check_keys(path: Path, rows: list[dict[str, Any]], *keys: str) -> None:

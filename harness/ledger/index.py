@@ -65,8 +65,8 @@ def row_of(result: Mapping[str, Any], told: bool = True) -> Row:
     plain: dict[str, Any] = {key: result.get(key) for key in _PLAIN}
     plain["upstream_uids"] = plain["upstream_uids"] or {}
     rest = orjson.dumps({key: result[key] for key in _REST if key in result}).decode()
-    of_wall: dict[str, Any] = {"total_s": wall.get("total"), "harness_s": wall.get("harness")}
-    return Row(told=told, rest=rest, **plain, **of_wall)
+    total, own = wall.get("total"), wall.get("harness")
+    return Row(told=told, rest=rest, total_s=total, harness_s=own, **plain)
 
 
 _Rows = dict[str, tuple[tuple[int, int, int], Row]]

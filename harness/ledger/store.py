@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.errors import NotFoundError
-from harness.ledger.cell_rows import check_keys
+from harness.errors import NotFoundError, UserError
+from harness.ledger.cell_rows import check_keys, read_cells
 from harness.ledger.files import (
     Guard,
     JsonlWriter,
@@ -20,17 +20,61 @@ from harness.ledger.files import (
     write_bytes,
     write_json,
 )
+from harness.ledger.lease import exclusive
 from harness.ledger.tree import StageFolder, Tree
-from harness.study.cells import Ablation, Cell, Grid
+from harness.study.cells import Ablation, Cell, Grid, build_grid
+from harness.study.schema import load_study
 from harness.study.stage_set import outline_of
 from harness.study.stages import StageFile
 
 
-def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
-    """Writes studies/<name>: the file as it was read, all of it resolved, a row per cell."""
+def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> dict[str, str]:
+    """Writes studies/<name>: the file as it was read, all of it resolved, a row per cell.
+
+    `ablations` are those of `grid`. What other commands have added since stays in the study.
+    Returns stages that the study had and has no longer: id -> kind.
+    """
+    folder = tree.study(grid.loaded.study.name)
+    with exclusive(_lock(folder)):
+        known = _joined(read_ablations(tree, folder.name), ablations)
+        if known != ablations:
+            grid = build_grid(grid.loaded, known)
+        before = _stages_before(tree, folder.name)
+        _write_study(folder, grid, known)
+    return {stage: kind for stage, kind in before.items() if stage not in grid.feeds}
+
+
+def add_ablations(tree: Tree, study: str, new: list[Ablation]) -> None:
+    """Adds cells to a study as it is by now, whatever was submitted since it was read."""
+    folder = tree.study(study)
+    with exclusive(_lock(folder)):
+        known = read_ablations(tree, study)
+        joined = _joined(known, new)
+        if joined != known:
+            loaded = load_study(folder / "study.yaml", base_folders(tree, study))
+            _write_study(folder, build_grid(loaded, joined), joined)
+
+
+def _stages_before(tree: Tree, study: str) -> dict[str, str]:
+    try:
+        rows = read_cells(tree, study)
+    except UserError:  # not submitted yet, or damaged: what is written now mends it
+        return {}
+    return {stage: row["kinds"][stage] for row in rows for stage in row["stages"].values()}
+
+
+def _lock(folder: Path) -> Path:
+    """Held by whoever changes a study: its files are read, changed and written again."""
+    return folder / "changing"
+
+
+def _joined(known: list[Ablation], new: list[Ablation]) -> list[Ablation]:
+    return list({jsonl([_ablation_row(a)]): a for a in (*known, *new)}.values())
+
+
+def _write_study(folder: Path, grid: Grid, ablations: list[Ablation]) -> None:
     study = grid.loaded.study
-    folder = tree.study(study.name)
-    write_bytes(folder / "study.yaml", grid.loaded.source.path.read_bytes())
+    write_bytes(folder / "study.yaml", grid.loaded.source.raw)
     dataset = next(iter(grid.datasets.values())).model_dump(mode="json", by_alias=True)
     dataset.pop("shards", None)
     write_json(
@@ -45,17 +89,16 @@ def register(tree: Tree, grid: Grid, ablations: list[Ablation]) -> None:
             "study": study.model_dump(mode="json"),
         },
     )
+    # Before the cells, which can be made again of these.
+    write_bytes(folder / "ablations.jsonl", jsonl(_ablation_row(a) for a in ablations))
     write_bytes(folder / "cells.jsonl", jsonl(cell_row(c, grid) for c in grid.cells))
-    write_bytes(
-        folder / "ablations.jsonl",
-        jsonl(
-            {
-                **{"schema": 1, "parent": a.parent, "values": a.values, "set": a.set},
-                **{"tag": a.tag, "until": a.until},
-            }
-            for a in ablations
-        ),
-    )
+
+
+def _ablation_row(ablation: Ablation) -> dict[str, Any]:
+    return {
+        **{"schema": 1, "parent": ablation.parent, "values": ablation.values, "set": ablation.set},
+        **{"tag": ablation.tag, "until": ablation.until},
+    }
 
 
 def read_ablations(tree: Tree, study: str) -> list[Ablation]:

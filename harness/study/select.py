@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import NotFoundError, UserError
@@ -74,34 +75,48 @@ def spellings(name: str, tag: str | None) -> tuple[str, ...]:
     return (tag, name.removesuffix(safe_name(tag)) + tag) if tag and tag != TUNE else ()
 
 
-def choose(cells: Sequence[Cell], states: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """Stage ids that selectors mean, in the order of the cells; several selectors add up.
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a selector means in one study."""
+
+    cells: list[str]
+    """Ids of the cells that it selects, be it for some of their stages."""
+    stages: list[str]
+    is_whole: bool = False
+    """Whether it selects cells with all of their stages."""
+    is_asked: bool = False
+    """Whether it names the stages themselves: they do not merely come along with their cells."""
+
+
+def choose(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> Chosen:
+    """What a selector means, in the order of the cells.
 
     A selector is the name, the id or the beginning of the id of cells or stages, or a filter
     `size=d64x4|d32x3,state=failed`: axes choose cells, `stage` (a role such as `wsp` or `probe`)
-    and `state` choose among their stages. Raises NotFoundError if one means nothing.
+    and `state` choose among their stages. Raises NotFoundError if it means nothing.
     """
-    found: dict[str, None] = {}
-    for word in words:
-        if not word.strip():
-            raise UserError("a selector is empty; expected a cell, a stage or a filter")
-        new = _by_filter(cells, states, word) if "=" in word else _by_name(cells, word)
-        if not new:
-            near = difflib.get_close_matches(word, [c.name for c in cells], n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise NotFoundError(f"{word!r} means no stage of the study{hint}")
-        found |= dict.fromkeys(new)
-    return list(found)
+    if not word.strip():
+        raise UserError("a selector is empty; expected a cell, a stage or a filter")
+    found = _by_name(cells, word)  # names may have a = in them, as d16x2-1k-lr=0.001 has
+    if not found.stages and "=" in word:
+        found = _by_filter(cells, states, word)
+    if not found.stages:
+        near = difflib.get_close_matches(word, [c.name for c in cells], n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise NotFoundError(f"{word!r} means no stage of the study{hint}")
+    return found
 
 
-def _by_name(cells: Sequence[Cell], word: str) -> list[str]:
+def _by_name(cells: Sequence[Cell], word: str) -> Chosen:
     exact = [c for c in cells if word in (c.id, c.name, *spellings(c.name, c.tag))]
-    chosen = exact or [c for c in cells if c.id.startswith(word)]
-    stages = [s for c in chosen for s in c.stages.values()]
-    return stages or [s for c in cells for s in c.stages.values() if s.startswith(word)]
+    if chosen := exact or [c for c in cells if c.id.startswith(word)]:
+        stages = dict.fromkeys(s for c in chosen for s in c.stages.values())
+        return Chosen(cells=[c.id for c in chosen], stages=list(stages), is_whole=True)
+    stages = dict.fromkeys(s for c in cells for s in c.stages.values() if s.startswith(word))
+    return Chosen(cells=[], stages=list(stages), is_asked=True)
 
 
-def _by_filter(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> list[str]:
+def _by_filter(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> Chosen:
     rule = parse_filter(word, "selector")
     roles, wanted = rule.pop("stage", None), rule.pop("state", None)
     axes = ",".join(f"{k}={'|'.join(v)}" for k, v in rule.items())
@@ -115,12 +130,18 @@ def _by_filter(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> l
     for role in roles or ():
         if role not in known:
             raise UserError(f"{word!r}: no stage '{role}'; stages: {', '.join(sorted(known))}")
-    return [
+    stages = dict.fromkeys(
         stage
         for cell in chosen
         for role, stage in cell.stages.items()
         if (roles is None or role in roles) and (wanted is None or states[stage] in wanted)
-    ]
+    )
+    return Chosen(
+        cells=[c.id for c in chosen],
+        stages=list(stages),
+        is_whole=roles is None and wanted is None,
+        is_asked=roles is not None,
+    )
 
 
 def _matches(cell: Cell, key: str, wanted: list[str]) -> bool:

@@ -42,6 +42,8 @@ class Source:
     """The parsed file and where everything in it stands."""
 
     path: Path
+    raw: bytes = b""
+    """The file as it was read."""
     data: dict[str, Any] = field(default_factory=dict)
     lines: dict[Location, int] = field(default_factory=dict)
 
@@ -66,7 +68,7 @@ def load(path: Path) -> Source:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    source = Source(path)
+    source = Source(path, raw)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

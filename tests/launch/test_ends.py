@@ -13,6 +13,7 @@ from harness.launch.driver import Driver, reset
 from harness.launch.machine import this_machine
 from harness.launch.pool import Ended, Running
 from harness.ledger import attempts, store
+from harness.ledger.claim import ask_to_stop, clear_stop
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
@@ -105,3 +106,20 @@ def test_fail_fast_stops_the_rest_and_is_no_interruption(
     assert driver.interrupted == fail_fast
     summary = driver._summary(read_states(tree, grid.stages), 0.0)
     assert (stage.id in summary.failed, summary.interrupted) == (True, False)
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_stage_resumed_while_it_ends_goes_on(tmp_path: Path, grid: Grid, is_back: bool) -> None:
+    """Its worker has obeyed a note that `harness resume` then takes away."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(Tree(tmp_path), stage)
+    number = folder.new_attempt()
+    attempts.begin(folder, number, {})
+    ask_to_stop(folder, "by ann")
+    attempts.close(folder, number, "cancelled", "by ann", "asked to stop", end="cancelled")
+    if is_back:
+        clear_stop(folder)
+    status = ends.settle(folder, number, EXIT_REQUEUE, asked_to_stop=False)
+    assert ends.conclude(folder, number, status, Retry()).again == is_back
+    state = (read_json(folder.status) or {})["state"]
+    assert state == ("preempted" if is_back else "cancelled")

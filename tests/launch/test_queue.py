@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from harness.cli import status, steer
+from harness.cli import selection, status
 from harness.errors import UserError
 from harness.launch import nodes, queue, slurm
 from harness.launch.driver import Driver
@@ -71,7 +71,7 @@ def test_a_selection_in_several_studies_asks_once(
         store.register(tree, grid, [])
         submit(tree, grid)
     before = site.calls("squeue")
-    assert len(steer._choices(tree, None, ["init=mae"])) == 2
+    assert len(selection.choices(tree, None, ["init=mae"])) == 2
     assert site.calls("squeue") <= before + 1
 
 

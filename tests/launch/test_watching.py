@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import logs, shared, status, steer, tune
+from harness.cli import logs, shared, show_study, status, steer, tune
 from harness.errors import UserError
+from harness.launch.driver import Mode
+from harness.launch.progress import Summary
 from harness.ledger import attempts, store, summary
 from harness.ledger.files import write_json
 from harness.ledger.tree import StageFolder, Tree
@@ -126,7 +128,7 @@ def test_a_search_and_a_stop_at_the_first_failure_need_a_command_that_stays(
     assert tune._profile("local", "cached").kind == "local"
     machine, plan = shared.plan(tree, grid, cluster="local")
     with pytest.raises(UserError, match="--fail-fast: on cluster 'lab'"):
-        shared.submit(tree, grid, [], grid, machine, plan, "cached", "lab", fail_fast=True)
+        shared.submit(tree, grid, machine, plan, "cached", "lab", fail_fast=True)
 
 
 def test_more_than_ten_stages_are_only_named_without_yes(
@@ -143,3 +145,15 @@ def test_more_than_ten_stages_are_only_named_without_yes(
     assert not list(tree.root.glob("stages/*/*/stop.json"))
     assert cancel(yes=True) == 0
     assert len(list(tree.root.glob("stages/*/*/stop.json"))) > 10
+
+
+@pytest.mark.parametrize(("mode", "then"), [("retry", ""), ("force", " without --mode force")])
+def test_who_stops_a_run_is_told_what_goes_on_with_it(
+    mode: Mode, then: str, tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = list(grid.stages)
+    about = {"failed": {}, "blocked": [], "held": [], "wall_s": 1.0}
+    stopped = Summary(ran=stages[:1], done=[], left=stages, interrupted=True, **about)
+    show_study.summary(stopped, grid, tree, mode)
+    said = capsys.readouterr().out
+    assert f"stopped; the same command{then} goes on from the last checkpoints" in said

@@ -327,7 +327,7 @@ def test_an_ablation_is_found_by_its_tag_as_it_was_given(study_file: Write) -> N
     rows = [{"id": c.id, "name": c.name, "tag": c.tag} for c in cells]
     for text in ("low-lr", f"{parent.name}-low-lr", f"{parent.name}-low_lr"):
         assert find_cell(rows, text) == rows[-1]
-        assert choose(cells, {}, [text]) == list(cells[-1].stages.values())
+        assert choose(cells, {}, text).stages == list(cells[-1].stages.values())
 
 
 @pytest.mark.parametrize(
