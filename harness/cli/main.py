@@ -87,6 +87,7 @@ def _top(
 _VERBS: dict[str, str] = {
     "grid": "grid",
     "why": "why",
+    "diff": "diff",
     "status": "status",
     "logs": "logs",
     "run": "run",
