@@ -21,7 +21,9 @@ from harness.study.identity import field_diff
 
 
 def diff(
-    first: Annotated[str, typer.Argument(help="Name or id of a cell.", metavar="A")],
+    first: Annotated[
+        str, typer.Argument(help="Name or id of a cell, or id of a stage.", metavar="A")
+    ],
     second: Annotated[str, typer.Argument(help="Name or id of another.", metavar="B")],
     study: Annotated[str | None, typer.Option(help="Study, if several have the cells.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
@@ -34,7 +36,7 @@ def diff(
       harness diff d32x3-4k-random-s0 d32x3-4k-mae-s0
     """
     tree = base.tree(root)
-    rows = [find_in_studies(tree, cell, study)[1] for cell in (first, second)]
+    rows = [find_in_studies(tree, cell, study, stages_too=True)[1] for cell in (first, second)]
     known = queue.read_graph(tree, states.graph_of_rows(rows))
     found = compare(tree, rows[0], rows[1], known)
     one, other = ({**row["axes"], **row.get("set", {})} for row in rows)

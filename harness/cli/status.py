@@ -78,7 +78,10 @@ def _render(found: dict[str, Any]) -> list[RenderableType]:
     for study in found["studies"]:
         parts += _study(study)
     if queue.is_silent():
-        parts.append("squeue does not answer here: jobs are shown as their files say")
+        parts.append(
+            "squeue does not answer here: what was in its queue is shown as in it; `harness cancel`"
+            " and `resume` give a job up"
+        )
     return parts
 
 

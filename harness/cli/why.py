@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -42,19 +43,21 @@ def why(
     full = build_grid(loaded, store.read_ablations(tree, loaded.study.name))
     own = [c for c in full.cells if c.tag != TUNE]
     grid = only(full, select(own, None if selection is None else ",".join(selection)))
-    found = reasons(tree, grid.stages, queue.read_states(tree, grid.stages))
+    states = queue.read_states(tree, grid.stages)
+    found = reasons(tree, grid.stages, states)
     if as_json:
         print(json.dumps({"schema": 1, "stages": [asdict(w) for w in found]}, indent=1))
         return EXIT_OK
     out = show.console()
-    for w in found[:_SHOWN]:
+    for w in itertools.islice(found, _SHOWN):
         lines = [f"{escape(w.stage)}  ({show.state_text(w.state)}) {show.plain(w.text)}"]
         if w.nearest is not None:
             lines.append(f"  nearest: {escape(w.nearest)}")
             lines += [f"    {show.plain(line)}" for line in w.diff]
         out.print("\n".join(lines), soft_wrap=True)
-    if len(found) > _SHOWN:
-        out.print(f"... and {len(found) - _SHOWN} more: --only AXIS=VALUE, or --json for all")
-    if not found:
+    count = sum(state.state != "done" for state in states.values())
+    if count > _SHOWN:
+        out.print(f"... and {count - _SHOWN} more: --only AXIS=VALUE, or --json for all")
+    if not count:
         out.print("nothing would run: all stages are done")
     return EXIT_OK

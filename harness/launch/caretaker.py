@@ -116,7 +116,8 @@ def _end_of(folder: StageFolder, attempt: int, about: dict[str, str]) -> tuple[s
         if not about:
             return "failed", "node_fail", "its job is gone"
         return "failed", "killed", f"{said}, without a word; see {log}"
-    if not about and not log.exists():
+    has_said = log.exists() and log.stat().st_size > 0  # Slurm opens it before the first command
+    if not about and not has_said:
         return _CANCELLED
     # Its own first command failed: it would do so again.
     said = said if about else f"{said} ended"

@@ -116,7 +116,7 @@ class Driver:
 
     def _read_states(self) -> dict[str, StageState]:
         # Some may have been submitted to Slurm: their jobs are left alone, or are over.
-        return queue.read_graph(self.tree, self._graph, max_age_s=_QUEUE_S)
+        return queue.read_graph(self.tree, self._graph, max_age_s=_QUEUE_S, may_wait=False)
 
     def run(self, mode: Mode) -> Summary:
         """Runs all that is missing and can run; returns when nothing is left to wait for."""

@@ -29,11 +29,17 @@ def settle(
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
-        # Of ranks of which one ends by itself the others are asked to, and may say just that.
-        is_cause = asked_to_stop or code in (0, EXIT_REQUEUE) or stop_asked(folder) is not None
-        if status["state"] != "preempted" or is_cause:
+        if status["state"] != "preempted" or not _is_a_rank_dead(folder, code, asked_to_stop):
             return status
     return attempts.close(folder, attempt, *_meaning(folder, attempt, code, asked_to_stop, gone))
+
+
+def _is_a_rank_dead(folder: StageFolder, code: int, asked_to_stop: bool) -> bool:
+    """True if one of several ranks ended by itself: the others were asked to stop, and say so."""
+    if asked_to_stop or code in (0, EXIT_REQUEUE) or stop_asked(folder) is not None:
+        return False
+    execution = (read_json(folder.stage) or {}).get("execution", {})
+    return execution.get("ranks", 1) > 1
 
 
 def conclude(

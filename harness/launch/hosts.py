@@ -36,7 +36,7 @@ _CARRIED = (
     *("HARNESS_", "DS_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "CUDA_", "OMP_", "MKL_"),
     *("OPENBLAS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "AWS_", "GOOGLE_", "FSSPEC_", "UCX_"),
 )
-_OF_THIS_HOST = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
+_OF_THIS_HOST = ("HARNESS_HOST", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
 
 
 @dataclass(frozen=True, kw_only=True)

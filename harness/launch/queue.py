@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import HarnessError
@@ -91,7 +92,9 @@ class _Answer:
 
 
 _last: _Answer | None = None
-_silent = False
+_silent_since: float | None = None
+_seen: dict[Path, tuple[tuple[str, int], float]] = {}
+"""Leases that were watched: token and heartbeat, and since when they have been that."""
 
 
 def remember(jobs: Iterable[str]) -> None:
@@ -106,8 +109,13 @@ def read_graph(
     *,
     max_age_s: float = 5.0,
     is_submitting: bool = False,
+    may_wait: bool = True,
 ) -> dict[str, StageState]:
-    """`read_states`, of stages of which only kinds and edges are known."""
+    """`read_states`, of stages of which only kinds and edges are known.
+
+    `may_wait`: for two heartbeats of workers whose jobs are gone. Without, one counts as alive
+    until it was seen still for so long, over several calls.
+    """
     found = states.read_graph(tree, graph)
     asked = {
         s: v
@@ -132,7 +140,7 @@ def read_graph(
     for stage, token in unnumbered.items():
         is_there = arrays.get((token, stage)) in live
         (waiting if is_there or not broken else over)[stage] = token
-    for stage in _beating(tree, graph, {s: found[s] for s in over}):
+    for stage in _beating(tree, graph, {s: found[s] for s in over}, may_wait):
         del over[stage]
     if not over and all(found[stage].state == "submitted" for stage in waiting):
         return found  # the queue says what the files say
@@ -141,18 +149,20 @@ def read_graph(
 
 def is_silent() -> bool:
     """Whether the scheduler gave no answer when it was last asked for states."""
-    return _silent
+    return _silent_since is not None
 
 
 def _live(jobs: set[str], max_age_s: float) -> set[str] | None:
     """Ids and comments of the queue; the last answer, if it is young and about these jobs."""
-    global _last, _silent
+    global _last, _silent_since
     known = _last
     if known is not None and time.monotonic() - known.time <= max_age_s:
         if jobs <= known.live | known.judged:
             return known.live
+    if _silent_since is not None and time.monotonic() - _silent_since <= max_age_s:
+        return None  # it may take a minute to say so
     found = jobs_now()
-    _silent = found is None
+    _silent_since = time.monotonic() if found is None else None
     if found is None:
         return None
     live = {j.id for j in found.values()} | {j.comment for j in found.values()}
@@ -214,31 +224,37 @@ def _somebody_submits(tree: Tree) -> bool:
 
 
 def _beating(
-    tree: Tree, graph: Mapping[str, states.Node], over: Mapping[str, StageState]
+    tree: Tree,
+    graph: Mapping[str, states.Node],
+    over: Mapping[str, StageState],
+    may_wait: bool,
 ) -> set[str]:
-    """Running stages whose lease beats, whatever the queue says; waits for two beats at most."""
-    leases = {s: tree.stage(graph[s].kind, s).lease for s, v in over.items()}
-    seen: dict[str, tuple[str, int]] = {}
-    alive: set[str] = set()
-    for stage, path in leases.items():
-        lease = read_lease(path)
-        if lease is None or over[stage].state != "running":
-            continue
-        is_dead = owner_is_dead(lease)
-        # Nobody's clock is so wrong, and an old lease need not be watched.
-        if is_dead is None and not is_long_silent(path):
-            seen[stage] = (lease["token"], lease["beat"])
-        elif is_dead is False:
-            alive.add(stage)
+    """Running stages whose lease beats, whatever the queue says."""
+    leases = {
+        s: tree.stage(graph[s].kind, s).lease for s, v in over.items() if v.state == "running"
+    }
     deadline = time.monotonic() + 2.5 * BEAT_S
-    while seen and time.monotonic() < deadline:
+    while True:
+        lives = {stage: _lives(path) for stage, path in leases.items()}
+        if not may_wait or None not in lives.values() or time.monotonic() > deadline:
+            return {stage for stage, life in lives.items() if life is not False}
         time.sleep(min(0.5, BEAT_S / 4))
-        for stage in list(seen):
-            lease = read_lease(leases[stage])
-            if lease is None or (lease["token"], lease["beat"]) != seen[stage]:
-                del seen[stage]
-                alive |= {stage} if lease is not None else set()
-    return alive
+
+
+def _lives(path: Path) -> bool | None:
+    """Whether the owner of a lease lives; None as long as it has been watched too briefly."""
+    lease = read_lease(path)
+    is_dead = lease is None or owner_is_dead(lease)
+    # Nobody's clock is so wrong, and an old lease need not be watched.
+    if lease is None or is_dead is not None or is_long_silent(path):
+        _seen.pop(path, None)
+        return is_dead is False
+    sign, now = (lease["token"], lease["beat"]), time.monotonic()
+    before, since = _seen.setdefault(path, (sign, now))
+    if before != sign:
+        _seen[path] = (sign, now)
+        return True
+    return None if now - since <= 2 * BEAT_S else False
 
 
 # --- who we are ----------------------------------------------------------------------------

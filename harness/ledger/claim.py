@@ -171,5 +171,13 @@ def stop_asked(folder: StageFolder) -> str | None:
 
 
 def clear_stop(folder: StageFolder) -> None:
-    """Takes the note away: the stage may run again."""
-    folder.stop.unlink(missing_ok=True)
+    """Takes the note away: the stage may run again.
+
+    A job of a stage that waits is given up: where it is in a queue still, which nobody here may be
+    able to ask, it does nothing when it starts.
+    """
+    with exclusive(folder.claim):
+        status = read_json(folder.status)
+        if status is not None and status.get("state") != "running":
+            write_json(folder.status, {**status, "job": None, "token": None})
+        folder.stop.unlink(missing_ok=True)

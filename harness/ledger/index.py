@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from harness.errors import UserError
-from harness.ledger.files import read_json, write_bytes
+from harness.ledger.files import parse, read_json, write_bytes
 from harness.ledger.tree import Tree
 
 _SCHEMA = 2
@@ -50,23 +51,40 @@ class Row(NamedTuple):
     def result(self) -> dict[str, Any]:
         """The fields of result.json that states, summaries and estimates need."""
         known = {key: value for key in _PLAIN if (value := getattr(self, key)) is not None}
-        return {**known, **orjson.loads(self.rest)}
+        try:
+            rest = parse(self.rest.encode())
+        except ValueError:
+            rest = None
+        return {**known, **(rest if isinstance(rest, dict) else {})}
 
 
 _PLAIN = ("uid", "upstream_uids", "attempts", "kind", "size", "device", "processes", "flops")
 _REST = ("metrics", "wall_s")
-_TYPES = (bool, dict, *[None] * (len(Row._fields) - 3), str)
-"""Of what is in a column, if it has to be something."""
+_NOTHING = type(None)
+_NUMBER, _WHOLE, _WORD = {int, float, _NOTHING}, {int, _NOTHING}, {str, _NOTHING}
+_TYPES: dict[str, set[type]] = {
+    **{"told": {bool}, "upstream_uids": {dict}, "uid": _WORD, "attempts": _WHOLE, "kind": _WORD},
+    **{"size": _WORD, "device": _WORD, "processes": _WHOLE, "flops": _NUMBER},
+    **{"total_s": _NUMBER, "harness_s": _NUMBER, "rest": {str}},
+}
+"""Of what is in a column. What a result.json has of another type is left out."""
 
 
 def row_of(result: Mapping[str, Any], told: bool = True) -> Row:
     """The row of a result.json."""
-    wall = result.get("wall_s") or {}
-    plain: dict[str, Any] = {key: result.get(key) for key in _PLAIN}
-    plain["upstream_uids"] = plain["upstream_uids"] or {}
-    rest = orjson.dumps({key: result[key] for key in _REST if key in result}).decode()
-    total, own = wall.get("total"), wall.get("harness")
-    return Row(told=told, rest=rest, total_s=total, harness_s=own, **plain)
+    wall = result.get("wall_s")
+    wall = wall if isinstance(wall, dict) else {}
+    given = {key: result.get(key) for key in _PLAIN}
+    given |= {"total_s": wall.get("total"), "harness_s": wall.get("harness")}
+    known: dict[str, Any] = {k: v if _is_kept(k, v) else None for k, v in given.items()}
+    known["upstream_uids"] = known["upstream_uids"] or {}
+    rest = json.dumps({key: result[key] for key in _REST if key in result})
+    return Row(told=told, rest=rest, **known)
+
+
+def _is_kept(name: str, value: Any) -> bool:
+    is_too_large = type(value) is int and abs(value) >= 2**63  # for the file
+    return type(value) in _TYPES[name] and not is_too_large
 
 
 _Rows = dict[str, tuple[tuple[int, int, int], Row]]
@@ -130,8 +148,8 @@ def _load(path: Path) -> _Rows:
         if content["schema"] != _SCHEMA or content["keys"] != list(Row._fields):
             return {}
         columns = content["columns"]
-        for kind, column in zip(_TYPES, columns, strict=True):
-            if kind is not None and not {kind}.issuperset(map(type, column)):
+        for name, column in zip(Row._fields, columns, strict=True):
+            if not _TYPES[name].issuperset(map(type, column)):
                 return {}
         signs = zip(*content["signs"], strict=True)
         # `Row._make`, without a call of Python's for each of thousands.

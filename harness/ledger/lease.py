@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ def this_host() -> str:
     A rebooted host is another one, and so is a container beside us, of the same name perhaps.
     HARNESS_HOST stands in for the name where several machines have the same one.
     """
-    try:
+    boot = namespace = ""
+    with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    with suppress(OSError):
         namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        boot = namespace = ""
     return f"{os.environ.get('HARNESS_HOST') or socket.gethostname()}:{boot}:{namespace}"
 
 
@@ -90,7 +90,7 @@ def read_lease(path: Path) -> dict[str, Any] | None:
 def is_long_silent(path: Path) -> bool:
     """True if the file was not written for longer than any two clocks differ, or is not there."""
     try:
-        return time.time() - path.stat().st_mtime > MOST_SKEW_S
+        return time.time() - path.stat().st_mtime > MOST_SKEW_S + EXPIRY_S
     except OSError:
         return True
 
@@ -101,7 +101,10 @@ def owner_is_dead(lease: dict[str, Any]) -> bool | None:
         return True
     if lease["host"] != this_host():
         return None
-    return process_started(int(lease["pid"])) != lease["started"]
+    started = process_started(int(lease["pid"]))
+    if started is not None and "unknown" in (started, lease["started"]):
+        return False  # the bare existence of the pid has to do
+    return started != lease["started"]
 
 
 def takeover_guard(path: Path) -> Path:

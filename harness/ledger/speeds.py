@@ -20,13 +20,15 @@ def measured_speeds(tree: Tree, device: str) -> Speeds:
     for kind in kinds:
         # A command has just read the states: what an estimate rests on need not be newer.
         for row in results(tree, kind, tree.begun(kind), max_age_s=_MAX_AGE_S).values():
-            if row.device not in (device, None) or not row.flops or not row.total_s:
+            flops_, busy = row.flops or 0.0, (row.total_s or 0.0) * (row.processes or 1)
+            # A clock that was set back makes times of anything.
+            if row.device not in (device, None) or not (flops_ > 0 and 0 < busy < math.inf):
                 continue
             key = (row.kind, row.size)
             if key not in flops:
                 flops[key], seconds[key] = [], []
-            flops[key].append(row.flops)
-            seconds[key].append(row.total_s * (row.processes or 1))
+            flops[key].append(flops_)
+            seconds[key].append(busy)
     # Exact sums: folders come in no order.
     speeds = {key: math.fsum(flops[key]) / math.fsum(seconds[key]) for key in flops}
     return Speeds(device=device, flops_per_s=speeds)

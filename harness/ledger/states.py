@@ -63,9 +63,38 @@ def read_state(
     """
     result = read_json(folder.result)
     status = read_json(folder.status) or {}
-    state = "done" if result else status.get("state", "planned")
-    reason, message = status.get("reason"), status.get("message")
-    if not result and state != "failed":
+    if result:
+        reason, message = status.get("reason"), status.get("message")
+        return StageState("done", status, result, reason, message)
+    return _without_result(folder, status, None, over, waiting)
+
+
+def _stale(
+    folder: StageFolder, own: StageState, over: str | None, waiting: str | None
+) -> StageState:
+    """Of a stage that is done, but from an upstream run that counts no longer.
+
+    The result stays until its next attempt sets it aside; what became of that one is in the status.
+    """
+    status, result = own.status, own.result or {}
+    is_later = int(status.get("attempt") or 0) > int(result.get("attempts") or 0)
+    if not is_later or status.get("state") == "done":
+        message = "its upstream stage was run again or removed since"
+        status = {**status, "state": "planned", "reason": "stale", "message": message}
+    found = _without_result(folder, status, result, over, waiting)
+    return found._replace(status=own.status)
+
+
+def _without_result(
+    folder: StageFolder,
+    status: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    over: str | None,
+    waiting: str | None,
+) -> StageState:
+    state, reason, message = (status.get(key) for key in ("state", "reason", "message"))
+    state = state or "planned"
+    if state != "failed":
         state, message = _as_of_now(folder, state, message, status, over, waiting)
     held = state not in ("done", "failed", "diverged", "running") and folder.stop.exists()
     if held:
@@ -86,12 +115,13 @@ def _as_of_now(
 ) -> tuple[str, str | None]:
     """State and message, if the one in the file says that somebody is at work who is not."""
     job = status.get("job") or status.get(TOKEN)
+    lease = read_lease(folder.lease) if state == "running" else None
+    is_dead = lease is None or owner_is_dead(lease)
     if job is not None and job == waiting:
-        # Stopped in good order and in the queue again: the scheduler will start it.
-        return ("submitted" if state in ("preempted", "timeout") else state), message
+        # Stopped, in good order or not, and in the queue again: the scheduler will start it.
+        is_back = state in ("preempted", "timeout") or (state == "running" and is_dead)
+        return ("submitted" if is_back else state), message
     if state == "running":
-        lease = read_lease(folder.lease)
-        is_dead = lease is None or owner_is_dead(lease)
         if is_dead or (job is not None and job == over):
             return "lost", "its process is gone without a word"
         if is_dead is None and job is None and is_long_silent(folder.lease):
@@ -207,7 +237,7 @@ def read_graph(
     for stage_id, node in graph.items():
         upstream = node.upstream
         row = rows.get(stage_id)
-        if row is not None and row.told and _rests_on(row.upstream_uids, upstream, done):
+        if row is not None and row.told and _rests_on(row.upstream_uids, upstream, done, states):
             attempt = row.attempts
             if attempt not in statuses:
                 statuses[attempt] = {"state": "done", "attempt": attempt}
@@ -226,9 +256,13 @@ def read_graph(
         own = unbegun
         if is_begun:
             folder = tree.stage(kind, stage_id)
-            own = read_state(folder, (over or {}).get(stage_id), (waiting or {}).get(stage_id))
+            asked = ((over or {}).get(stage_id), (waiting or {}).get(stage_id))
+            own = read_state(folder, *asked)
+            uids = (own.result or {}).get("upstream_uids", {})
+            if own.state == "done" and not _rests_on(uids, upstream, done, states):
+                own = _stale(folder, own, *asked)
         known = [states[u] for u in upstream if u in states]
-        own = states[stage_id] = _in_graph(own, upstream, known)
+        own = states[stage_id] = _in_graph(own, known)
         if own.state == "done":
             done[stage_id] = own.uid
         elif _blocks(own):
@@ -236,10 +270,19 @@ def read_graph(
     return states
 
 
-def _rests_on(uids: Mapping[str, Any], upstream: tuple[str, ...], done: Mapping[str, Any]) -> bool:
-    """Whether it is the runs with these uids that its upstream stages are done with now."""
+def _rests_on(
+    uids: Mapping[str, Any],
+    upstream: tuple[str, ...],
+    done: Mapping[str, Any],
+    known: Mapping[str, StageState],
+) -> bool:
+    """Whether it is the runs with these uids that its upstream stages, as far as they are `known`,
+    are done with now."""
     for stage_id in upstream:
-        if stage_id not in done or uids.get(stage_id) != done[stage_id]:
+        if stage_id in done:
+            if uids.get(stage_id) != done[stage_id]:
+                return False
+        elif stage_id in known:
             return False
     return len(uids) == len(upstream)
 
@@ -248,14 +291,7 @@ def _blocks(upstream: StageState) -> bool:
     return upstream.held or upstream.state in FAILED
 
 
-def _in_graph(own: StageState, ids: tuple[str, ...], upstream: list[StageState]) -> StageState:
-    if own.state == "done":
-        used = (own.result or {}).get("upstream_uids", {})
-        now = {u: s.uid if s.state == "done" else None for u, s in zip(ids, upstream, strict=True)}
-        if used == now:
-            return own
-        message = "its upstream stage was run again or removed since"
-        own = own._replace(state="planned", reason="stale", message=message)
+def _in_graph(own: StageState, upstream: list[StageState]) -> StageState:
     if own.state in RESUMABLE or own.state == "blocked":
         if own.held:
             return own

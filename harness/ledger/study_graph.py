@@ -72,7 +72,7 @@ def _load(path: Path, sign: list[int]) -> StudyGraph | None:
             dict(zip(ids, nodes, strict=True)),
             [tuple(map(of_place, places)) for places in content["cells"]],
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 
 

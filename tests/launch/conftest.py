@@ -23,6 +23,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]
     monkeypatch.setenv("PATH", f"{fake.folder / 'bin'}:{os.environ['PATH']}")
     queue._config.cache_clear()
     monkeypatch.setattr(queue, "_last", None)
+    monkeypatch.setattr(queue, "_silent_since", None)
     yield fake
     queue._config.cache_clear()
 

@@ -17,6 +17,7 @@ from harness.ledger.claim import ask_to_stop, clear_stop
 from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
+from harness.study.again import renewed
 from harness.study.cells import Grid, build_grid
 from harness.study.cost import Speeds
 from harness.study.schema import Retry, load_study
@@ -56,15 +57,21 @@ def test_a_driver_killed_before_it_decided_costs_no_try(tmp_path: Path, grid: Gr
 
 
 @pytest.mark.parametrize(
-    ("code", "asked", "end"),
-    [(-9, False, "killed"), (EXIT_REQUEUE, False, "preempted"), (-9, True, "preempted")],
+    ("code", "asked", "ranks", "end"),
+    [
+        (-9, False, 2, "killed"),
+        (EXIT_REQUEUE, False, 2, "preempted"),
+        (-9, True, 2, "preempted"),
+        (-11, False, 1, "preempted"),  # it had said so, and broke down on its way out
+    ],
 )
 def test_a_rank_that_died_is_the_cause_where_another_says_that_it_was_asked_to_stop(
-    tmp_path: Path, grid: Grid, code: int, asked: bool, end: str
+    tmp_path: Path, grid: Grid, code: int, asked: bool, ranks: int, end: str
 ) -> None:
     """srun, and the pool, ask the ranks that are left to stop; rank 0 hears nothing else."""
     stage = next(s for s in grid.stages.values() if s.kind == "mae")
-    folder = store.write_stage(Tree(tmp_path), stage)
+    execution = stage.execution.model_copy(update={"ranks": ranks})
+    folder = store.write_stage(Tree(tmp_path), renewed(stage, {"execution": execution}))
     number = folder.new_attempt()
     attempts.begin(folder, number, {})
     attempts.close(folder, number, "preempted", "preempted", "asked to stop")

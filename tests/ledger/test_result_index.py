@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli.status import status
 from harness.ledger import index, store
 from harness.ledger.files import write_json
+from harness.ledger.speeds import measured_speeds
 from harness.ledger.states import graph_of, graph_of_rows, read_graph, read_states
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
@@ -106,3 +108,66 @@ def test_rows_of_cells_give_the_same_graph_as_the_stages(tmp_path: Path, grid: G
         assert set(node.upstream) <= done, "a stage stands before what it rests on"
         done.add(stage_id)
     assert read_graph(Tree(tmp_path), graph) == read_states(Tree(tmp_path), grid.stages)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("rest", "x"),
+        ("rest", "[]"),
+        ("total_s", "2"),
+        ("attempts", [1]),
+        ("flops", "many"),
+        ("upstream_uids", []),
+        ("told", 1),
+    ],
+)
+def test_an_index_that_somebody_edited_ends_no_command(
+    tmp_path: Path, grid: Grid, column: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = Tree(tmp_path)
+    store.register(tree, grid, [])
+    for stage_id in grid.stages:
+        finish(tree, grid, stage_id, uid=stage_id)
+    read_states(tree, grid.stages)
+    for path in (tmp_path / "index").glob("*.json"):
+        content = json.loads(path.read_text())
+        if "columns" in content:
+            content["columns"][content["keys"].index(column)][0] = value
+            path.write_text(json.dumps(content))
+    as_a_new_process()
+    assert {v.state for v in read_states(tree, grid.stages).values()} == {"done"}
+    as_a_new_process()
+    assert status(study=None, as_json=True, root=tmp_path) == 0
+    capsys.readouterr()
+    measured_speeds(tree, "cpu")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"wall_s": [1]},
+        {"wall_s": {"total": "2", "harness": 1.0}},
+        {"wall_s": {"total": -2.0}, "flops": 1e9},
+        {"attempts": [1]},
+        {"size": ["b"]},
+        {"metrics": {"a": "\ud800", "b": float("nan"), "c": 2**70}},
+        {"metrics": None, "flops": 10**400},
+    ],
+)
+def test_an_odd_result_ends_no_command(
+    tmp_path: Path, grid: Grid, odd: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = Tree(tmp_path)
+    store.register(tree, grid, [])
+    for stage_id, stage in grid.stages.items():
+        finish(tree, grid, stage_id, uid=stage_id)
+        folder = tree.stage(stage.kind, stage_id)
+        about = json.loads(folder.result.read_text()) | {"kind": stage.kind, "size": "b"} | odd
+        folder.result.write_text(json.dumps(about))
+    for _ in range(2):  # from the files, and from the index
+        as_a_new_process()
+        assert status(study=None, as_json=True, root=tmp_path) == 0
+        assert '"done"' in capsys.readouterr().out
+        speeds = measured_speeds(tree, "cpu")
+        assert all(speed > 0 for speed in speeds.flops_per_s.values())

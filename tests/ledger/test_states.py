@@ -11,7 +11,7 @@ import pytest
 from harness.ledger import store
 from harness.ledger.drift import check_drift
 from harness.ledger.files import write_json
-from harness.ledger.lease import process_started, this_host
+from harness.ledger.lease import MOST_SKEW_S, process_started, this_host
 from harness.ledger.speeds import measured_speeds
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
@@ -111,6 +111,9 @@ def test_running_without_a_living_owner_is_lost(tmp_path: Path, grid: Grid) -> N
     assert states(tree, grid)[folder.path.name] == "lost"
     write_json(folder.lease, {**owner, "host": "elsewhere:1"})
     assert states(tree, grid)[folder.path.name] == "running"  # its heartbeat is not ours to judge
+    at_most = time.time() - MOST_SKEW_S - 30  # of clocks ten minutes ahead and behind
+    os.utime(folder.lease, (at_most, at_most))
+    assert states(tree, grid)[folder.path.name] == "running"
     days_ago = time.time() - 3 * 86_400
     os.utime(folder.lease, (days_ago, days_ago))
     assert states(tree, grid)[folder.path.name] == "lost"
@@ -131,6 +134,38 @@ def test_a_claim_whose_command_on_another_host_never_started_it_is_lost_after_lo
         assert states(tree, grid)[folder.path.name] == "submitted"
         os.utime(folder.status, (days_ago, days_ago))
         assert states(tree, grid)[folder.path.name] == expected
+
+
+def test_what_became_of_a_new_attempt_at_a_stale_stage_is_in_its_status(
+    tmp_path: Path, grid: Grid
+) -> None:
+    """The old result stays until a worker sets it aside: not before that can it have failed."""
+    tree = Tree(tmp_path)
+    mae, wsp, probe = chain(grid)
+    for stage_id in grid.stages:
+        finish(tree, grid, stage_id)
+    finish(tree, grid, mae, uid="another run")
+    folder = tree.stage("wsp", wsp)
+    assert states(tree, grid)[wsp] == "planned"
+    held = {"schema": 1, "reason": "cancelled by me", "time": 0.0}
+    write_json(folder.stop, held)
+    assert states(tree, grid)[wsp] == "cancelled"
+    folder.stop.unlink()
+    about = {"attempt": 2, "host": "elsewhere:1", "pid": 1, "pid_started": "1"}
+    for state, expected in (
+        ("failed", "failed"),
+        ("submitted", "submitted"),
+        ("preempted", "preempted"),
+        ("running", "lost"),  # it has no lease
+    ):
+        write_json(folder.status, {"schema": 1, "state": state, "reason": "code", **about})
+        assert states(tree, grid)[wsp] == expected
+        blocked = expected == "failed"
+        assert (states(tree, grid)[probe] == "blocked") is blocked
+    folder.result.unlink()
+    write_json(folder.status, {"schema": 1, "state": "done", "attempt": 2})
+    finish(tree, grid, wsp, uid="anew")
+    assert states(tree, grid)[wsp] == "done"
 
 
 def test_a_stored_config_that_is_not_its_ids_is_shown_as_a_field_diff(
