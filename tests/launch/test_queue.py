@@ -20,7 +20,9 @@ from harness.launch.machine import this_machine
 from harness.launch.pool import Pool
 from harness.launch.settings import Slurm
 from harness.ledger import lease, store
+from harness.ledger.claim import ask_to_stop, clear_stop
 from harness.ledger.files import read_json, write_json
+from harness.ledger.states import graph_of
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.cost import Speeds
@@ -178,6 +180,41 @@ def test_without_an_answer_of_the_queue_nothing_is_submitted_a_second_time(
     store.register(tree, grid, [])
     assert status.status(study=None, root=tree.root) == 0
     assert "squeue does not answer here" in capsys.readouterr().out
+
+
+def test_cancel_and_resume_give_up_a_job_that_nobody_can_ask_about(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """A run root that was moved off its cluster; a job that should start after all does nothing."""
+    submit(tree, grid)
+    change(tree, grid, state="preempted", pid=1, pid_started="0")
+    site.says("squeue", "exit 1")
+    stage = next(s for s in grid.stages.values() if not s.config.upstream)
+    folder = tree.stage(stage.kind, stage.id)
+    assert states(tree, grid)[stage.id] == "submitted"
+    ask_to_stop(folder, "cancelled by me")
+    assert states(tree, grid)[stage.id] == "cancelled"
+    clear_stop(folder)
+    assert states(tree, grid)[stage.id] == "preempted"
+    assert stage.id in submit(tree, grid).jobs
+
+
+def test_a_look_that_may_not_wait_takes_a_heartbeat_for_alive_until_it_was_seen_still(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "BEAT_S", 0.2)
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(tree, stage)
+    write_json(folder.status, {"state": "running", "attempt": 1, "job": "5", "cluster": "slurm"})
+    on_another_host(folder.lease, monkeypatch)
+    graph = graph_of(grid.stages)
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=slept.append)
+    monkeypatch.setattr(queue, "time", clock)
+    assert queue.read_graph(tree, graph, may_wait=False)[stage.id].state == "running"
+    time.sleep(0.5)
+    assert queue.read_graph(tree, graph, may_wait=False)[stage.id].state == "lost"
+    assert slept == []
 
 
 def test_a_job_of_another_cluster_is_not_one_to_wait_for(

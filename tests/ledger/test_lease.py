@@ -16,7 +16,7 @@ import pytest
 from harness.errors import LeaseLostError, StorageError
 from harness.ledger import lease as leases
 from harness.ledger.files import write_json
-from harness.ledger.lease import Lease, LeaseHeldError, owner_is_dead, read_lease
+from harness.ledger.lease import Lease, LeaseHeldError, owner_is_dead, read_lease, this_host
 from harness.ledger.tree import StageFolder
 
 
@@ -324,3 +324,12 @@ def test_ranks_without_a_lease_see_a_later_attempt_as_another_owner(tmp_path: Pa
 
 def test_the_clock_of_a_guard_counts_time_asleep() -> None:
     assert abs(leases._clock() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
+
+
+def test_where_only_the_existence_of_a_pid_can_be_asked_a_living_owner_is_not_dead() -> None:
+    """A reader that entered the owner's pid namespace, but sees another's /proc; or the reverse."""
+    own = {"token": "t", "host": this_host(), "pid": os.getpid(), "started": "unknown"}
+    assert owner_is_dead(own) is False
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert owner_is_dead({**own, "pid": gone.pid}) is True
