@@ -55,7 +55,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The machine-readable plan (`--json`)."""
         known = outlines(self.grid.stages)
-        samples = OfFamilies(known, lambda stage: stage.config.samples)
+        samples = OfFamilies(known, lambda stage: stage.config.samples).of_each()
+        seconds = self.seconds.of_each()
         cells = [
             {
                 "id": c.id,
@@ -67,25 +68,27 @@ class Plan:
                 "images": c.images,
                 "samples": sum([samples[s] for s in c.stages.values()]),
                 "flops": c.flops,
-                "seconds": sum([self.seconds[s] for s in c.stages.values()]),
+                "seconds": sum([seconds[s] for s in c.stages.values()]),
                 "tag": c.tag,
                 "parent": c.parent,
             }
             for c in self.grid.cells
         ]
+        common = OfFamilies(
+            known,
+            lambda stage: {
+                "kind": stage.kind,
+                "samples": stage.config.samples,
+                "flops": stage.flops,
+                "params": stage.params,
+                "seconds": self.seconds.of(stage),
+            },
+        ).of_each()
+        feeds, states = self.grid.feeds, self.states
+        cut = -HASH_CHARS - 1
         stages = [
-            {
-                "id": s,
-                "kind": outline.kind,
-                "name": s[: -HASH_CHARS - 1],
-                "feeds": self.grid.feeds[s],
-                "samples": samples[s],
-                "flops": outline.like.flops,
-                "params": outline.like.params,
-                "seconds": self.seconds[s],
-                "state": self.states[s],
-            }
-            for s, outline in known.items()
+            {"id": s, "name": s[:cut], "feeds": feeds[s], "state": states[s], **common[s]}
+            for s in known
         ]
         totals = self.totals
         return {
