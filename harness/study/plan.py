@@ -55,25 +55,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The machine-readable plan (`--json`)."""
         known = outlines(self.grid.stages)
-        samples = OfFamilies(known, lambda stage: stage.config.samples).of_each()
-        seconds = self.seconds.of_each()
-        cells = [
-            {
-                "id": c.id,
-                "name": c.name,
-                "axes": c.axes,
-                "stages": c.stages,
-                "state": self.cell_state(c.stages),
-                "params": c.params,
-                "images": c.images,
-                "samples": sum([samples[s] for s in c.stages.values()]),
-                "flops": c.flops,
-                "seconds": sum([seconds[s] for s in c.stages.values()]),
-                "tag": c.tag,
-                "parent": c.parent,
-            }
-            for c in self.grid.cells
-        ]
         common = OfFamilies(
             known,
             lambda stage: {
@@ -84,6 +65,23 @@ class Plan:
                 "seconds": self.seconds.of(stage),
             },
         ).of_each()
+        cells = [
+            {
+                "id": c.id,
+                "name": c.name,
+                "axes": c.axes,
+                "stages": c.stages,
+                "state": self.cell_state(c.stages),
+                "params": c.params,
+                "images": c.images,
+                "samples": sum([common[s]["samples"] for s in c.stages.values()]),
+                "flops": c.flops,
+                "seconds": sum([common[s]["seconds"] for s in c.stages.values()]),
+                "tag": c.tag,
+                "parent": c.parent,
+            }
+            for c in self.grid.cells
+        ]
         feeds, states = self.grid.feeds, self.states
         cut = -HASH_CHARS - 1
         stages = [
