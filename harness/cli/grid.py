@@ -10,8 +10,8 @@ import typer
 
 from harness.cli import base, shared, show_study
 from harness.errors import UserError
-from harness.launch.driver import Mode
 from harness.launch.machine import Machine
+from harness.launch.modes import Mode
 from harness.ledger import store
 from harness.ledger.tree import Tree
 from harness.study.cells import TUNE, Ablation, Grid, build_grid, only

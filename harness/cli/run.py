@@ -9,7 +9,7 @@ import typer
 
 from harness.cli import base, shared
 from harness.errors import UserError
-from harness.launch.driver import Mode
+from harness.launch.modes import Mode
 from harness.ledger import cell_rows, store
 from harness.ledger.tree import Tree
 from harness.study.cells import Ablation, build_grid, only

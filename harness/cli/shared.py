@@ -15,9 +15,9 @@ import harness
 from harness.cli import show_study
 from harness.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
 from harness.launch import queue, settings
-from harness.launch.driver import Driver, Mode, reset
 from harness.launch.hostfile import machine_of_hostfile
 from harness.launch.machine import Machine, detect, this_machine
+from harness.launch.modes import Mode
 from harness.ledger import cell_rows, drift, states, store
 from harness.ledger.speeds import measured_speeds
 from harness.ledger.tree import Tree
@@ -152,6 +152,8 @@ def submit(
         write()
     if isinstance(profile, settings.Slurm) and mode != "read-only":
         return _to_slurm(tree, grid, name, profile, mode)
+    from harness.launch.driver import Driver  # a plan does without
+
     ssh = profile.ssh if isinstance(profile, settings.Hosts) else ["ssh"]
     with show_study.Live(plan, machine) as live:
         driver = Driver(grid, tree, machine, plan.speeds, live.update, ssh=ssh, fail_fast=fail_fast)
@@ -166,6 +168,7 @@ def submit(
 
 def _to_slurm(tree: Tree, grid: Grid, name: str, profile: settings.Slurm, mode: Mode) -> int:
     from harness.launch import slurm  # submitit is slow to import, and only needed here
+    from harness.launch.driver import reset
 
     study = grid.loaded.study
     # The plan has asked the queue; what it said is good for all of this command.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cli.show import console, plain, state_text
-from harness.launch.driver import Mode
 from harness.launch.machine import Machine
-from harness.launch.progress import Progress, Summary
+from harness.launch.modes import Mode
 from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.cells import Cell, Grid
@@ -27,7 +27,9 @@ from harness.study.stage_set import families, outlines
 from harness.units import format_count, format_seconds, format_si
 
 if TYPE_CHECKING:
-    from harness.launch.slurm import Submitted  # submitit is slow to import
+    # What a plan does without.
+    from harness.launch.progress import Progress, Summary
+    from harness.launch.slurm import Submitted
 
 
 def plan(plan: Plan, tree: Tree, slots: int) -> None:
@@ -54,7 +56,7 @@ def _cell_table(plan: Plan) -> Table:
     shown = _rows_of(len(plan.grid.cells))
     # What all cells have in common stands in the study file, not in every row.
     cells = plan.grid.cells
-    axes = dict.fromkeys(axis for cell in cells for axis in cell.axes)
+    axes = dict.fromkeys(itertools.chain.from_iterable([cell.axes for cell in cells]))
     varied = [axis for axis in axes if _varies(axis, cells)]
     for cell in cells[:shown]:
         stages = [plan.grid.stages[s] for s in cell.stages.values()]
@@ -78,9 +80,8 @@ def _cell_table(plan: Plan) -> Table:
 
 def _varies(axis: str, cells: list[Cell]) -> bool:
     """Whether cells that have the axis differ in it."""
-    values = (cell.axes[axis] for cell in cells if axis in cell.axes)
-    first = next(values)
-    shown = str(first)
+    values = [cell.axes[axis] for cell in cells if axis in cell.axes]
+    first, shown = values[0], str(values[0])
     return any(value is not first and str(value) != shown for value in values)
 
 
@@ -95,15 +96,15 @@ def _stage_table(plan: Plan) -> Table:
     for name in ("feeds cells", "samples", "FLOPs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = defaultdict(list)
     known, feeds = outlines(plan.grid.stages), plan.grid.feeds
     for stage_id, outline in known.items():
-        kinds.setdefault(outline.kind, []).append(stage_id)
+        kinds[outline.kind].append(stage_id)
     for kind, ids in kinds.items():
-        done = [plan.states[i] for i in ids].count("done")
-        fed = [feeds[i] for i in ids]
+        done = list(map(plan.states.__getitem__, ids)).count("done")
+        fed = list(map(feeds.__getitem__, ids))
         least, most = min(fed), max(fed)
-        own = families([known[i] for i in ids])
+        own = families(map(known.__getitem__, ids))
         table.add_row(
             f"{kind} x {len(ids)}",
             str(least) if least == most else f"{least}-{most}",
@@ -113,7 +114,7 @@ def _stage_table(plan: Plan) -> Table:
             f"{done}/{len(ids)} done",
             style="bold",
         )
-        shared = [i for i in ids if feeds[i] > 1]
+        shared = [i for i, cells in zip(ids, fed, strict=True) if cells > 1] if most > 1 else []
         shown = shared[: _rows_of(max(len(shared), len(plan.grid.cells)))]
         for stage_id in shown:
             like = known[stage_id].like

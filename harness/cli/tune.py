@@ -13,7 +13,8 @@ import typer
 from harness.cli import base, shared, show_study
 from harness.errors import EXIT_FAILED, EXIT_OK, UserError
 from harness.launch import settings
-from harness.launch.driver import Driver, Mode
+from harness.launch.driver import Driver
+from harness.launch.modes import Mode
 from harness.ledger import tuned
 from harness.study.cells import build_grid
 from harness.study.groups import groups_of

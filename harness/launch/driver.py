@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Literal
 
 from harness.errors import EXIT_BUSY, UserError
 from harness.launch import ends, provenance, queue
 from harness.launch.machine import Machine, slots_per_rank
+from harness.launch.modes import Mode
 from harness.launch.policy import lost_on
 from harness.launch.pool import Ended, Pool
 from harness.launch.progress import Feed, Orders, Progress, Summary, Summed
@@ -27,8 +27,6 @@ from harness.study.cells import Grid
 from harness.study.cost import Speeds, pace, running_left
 from harness.study.schema import Retry
 from harness.study.stages import Execution, StageFile
-
-Mode = Literal["cached", "retry", "force", "read-only"]
 
 _POLL_S = 0.5
 _REREAD_S = 10.0

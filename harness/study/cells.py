@@ -7,8 +7,8 @@ import difflib
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -38,9 +38,11 @@ from harness.study.zero_files import checked_name
 from harness.units import format_count
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One point of the study, resolved: two cells with equal stages and axes are the same."""
+class Cell(NamedTuple):
+    """One point of the study, resolved: two cells with equal stages and axes are the same.
+
+    A tuple: there are ten thousands at a time.
+    """
 
     id: str
     name: str
@@ -53,9 +55,9 @@ class Cell:
     """Whether it uses all pretraining images of its dataset."""
     flops: float
     flops_by_role: dict[str, float]
-    tag: str | None = None
-    parent: str | None = None
-    set: dict[str, Any] = field(default_factory=dict)
+    tag: str | None
+    parent: str | None
+    set: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +193,11 @@ class _Builder:
 
     def add(self, point: Point, ablation: Ablation | None = None) -> None:
         others = None if self._seed_matters else point.family
-        if others is not None:
-            family = self._families.get(others)
-            if family is not None:
-                seed = point.values["seed"]
-                self._keep(family, point, repeat(family.steps, seed, self.stages, self._known))
-                return
+        family = None if others is None else self._families.get(others)
+        if family is not None:
+            ids = repeat(family.steps, point.values["seed"], self.stages, self._known)
+            self._keep(family, point, ids)
+            return
         recipes = self._recipes(point) if self.loaded.has_stages else None
         try:
             meta = self.dataset(str(point.values["dataset"]))
@@ -262,6 +263,7 @@ class _Builder:
         """Keeps the family's cell of a point, whose stages are `ids`, once."""
         seed = point.values["seed"]
         before, after = family.name
+        ablation = family.ablation
         name = f"{before}{seed}{after}"
         cell_id = f"{name}-{family.text.digest(seed, ids)}"
         if cell_id in self.cells:
@@ -276,9 +278,9 @@ class _Builder:
             is_full=family.is_full,
             flops=family.flops,
             flops_by_role=family.flops_by_role,
-            tag=family.ablation.tag if family.ablation else None,
-            parent=family.ablation.parent if family.ablation else None,
-            set=dict(family.ablation.set) if family.ablation else {},
+            tag=ablation.tag if ablation else None,
+            parent=ablation.parent if ablation else None,
+            set=dict(ablation.set) if ablation else {},
         )
 
     def _where(self, point: Point, axis: str) -> str:

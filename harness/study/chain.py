@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from harness.errors import UserError
 from harness.study import flops as count_flops
 from harness.study import identity
+from harness.study.again import made
 from harness.study.builtin import builtin
 from harness.study.datasets import ORDER_WINDOW, DatasetMeta, Role, locate
 from harness.study.recipes import (
@@ -218,18 +219,19 @@ class Chain:
         reads_weights = reads_encoder and "encoder" not in upstream
         name = meta.split_for(split)
         one_window = epoch_samples(images, recipe) <= ORDER_WINDOW
-        return StageConfig(
-            kind=kind,
-            size=self.axes["size"],
-            model=model or self.model,
-            images=self.builder.images(meta, name, images, one_window),
-            num_classes=classes,
-            recipe=recipe,
-            steps=steps,
-            seed=self.axes["seed"],
-            weights=content_hash(self.weights) if self.weights and reads_weights else "",
-            upstream=upstream,
-        )
+        fields = {
+            "kind": kind,
+            "size": self.axes["size"],
+            "model": model or self.model,
+            "images": self.builder.images(meta, name, images, one_window),
+            "num_classes": classes,
+            "recipe": recipe,
+            "steps": steps,
+            "seed": self.axes["seed"],
+            "weights": content_hash(self.weights) if self.weights and reads_weights else "",
+            "upstream": upstream,
+        }
+        return made(StageConfig, fields)  # of what the study file was checked for
 
     def put(
         self, role: str, config: StageConfig, flops: float, label: str, resources: str = ""
@@ -241,16 +243,17 @@ class Chain:
         stages = self.builder.stages
         kept = identity.Text(config)
         hashed = kept.hashed(config.seed, [config.upstream[role] for role in kept.roles])
-        stage = StageFile(
-            id=f"{readable}-{hashed[: identity.HASH_CHARS]}",
-            kind=config.kind,
-            name=readable,
-            config=config,
-            upstream_kinds={u: stages[u].kind for u in config.upstream.values()},
-            params=count_flops.encoder_params(config.model),
-            flops=flops,
-            execution=self._execution(resources or role, config),
-        )
+        fields = {
+            "id": f"{readable}-{hashed[: identity.HASH_CHARS]}",
+            "kind": config.kind,
+            "name": readable,
+            "config": config,
+            "upstream_kinds": {u: stages[u].kind for u in config.upstream.values()},
+            "params": count_flops.encoder_params(config.model),
+            "flops": float(flops),
+            "execution": self._execution(resources or role, config),
+        }
+        stage = made(StageFile, fields)
         self.ids[role] = self.builder.put(stage, hashed)
         self.links.append(Link(role, stage, kept))
         return stage.id

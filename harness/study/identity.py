@@ -26,9 +26,13 @@ def semantic_fields(config: StageConfig) -> dict[str, Any]:
     A duration is represented by the steps it came to, so `epochs: 2` of 4k images and
     `samples: 8k` are one stage.
     """
-    fields = config.model_dump(mode="json", exclude_defaults=True, exclude={"size"})
+    fields = config.model_dump(mode="json", exclude_defaults=True, exclude={"size", "recipe"})
     fields["images"].pop("dataset")
-    recipe = fields["recipe"]
+    return {"version": VERSION, **fields, "recipe": _recipe_fields(config)}
+
+
+def _recipe_fields(config: StageConfig) -> dict[str, Any]:
+    recipe = _fields(config.recipe)
     # Discriminators are at their default in their own class, but they say which class it is.
     recipe.pop("duration", None)
     recipe.pop("dataset", None)  # its fingerprint is in `images`
@@ -41,7 +45,7 @@ def semantic_fields(config: StageConfig) -> dict[str, Any]:
         recipe.pop("data", None)
     if isinstance(config.recipe, Optimization) and config.recipe.schedule != "wsd":
         recipe.pop("cooldown", None)
-    return {"version": VERSION, **fields}
+    return recipe
 
 
 def canonical(fields: Any) -> str:
@@ -64,7 +68,7 @@ class Text:
         head = f'{{"images":{_text(images, lambda: canonical(_images_fields(images)))}'
         head += f',"kind":{_quoted(config.kind)},"model":{model}'
         head += f',"num_classes":{config.num_classes}' if config.num_classes else ""
-        written = _text(recipe, lambda: canonical(semantic_fields(config)["recipe"]))
+        written = _text(recipe, lambda: canonical(_recipe_fields(config)))
         self._head = f'{head},"recipe":{written}'
         self.roles = sorted(config.upstream)
         """Of what it starts from, in the order of the text."""
@@ -74,22 +78,31 @@ class Text:
         weights = f',"weights":{_quoted(config.weights)}' if config.weights else ""
         after += f',"version":{VERSION}{weights}}}'
         self._after = after.replace("%", "%%").replace("\0", "%s")
-        """From the seed on, a `%s` for each role."""
-        self._alone = after
-        """The same, of a stage that starts from no other."""
+        """What comes after the seed, a `%s` for each role."""
         self._begun = hashlib.sha256(self._head.encode())
 
     def hashed(self, seed: int, ids: Sequence[str]) -> str:
         """Hex SHA-256 of `canonical(semantic_fields(config))` of the config with this seed, and
         with `ids` in the order of `roles`. An id shows how it begins.
         """
+        after = self._after % tuple(map(_quoted, ids))
         begun = self._begun.copy()  # what differs is at the end: the rest is hashed once
-        begun.update(self._rest(seed, ids).encode())
+        begun.update((f',"seed":{seed}{after}' if seed else after).encode())
         return begun.hexdigest()
 
-    def _rest(self, seed: int, ids: Sequence[str]) -> str:
-        after = self._after % tuple(map(_quoted, ids)) if ids else self._alone
-        return f',"seed":{seed}{after}' if seed else after
+    def of_seeds(self) -> tuple[Any, str]:
+        """The hash of what comes before the seed, and the rest as a form for `%`: of any seed but 0
+        and of ids that JSON need not escape. For those who fill it in tens of thousands of times.
+        """
+        return self._begun, f',"seed":%d{self._after.replace("%s", _PLAIN_FIELD)}'
+
+
+_PLAIN_FIELD = '"%s"'
+
+
+def is_plain(text: str) -> bool:
+    """Whether it stands in JSON as it is."""
+    return _quoted(text) == f'"{text}"'
 
 
 def _text(part: Any, write: Callable[[], str]) -> str:
@@ -122,12 +135,17 @@ class CellText:
         texts = ",".join([shown[k] for k in sorted(shown)])
         ids = ",".join([f"{_quoted(role)}:\0" for role in self._roles])
         whole = f'{{"axes":{{{texts}}},"stages":{{{ids}}}}}'
-        self._text = whole.replace("%", "%%").replace("\0", "%s")
+        before, seed, after = whole.replace("%", "%%").partition('"seed":\0')
+        self._begun = hashlib.sha256((before % ()).encode())
+        self._form = (seed + after).replace("\0", "%s")
+        """From the seed on, a `%s` for it and for each stage."""
 
     def digest(self, seed: int, stages: Mapping[str, str]) -> str:
         """The hash part of its id, of `canonical({"axes": axes, "stages": stages})`."""
-        text = self._text % (seed, *[_quoted(stages[role]) for role in self._roles])
-        return hashlib.sha256(text.encode()).hexdigest()[:CELL_HASH_CHARS]
+        begun = self._begun.copy()
+        ids = [stages[role] for role in self._roles]
+        begun.update((self._form % (seed, *map(_quoted, ids))).encode())
+        return begun.hexdigest()[:CELL_HASH_CHARS]
 
 
 def _value(value: Any) -> str:

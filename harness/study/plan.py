@@ -137,13 +137,12 @@ def make_plan(grid: Grid, states: Mapping[str, str], speeds: Speeds, slots: int)
 def unseen_images(grid: Grid) -> list[str]:
     """A line for every data size of which WSP does not get to see all: it is no larger then."""
     found: dict[tuple[int, int], int] = {}
-    seen = OfFamilies(
-        outlines(grid.stages), lambda stage: (stage.config.images.images, stage.config.samples)
-    )
-    for cell in grid.cells:
-        images, samples = seen[cell.stages["wsp"]] if "wsp" in cell.stages else (0, 0)
+    known = outlines(grid.stages)
+    stages = [known[cell.stages["wsp"]] for cell in grid.cells if "wsp" in cell.stages]
+    for like, cells in families(stages):
+        images, samples = like.config.images.images, like.config.samples
         if samples < images:
-            found[images, samples] = found.get((images, samples), 0) + 1
+            found[images, samples] = found.get((images, samples), 0) + cells
     return [
         f"{cells} cells of {format_count(images)} images see {format_count(samples)} of them at"
         " most, the samples of their wsp stage: train longer, or do not read them as more data"

@@ -6,10 +6,10 @@ most differ in the seed alone, which has no say in any of that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from harness.study.chain import Link
-from harness.study.identity import HASH_CHARS
+from harness.study.identity import HASH_CHARS, is_plain
 from harness.study.stage_set import Outline, StageSet
 
 
@@ -19,23 +19,15 @@ class Step:
     def __init__(self, link: Link) -> None:
         config = link.stage.config
         self.role, self.built = link.role, link.stage.id
-        self._kind, self._like = link.stage.kind, link.stage
-        self._hashed = link.text.hashed
-        self._name = link.stage.name.removesuffix(str(config.seed))
-        self._upstream = tuple(config.upstream.values())
-        self._in_text = tuple(config.upstream[role] for role in link.text.roles)
-
-    def of(self, seed: int, ids: Mapping[str, str], stages: StageSet) -> str:
-        """The id of the stage with this seed, which is among the `stages` then.
-
-        `ids`: of the stages that it starts from, by those of the chain that was built.
-        """
-        hashed = self._hashed(seed, [ids[i] for i in self._in_text])
-        stage_id = f"{self._name}{seed}-{hashed[:HASH_CHARS]}"
-        if stages.is_new(stage_id, hashed):
-            upstream = tuple([ids[i] for i in self._upstream])
-            stages.add_like(stage_id, Outline(self._kind, upstream, seed, self._like))
-        return stage_id
+        self.like, self.text = link.stage, link.text
+        self.kind = link.stage.kind
+        self.name = link.stage.name.removesuffix(str(config.seed))
+        self.upstream = tuple(config.upstream.values())
+        """Of the stage that was built, in the order of its config."""
+        self.in_text = tuple(config.upstream[role] for role in link.text.roles)
+        """The same in the order of what is hashed."""
+        self.begun, self.form = link.text.of_seeds()
+        self.is_plain = all(map(is_plain, self.in_text))
 
 
 Known = dict[int, dict[str, str]]
@@ -43,12 +35,28 @@ Known = dict[int, dict[str, str]]
 
 
 def repeat(steps: Sequence[Step], seed: int, stages: StageSet, known: Known) -> dict[str, str]:
-    """Role -> stage id of the same chain with another seed. Chains share what is `known`."""
+    """Role -> stage id of the same chain with another seed; its stages are among `stages` then.
+
+    Chains share what is `known`.
+    """
     ids = known.setdefault(seed, {})
     roles: dict[str, str] = {}
+    # The inner loop of a plan, of ten thousand cells run forty thousand times: no calls.
+    make, add = tuple.__new__, stages.add_like
     for step in steps:
         found = ids.get(step.built)
         if found is None:
-            found = ids[step.built] = step.of(seed, ids, stages)
+            start = tuple([ids[i] for i in step.in_text])
+            if seed and step.is_plain:
+                rest = step.begun.copy()
+                rest.update((step.form % (seed, *start)).encode())
+                hashed = rest.hexdigest()
+            else:
+                hashed = step.text.hashed(seed, start)
+            found = ids[step.built] = f"{step.name}{seed}-{hashed[:HASH_CHARS]}"
+            upstream = start
+            if step.upstream != step.in_text:
+                upstream = tuple([ids[i] for i in step.upstream])
+            add(found, make(Outline, (step.kind, upstream, seed, step.like, hashed)))
         roles[step.role] = found
     return roles

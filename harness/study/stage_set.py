@@ -25,6 +25,8 @@ class Outline(NamedTuple):
     seed: int
     like: StageFile
     """Itself, or one that differs in id, name, seed and what it starts from alone."""
+    hashed: str = ""
+    """The whole of its hash, where it is known: ids show how it begins."""
 
 
 class StageSet(Mapping[str, StageFile]):
@@ -33,28 +35,21 @@ class StageSet(Mapping[str, StageFile]):
     def __init__(self) -> None:
         self._outlines: dict[str, Outline] = {}
         self._whole: dict[str, StageFile] = {}
-        self._hashes: dict[str, str] = {}
-        """Whole hashes, of which ids show how they begin."""
 
     def add(self, stage: StageFile, hashed: str) -> None:
         """Keeps a stage, once. `hashed` is the whole of its hash."""
-        if self.is_new(stage.id, hashed):
-            self.add_like(stage.id, _outline(stage))
+        config = stage.config
+        upstream = tuple(config.upstream.values())
+        outline = Outline(stage.kind, upstream, config.seed, stage, hashed)
+        if self.add_like(stage.id, outline) is outline:
             self._whole[stage.id] = stage
 
-    def is_new(self, stage_id: str, hashed: str) -> bool:
-        """Whether nobody asked after this id before. `hashed` is the whole of the stage's hash."""
-        known = self._hashes.get(stage_id)
-        if known is None:
-            self._hashes[stage_id] = hashed
-            return True
-        if known != hashed:  # one name and hashes that begin alike: they would silently be one
+    def add_like(self, stage_id: str, outline: Outline) -> Outline:
+        """Keeps a stage that is like another, once: what is kept under its id."""
+        known = self._outlines.setdefault(stage_id, outline)
+        if known.hashed != outline.hashed:  # they would silently be one
             raise RuntimeError(f"two different stages have the id {stage_id}")
-        return False
-
-    def add_like(self, stage_id: str, outline: Outline) -> None:
-        """Keeps a new stage that is like another."""
-        self._outlines[stage_id] = outline
+        return known
 
     def __getitem__(self, stage_id: str) -> StageFile:
         outline = self._outlines[stage_id]

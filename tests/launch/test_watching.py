@@ -9,7 +9,7 @@ import pytest
 
 from harness.cli import logs, shared, show_study, status, steer, tune
 from harness.errors import UserError
-from harness.launch.driver import Mode
+from harness.launch.modes import Mode
 from harness.launch.progress import Summary
 from harness.ledger import attempts, store, summary
 from harness.ledger.files import write_json

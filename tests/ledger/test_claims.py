@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.launch import ends
-from harness.launch.driver import Mode, reset
+from harness.launch.driver import reset
+from harness.launch.modes import Mode
 from harness.ledger import attempts, store
 from harness.ledger.claim import claim, start_over, unclaim
 from harness.ledger.files import read_json, read_jsonl, write_json
