@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.cli import base
 from harness.errors import NotFoundError, UserError
 from harness.launch import queue
 from harness.ledger import cell_rows, store
-from harness.ledger.states import StageState, read_state
+from harness.ledger.states import Node, StageState, graph_of, graph_of_rows, read_state
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
-from harness.study.select import Chosen, choose
+from harness.study.select import Chosen, Named, choose
 from harness.study.stages import StageFile
 
 
@@ -23,7 +24,11 @@ class Choice:
     """What the selectors mean in one study."""
 
     study: str
-    grid: Grid
+    grid: Grid | None
+    """None if it cannot be built: then its cells are what was written down of them."""
+    cells: Sequence[Named]
+    nodes: Mapping[str, Node]
+    """Of its stages."""
     states: Mapping[str, StageState]
     parts: dict[str, Chosen]
     """By selector, of those that mean something here."""
@@ -37,7 +42,8 @@ class Target:
     """None if no study, of those that can be read, has the stage."""
     folder: StageFolder
     stage: StageFile | None
-    """None as above: what can be said to it is said in its folder."""
+    """None as above, or if none of them can be built: what can be said to it is said in its
+    folder."""
     state: StageState
 
     @property
@@ -53,34 +59,46 @@ class Target:
 
 @base.no_collection()
 def choices(
-    tree: Tree, study: str | None, selectors: list[str], known: Collection[str] = ()
+    tree: Tree,
+    study: str | None,
+    selectors: list[str],
+    known: Collection[str] = (),
+    *,
+    or_rows: bool = False,
 ) -> list[Choice]:
     """The studies in which a selector means something.
 
     Raises NotFoundError or UserError if one means nothing in any of them and is not `known` to
-    mean something besides.
+    mean something besides. `or_rows`: of studies that cannot be built any more, too.
     """
     if study is not None:
         cell_rows.read_cells(tree, study)  # raises if there is none of that name
-    grids, problems = _grids(tree, [study] if study else tree.studies())
+    known_cells, problems = _studies(tree, [study] if study else tree.studies(), or_rows)
     asked = [s for s in dict.fromkeys(selectors) if s not in known]
-    if problems and asked and not grids:
+    if problems and asked and not known_cells:
         raise UserError(*problems)
-    for problem in problems:
-        print(f"{problem}; it is passed over", file=sys.stderr)
+    for problem, then in problems.items():
+        print(f"{problem}; {then}", file=sys.stderr)
     # Of all at once: a scheduler is asked once.
-    everything = {s: stage for grid in grids.values() for s, stage in grid.stages.items()}
-    all_states = queue.read_states(tree, everything)
+    everything = {s: node for _, _, nodes in known_cells.values() for s, node in nodes.items()}
+    all_states = queue.read_graph(tree, everything)
     found = [
-        Choice(study=k, grid=grid, states={s: all_states[s] for s in grid.stages}, parts={})
-        for k, grid in grids.items()
+        Choice(
+            study=name,
+            grid=grid,
+            cells=cells,
+            nodes=nodes,
+            states={s: all_states[s] for s in nodes},
+            parts={},
+        )
+        for name, (grid, cells, nodes) in known_cells.items()
     ]
     words = [{s: v.state for s, v in choice.states.items()} for choice in found]
     for selector in dict.fromkeys(selectors):
         errors: list[UserError] = []
         for choice, state in zip(found, words, strict=True):
             try:
-                choice.parts[selector] = choose(choice.grid.cells, state, selector)
+                choice.parts[selector] = choose(choice.cells, state, selector)
             except UserError as error:
                 errors.append(error)
         if len(errors) == len(found) and selector in asked:
@@ -88,19 +106,31 @@ def choices(
     return [choice for choice in found if choice.parts]
 
 
-def _grids(tree: Tree, studies: list[str]) -> tuple[dict[str, Grid], list[str]]:
-    """Studies by name, and what is wrong with those that cannot be built."""
-    grids: dict[str, Grid] = {}
-    problems: list[str] = []
+_Study = tuple[Grid | None, Sequence[Named], Mapping[str, Node]]
+
+
+def _studies(
+    tree: Tree, studies: list[str], or_rows: bool
+) -> tuple[dict[str, _Study], dict[str, str]]:
+    """Studies by name; what is wrong with those that cannot be built, and what is done about it."""
+    found: dict[str, _Study] = {}
+    problems: dict[str, str] = {}
     for name in studies:
         try:
             loaded = load_study(tree.study(name) / "study.yaml", store.base_folders(tree, name))
-            grids[name] = build_grid(loaded, store.read_ablations(tree, name))
+            grid = build_grid(loaded, store.read_ablations(tree, name))
+            found[name] = (grid, grid.cells, graph_of(grid.stages))
         except UserError as error:
             first, *rest = error.problems
             more = f" (and {len(rest)} more)" if rest else ""
-            problems.append(f"study {name} cannot be read: {first}{more}")
-    return grids, problems
+            then = "it is passed over"
+            if or_rows:
+                with contextlib.suppress(UserError):
+                    rows = cell_rows.read_cells(tree, name)
+                    found[name] = (None, cell_rows.cells_of(rows), graph_of_rows(rows))
+                    then = "its cells are taken as they were submitted"
+            problems[f"study {name} cannot be read: {first}{more}"] = then
+    return found, problems
 
 
 def _nearest(tree: Tree, errors: list[UserError]) -> UserError:
@@ -115,12 +145,12 @@ def _nearest(tree: Tree, errors: list[UserError]) -> UserError:
 def targets(tree: Tree, found: list[Choice], wanted: Callable[[StageState], bool]) -> list[Target]:
     """Chosen stages in a wanted state, each once."""
     kept: dict[str, Target] = {}
-    for choice in found:
+    for choice in sorted(found, key=lambda choice: choice.grid is None):
         for stage in (s for part in choice.parts.values() for s in part.stages):
             state = choice.states[stage]
             if stage not in kept and wanted(state):
-                own = choice.grid.stages[stage]
-                folder = tree.stage(own.kind, stage)
+                own = choice.grid.stages[stage] if choice.grid else None
+                folder = tree.stage(choice.nodes[stage].kind, stage)
                 kept[stage] = Target(study=choice.study, folder=folder, stage=own, state=state)
     return list(kept.values())
 
@@ -176,6 +206,6 @@ def _needed_besides(found: list[Choice], selector: str) -> set[str]:
     for choice in found:
         parts = choice.parts.items()
         inside = {c for s, part in parts if s == selector or part.is_whole for c in part.cells}
-        outside = (c for c in choice.grid.cells if c.id not in inside)
+        outside = (c for c in choice.cells if c.id not in inside)
         needed.update(stage for cell in outside for stage in cell.stages.values())
     return needed

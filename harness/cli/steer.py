@@ -92,7 +92,7 @@ def cancel(
     """
     tree = base.tree(root)
     folders = {} if study else selection.folders_of(tree, selectors)
-    found = selection.choices(tree, study, selectors, folders)
+    found = selection.choices(tree, study, selectors, folders, or_rows=True)
     open_ = selection.targets(tree, found, lambda state: not state.is_over)
     free = {t.id for t in open_} if shared_too else selection.free(tree, found)
     wanted = [t for t in open_ if t.id in free]
@@ -216,10 +216,10 @@ def _tell_dependants(found: list[Choice], wanted: list[Target]) -> None:
     named = {target.id for target in wanted}
     again, more = set(named), dict[str, None]()
     for choice in found:
-        for stage in choice.grid.stages.values():
-            if again & set(stage.config.upstream.values()):
-                again.add(stage.id)
-        more |= dict.fromkeys(s for s in choice.grid.stages if s in again and s not in named)
+        for stage, node in choice.nodes.items():
+            if not again.isdisjoint(node.upstream):
+                again.add(stage)
+        more |= dict.fromkeys(s for s in choice.nodes if s in again and s not in named)
     if more:
         shown = ", ".join([*more][:5]) + (" ..." if len(more) > 5 else "")
         print(f"{len(more)} stages rest on these and run again too: {shown}")
@@ -228,11 +228,11 @@ def _tell_dependants(found: list[Choice], wanted: list[Target]) -> None:
 def _submit(tree: Tree, found: list[Choice], wanted: list[Target], cluster: str | None) -> int:
     """Runs the cells that the stages belong to, study by study."""
     worst, again = EXIT_OK, {target.id for target in wanted}
-    for choice in found:
-        cells = [c for c in choice.grid.cells if not again.isdisjoint(c.stages.values())]
-        if not cells:
+    for grid in (choice.grid for choice in found):
+        cells = [c for c in grid.cells if not again.isdisjoint(c.stages.values())] if grid else []
+        if not (grid and cells):
             continue
-        part = only(choice.grid, cells)
+        part = only(grid, cells)
         machine, plan = shared.plan(tree, part, cluster=cluster)
         worst = max(worst, shared.submit(tree, part, machine, plan, "cached", cluster))
     return worst

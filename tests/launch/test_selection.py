@@ -149,13 +149,49 @@ def test_a_study_that_cannot_be_read_is_passed_over(
     two = register("two")
     path = tree.study("one") / "study.yaml"
     path.write_text(path.read_text().replace("scenes-4k", "/gone/images"))
-    done = here("cancel", "stage=mae")
-    assert stopped(tree) == {s.id for s in two.stages.values() if s.kind == "mae"}
+    ids = {s.id for s in two.stages.values() if s.kind == "mae"}
+    for stage in ids:
+        failed = {"schema": 1, "state": "failed", "attempt": 1}
+        write_json(folder(tree, two, stage).status, failed)
+    done = here("retry", "stage=mae", "--no-submit")
+    assert {line.split()[1] for line in done.stdout.splitlines()} == ids
     (line,) = done.stderr.splitlines()
     assert line.startswith("study one cannot be read: ") and line.endswith("it is passed over")
     assert "/gone/images" in line
-    alone = here("cancel", "stage=mae", "--study", "one", check=2)
+    alone = here("retry", "stage=mae", "--study", "one", "--no-submit", check=2)
     assert "study one cannot be read: " in alone.stderr and "passed over" not in alone.stderr
+
+
+def test_a_study_whose_images_are_gone_can_still_be_cancelled(
+    tree: Tree, register: Register, here: Harness, owned: Callable[[StageFolder], None]
+) -> None:
+    one = register("one", SHARED)
+    path = tree.study("one") / "study.yaml"
+    path.write_text(path.read_text().replace("scenes-4k", "/gone/images"))
+    stage, _ = shared_mae(one)
+    owned(folder(tree, one, stage))
+    done = here("cancel", "state=running", "wsp.lr=1e-3,stage=wsp")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("study one cannot be read: ") and line.endswith("as they were submitted")
+    wsp = {c.stages["wsp"] for c in one.cells if c.axes["wsp.lr"] == 1e-3}
+    assert stopped(tree) == {stage, *wsp}
+    # Nobody has begun the second: held all the same, once the images are back.
+    path.write_text(path.read_text().replace("/gone/images", "scenes-4k"))
+    rows = json.loads(here("status", "one", "--json").stdout)["studies"][0]["stages"]
+    assert {r["id"] for r in rows if r["state"] == "cancelled"} == wsp
+
+
+def test_a_stage_that_one_of_its_studies_still_describes_is_written_down(
+    tree: Tree, register: Register, here: Harness
+) -> None:
+    two = register("one") and register("two")
+    path = tree.study("one") / "study.yaml"
+    path.write_text(path.read_text().replace("scenes-4k", "/gone/images"))
+    here("cancel", "stage=mae")
+    stages = [s for s in two.stages.values() if s.kind == "mae"]
+    assert stages
+    for stage in stages:
+        assert store.read_stage(tree.stage("mae", stage.id)) == stage
 
 
 def test_a_stage_of_two_studies_is_retried_once(
