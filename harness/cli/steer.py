@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -99,7 +99,7 @@ def cancel(
     spared = len(open_) - len(wanted)
     wanted += [t for t in selection.in_no_study(folders, found) if not t.state.is_over]
     why = f"cancelled by {getpass.getuser()} on {this_host().partition(':')[0]}"
-    jobs: dict[str, Mapping[str, Any]] = {}
+    jobs: list[Mapping[str, Any]] = []
 
     def act(target: Target) -> None:
         if target.stage is not None:
@@ -108,21 +108,22 @@ def cancel(
         ask_to_stop(target.folder, why)
         status = target.state.status
         if target.state.state == "submitted" and status.get("job"):
-            jobs[str(status["job"])] = status
+            jobs.append(status)
 
     code = _apply(
         "cancel", wanted, act, yes=yes, dry=dry, as_json=as_json, none="nothing to cancel"
     )
-    _tell_left({job: jobs[job].get("site") for job in queue.cancel_jobs(jobs, jobs)})
+    _tell_left(queue.cancel_jobs(jobs))
     if spared and not as_json:
         print(f"{spared} stages feed cells that were not selected; --shared cancels them too")
     return EXIT_OK if code is None else code
 
 
-def _tell_left(sites: Mapping[str, str | None]) -> None:
+def _tell_left(statuses: Sequence[Mapping[str, Any]]) -> None:
     """Of jobs that stay in a queue though their stages are cancelled."""
-    for site in dict.fromkeys(sites.values()):
-        jobs = [job for job, of in sites.items() if of == site]
+    for site in dict.fromkeys(status.get("site") for status in statuses):
+        own = [str(status["job"]) for status in statuses if status.get("site") == site]
+        jobs = list(dict.fromkeys(own))
         shown = " ".join(jobs[:_MANY]) + (" ..." if len(jobs) > _MANY else "")
         where = f"the queue of {site}" if site else "its queue"
         until = f"in {where} until started, and over at once then"

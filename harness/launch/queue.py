@@ -293,23 +293,24 @@ def _config() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in rows}
 
 
-def cancel_jobs(
-    ids: Iterable[str], about: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[str]:
+def cancel_jobs(statuses: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Takes jobs out of the queue; those that are over already are not an error.
 
-    Returns the jobs that it cannot reach from here: of another user or cluster, as what status.json
-    says `about` them tells, or all where there is no `scancel`.
+    `statuses`: with the `job`, and the user and site if they are known, as in status.json.
+
+    Returns those that it cannot reach from here: of another user or cluster (two clusters have jobs
+    of the same number), or all where there is no `scancel`.
     """
-    wanted, about = list(ids), about or {}
-    left = [job for job in wanted if not _is_ours(about.get(job, {}))]
-    wanted = [job for job in wanted if job not in left]
+    asked = list(statuses)
+    left = [status for status in asked if not _is_ours(status)]
+    own = [status for status in asked if _is_ours(status)]
+    wanted = list(dict.fromkeys(str(status["job"]) for status in own))
     for start in range(0, len(wanted), 200):
         command = ["scancel", "--quiet", *wanted[start : start + 200]]
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=scrubbed())
         except FileNotFoundError:
-            return left + wanted
+            return left + own
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise HarnessError(f"scancel: {last}")

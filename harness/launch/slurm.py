@@ -288,7 +288,7 @@ class _Submission:
         elif not keep_caretaker:
             # Slurm may answer no more; the caretaker finds nothing to do then.
             with suppress(HarnessError, OSError):
-                queue.cancel_jobs([self.caretaker])
+                queue.cancel_jobs([{"job": self.caretaker}])
             self.caretaker = None
 
     def _put_behind(self, caretaker: str) -> None:

@@ -239,6 +239,20 @@ def test_a_job_of_another_cluster_is_left_to_it(
     assert (site.folder / "scancel.calls").read_text() == "--quiet 77\n"
 
 
+def test_jobs_of_one_number_on_two_clusters_are_two(
+    tree: Tree, register: Register, here: Harness, site: FakeSlurm
+) -> None:
+    site.holds(("77", "t.0"))
+    grid = register("one", SHARED)
+    wsp = [s.id for s in grid.stages.values() if s.kind == "wsp"]
+    for stage, place in zip(wsp, ("elsewhere", "lab", "elsewhere"), strict=False):
+        status = {"state": "submitted", "attempt": 1, "cluster": "slurm", "job": "77", "token": "t"}
+        write_json(folder(tree, grid, stage).status, {"schema": 1, **status, "site": place})
+    done = here("cancel", *wsp[:3])
+    assert done.stderr.startswith("job 77: in the queue of elsewhere until")
+    assert (site.folder / "scancel.calls").read_text() == "--quiet 77\n"
+
+
 def test_a_note_is_taken_back_from_a_stage_that_still_runs(
     tree: Tree, register: Register, owned: Callable[[StageFolder], None], here: Harness
 ) -> None:
