@@ -78,6 +78,10 @@ def storage_error(error: BaseException, path: object = None) -> StorageError | N
     return None
 
 
+class UpstreamGoneError(UserError):
+    """What a stage starts from was removed, or is run again, since somebody said it was there."""
+
+
 class NotFoundError(UserError):
     """A name the user gave (study, cell, stage, file) does not exist."""
 

@@ -25,6 +25,7 @@ from harness.errors import (
     OutOfMemoryError,
     PreemptedError,
     StorageError,
+    UpstreamGoneError,
     UserError,
     storage_error,
 )
@@ -61,6 +62,8 @@ def guarded(
         return _end(folder, attempt, job, "failed", "data", error, EXIT_FAILED)
     except StorageError as error:
         return _end(folder, attempt, job, "failed", "storage", error, EXIT_STORAGE)
+    except UpstreamGoneError as error:  # not a try of the stage: it waits again
+        return _end(folder, attempt, job, "planned", "dropped", error, EXIT_FAILED)
     except UserError as error:
         return _end(folder, attempt, job, "failed", "config", error, EXIT_FAILED)
     except OutOfMemoryError as error:

@@ -66,6 +66,8 @@ class RankZero:
         about = {**(read_json(self._attempt_file) or {}), "git": git}
         result = record.run_recorded(self.tree.sacred, record_id, self.stage, about, self._train)
         self.lease.check()
+        if self.rows is not None:
+            self.rows.sync()
         write_columns(self.folder.metrics, self.lease.guard)
         self._write_result(result, uids)
         self.finish("done")
@@ -73,12 +75,11 @@ class RankZero:
 
     def _start_clean_if_stale(self, uids: dict[str, str]) -> None:
         """Leftovers of an earlier upstream run, or of a finished run, are not this run's."""
-        lineage = self.folder.path / "lineage.json"
-        known = read_json(lineage)
+        known = read_json(self.folder.lineage)
         self.lease.check()
         if self.folder.result.exists() or (known is not None and known["upstream_uids"] != uids):
             store.set_aside(self.folder, self.lease.guard)
-        write_json(lineage, {"schema": 1, "upstream_uids": uids}, self.lease.check)
+        write_json(self.folder.lineage, {"schema": 1, "upstream_uids": uids}, self.lease.check)
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
         events = self.tree.events / self.stage.id if os.environ.get(_TENSORBOARD) else None

@@ -168,6 +168,10 @@ class Rows:
             self.events.first_step = step
         self.on_start()
 
+    def sync(self) -> None:
+        """Before a checkpoint or a result says that the rows are there."""
+        self.writer.sync()
+
     def close(self) -> None:
         """Ends what is written beside the rows."""
         if self.events is not None:
@@ -216,4 +220,7 @@ class NoRows:
         """Ranks other than 0 write nothing."""
 
     def rewind(self, step: int) -> None:
+        """Ranks other than 0 write nothing."""
+
+    def sync(self) -> None:
         """Ranks other than 0 write nothing."""

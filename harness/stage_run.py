@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import transfer
 from harness.attempt import versions
-from harness.errors import UserError
+from harness.errors import UpstreamGoneError, UserError
 from harness.ledger.context import StageContext, StageResult
 from harness.ledger.environment import environment
 from harness.ledger.files import Guard, read_json, write_json
@@ -28,13 +28,13 @@ def say(what: object) -> None:
 
 
 def upstream_uids(tree: Tree, stage: StageFile) -> dict[str, str]:
-    """The uid of each input's result; raises UserError where one is gone."""
+    """The uid of each input's result; raises UpstreamGoneError where one is gone."""
     uids = {}
     for upstream in stage.config.upstream.values():
         kind = stage.upstream_kinds[upstream]
         result = read_json(tree.stage(kind, upstream).result)
         if result is None:
-            raise UserError(f"{stage.id}: upstream stage {upstream} has no result; submit again")
+            raise UpstreamGoneError(f"{stage.id}: upstream {upstream} is not done (any more)")
         uids[upstream] = result["uid"]
     return uids
 

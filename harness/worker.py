@@ -23,6 +23,7 @@ from harness.errors import (
     EXIT_STORAGE,
     LeaseLostError,
     StorageError,
+    UpstreamGoneError,
     storage_error,
 )
 from harness.exits import guarded
@@ -116,7 +117,10 @@ def _too_late(tree: Tree, folder: StageFolder, stage: StageFile, attempt: int) -
         say(error)
         return EXIT_BUSY
     result = read_json(folder.result)
-    if result is None or result["upstream_uids"] != upstream_uids(tree, stage):
+    try:
+        if result is None or result["upstream_uids"] != upstream_uids(tree, stage):
+            return None
+    except UpstreamGoneError:
         return None
     say(f"{stage.id} is done, by attempt {result['attempts']}")
     return EXIT_OK if result["attempts"] == attempt else EXIT_BUSY

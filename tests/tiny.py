@@ -174,6 +174,9 @@ class Rows:
     def rewind(self, step: int) -> None:
         self.rows = [row for row in self.rows if row["step"] <= step]
 
+    def sync(self) -> None:
+        pass
+
     def timeless(self) -> list[dict[str, Any]]:
         """The rows without wall_s, the one column that may differ between equal runs."""
         return [{k: v for k, v in row.items() if k != "wall_s"} for row in self.rows]

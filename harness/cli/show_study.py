@@ -317,5 +317,8 @@ def submitted(done: Submitted, grid: Grid, cluster: str, found: Mapping[str, Sta
             then = "submit again when these are over"
         out.print(f"  {done.left} stages were not taken; {then}")
         out.print(f"    {plain(done.refused or '')}")
+    if done.jobs and done.no_caretaker is not None:
+        what = "no caretaker was taken: submit again if a node is lost, or a job cannot requeue"
+        out.print(f"  {what}; {plain(done.no_caretaker)}", soft_wrap=True)
     if done.jobs:
         out.print(f"  the study finishes by itself; follow it with: harness status {name} --watch")

@@ -122,7 +122,7 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
         parts.append(line)
     parts += _more(study, "submitted")
     for stage in study["failed"]:
-        message = show.plain(f"{stage['reason']}: {stage['message']}")
+        message = show.plain(": ".join(filter(None, (stage["reason"], stage["message"]))))
         parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {message}")
     parts += _idle(study)
     cost = study["harness_s"]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from harness.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STORAGE, UserError
 from harness.launch import batch, ends, queue, slurm
 from harness.launch.settings import Slurm
 from harness.ledger import attempts, store
@@ -109,6 +109,8 @@ def _end_of(folder: StageFolder, attempt: int, about: dict[str, str]) -> tuple[s
     state = about.get("JobState", "")
     if state in _ENDS:
         return _ENDS[state]
+    if about.get("ExitCode", "").partition(":")[0] == str(EXIT_STORAGE):
+        return "failed", "storage", f"{folder.path} took no files; free space"
     said = f"its job ended as {state}, exit code {about.get('ExitCode')}" if about else "its job"
     log = ends.log_of(folder, attempt)
     record = read_json(folder.attempt(attempt) / "attempt.json") or {}

@@ -86,6 +86,7 @@ class Driver:
         self.grid, self.tree, self.machine, self.speeds = grid, tree, machine, speeds
         self.watch, self.feed, self.ssh = watch, feed, ssh
         self.retry: Retry = grid.loaded.study.retry
+        self._is_writing = False
         self._executions: dict[int, tuple[Execution, Execution]] = {}
         self.stages = {k: self._placed(s) for k, s in grid.stages.items()}
         self._graph = graph_of(self.stages)
@@ -109,8 +110,16 @@ class Driver:
         known = self._executions.get(id(stage.execution))
         if known is None:
             execution = stage.execution.model_copy(update={"device": self.machine.device})
+            execution = provenance.kept(self.tree, execution) if self._is_writing else execution
             known = self._executions[id(stage.execution)] = (stage.execution, execution)
         return renewed(stage, {"execution": known[1]})
+
+    def _keep_configs(self) -> None:
+        self._is_writing = True
+        if any(known[1].zero_config for known in self._executions.values()):
+            self._executions.clear()
+            self.stages = {k: self._placed(s) for k, s in self.grid.stages.items()}
+            self._graph = graph_of(self.stages)
 
     def _read_states(self) -> dict[str, StageState]:
         # Some may have been submitted to Slurm: their jobs are left alone, or are over.
@@ -122,6 +131,7 @@ class Driver:
         self._check_slots()
         states = self._read_states()
         if mode != "read-only":
+            self._keep_configs()
             reset(self.tree, self.stages, states, mode, self.retry)
             states = self._read_states()
         for stage_id, state in states.items() if mode != "read-only" else ():

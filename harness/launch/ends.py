@@ -51,6 +51,8 @@ def conclude(
     """
     if int(status.get("attempt") or 0) > attempt:
         return Decision(again=False, why="a later attempt has the stage")
+    if status.get("state") == "planned":  # it found what it starts from gone, and did nothing
+        return Decision(again=True, why=str(status.get("message")))
     why = why or stop_asked(folder)
     interrupted = ("preempted", "timeout", "cancelled", "lost")
     if why is not None and status.get("state") in interrupted:

@@ -10,7 +10,7 @@ from harness.launch.machine import Device, Host, Machine
 from harness.study.schema import unknown_key
 
 # Names become arguments of ssh, where a dash first would be an option, and parts of file names.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*$")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 
 
 def machine_of_hostfile(path: Path, device: Device) -> Machine:
@@ -51,7 +51,7 @@ def machine_of_hostfile(path: Path, device: Device) -> Machine:
 def _slots(words: list[str]) -> int | str:
     """Slots of a line, or what is wrong with it."""
     name, *settings = words
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         return f"{name!r} is no host name; expected letters, digits, . _ - and user@"
     slots: int | None = None
     for setting in settings:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_BUSY, HarnessError
+from harness.errors import EXIT_BUSY, EXIT_STORAGE, HarnessError, StorageError, storage_error
 from harness.launch import ends, nodes, provenance, queue
-from harness.launch.policy import decide, lost_on
+from harness.launch.policy import lost_on
 from harness.ledger import attempts, states, store
 from harness.ledger.claim import complete, stop_asked, submitted
 from harness.ledger.files import read_json, read_jsonl, write_json
@@ -85,7 +85,8 @@ def begin(tasks_file: str) -> int:
         except Exception as error:
             # Nobody else would tell: the ranks, and `end`, are never started.
             number = int((read_json(task.folder.status) or {}).get("attempt") or 0)
-            attempts.close(task.folder, number, "failed", "code", f"in `begin`: {error}")
+            reason = "code" if _of_storage(error) is None else "storage"
+            attempts.close(task.folder, number, "failed", reason, f"in `begin`: {error}")
             raise
     if code == NOTHING_TO_DO:
         complete(task.folder)  # this job may have been stopped, and put back, before it could
@@ -106,6 +107,13 @@ def begin(tasks_file: str) -> int:
     }
     print(" ".join(["export", *(shlex.quote(f"{k}={v}") for k, v in exports.items())]))
     return 0
+
+
+def _of_storage(error: BaseException) -> StorageError | None:
+    """The error as one of a disk that takes no files, if it is one."""
+    if isinstance(error, StorageError):
+        return error
+    return storage_error(error) if isinstance(error, OSError) else None
 
 
 def _take(task: _Task) -> tuple[int, int | None]:
@@ -134,16 +142,12 @@ def _take(task: _Task) -> tuple[int, int | None]:
     if record.get("job_started") or status.get("state") != "submitted":
         # This job was started again: by itself, by an administrator, or since its node was lost.
         if record.get("end") is None:
-            _close_untold(folder, attempt, record)
-            decision = decide(
-                task.retry, attempts.read_attempts(folder), attempts.progress_of(folder)
-            )
+            status = _close_untold(folder, attempt, record)
+            decision = ends.conclude(folder, attempt, status, task.retry)
             if not decision.again:
                 print(f"{stage.id}: {decision.why}", file=sys.stderr)
                 return 1, None
-            store.add_event(folder, "retry", attempt=attempt, why=decision.why)
-            status = {**(read_json(folder.status) or {}), "state": "preempted"}
-            write_json(folder.status, status)
+            status = read_json(folder.status) or {}
     if _is_sent_elsewhere(task, attempt):
         return 1, None
     if record.get("job_started") or status.get("state") != "submitted":
@@ -172,20 +176,19 @@ def _this_node() -> str:
     return os.environ.get("SLURMD_NODENAME") or this_host().partition(":")[0]
 
 
-def _close_untold(folder: StageFolder, attempt: int, record: dict[str, Any]) -> None:
-    """The end of an attempt whose job Slurm stopped and put back, and that had no time to say so.
+def _close_untold(folder: StageFolder, attempt: int, record: dict[str, Any]) -> dict[str, Any]:
+    """The status of an attempt whose job Slurm stopped and put back, without time to say so.
 
     Only a node that is down, or was started since, was lost: else it was preempted, or requeued.
     """
     lost = nodes.lost_of(record)
     if lost == []:
         message = "its job was stopped and put back into the queue before it could save"
-        attempts.close(folder, attempt, "preempted", "preempted", message)
-        return
+        return attempts.close(folder, attempt, "preempted", "preempted", message)
     name = lost[0] if lost else record.get("node")
     if name:  # the one to avoid, of several
         write_json(folder.attempt(attempt) / "attempt.json", {**record, "node": name})
-    attempts.close(folder, attempt, "failed", "node_fail", f"{name or 'its node'} was lost")
+    return attempts.close(folder, attempt, "failed", "node_fail", f"{name or 'its node'} was lost")
 
 
 def _is_sent_elsewhere(task: _Task, attempt: int) -> bool:
@@ -329,7 +332,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tasks")
     parser.add_argument("--code", type=int, default=0)
     given = parser.parse_args(arguments)
-    return begin(given.tasks) if given.what == "begin" else end(given.tasks, given.code)
+    try:
+        return begin(given.tasks) if given.what == "begin" else end(given.tasks, given.code)
+    except (OSError, StorageError) as error:
+        known = _of_storage(error)
+        if known is None:
+            raise
+        # By this code the caretaker knows, where not even the end could be written down.
+        print(known, file=sys.stderr)
+        return EXIT_STORAGE
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import harness
 from harness.ledger.environment import environment
 from harness.ledger.files import write_bytes, write_json
 from harness.ledger.tree import Tree
+from harness.study.stages import Execution
 
 _IMPORTED = ("harness/*.py", "analysis/*.py", "ds_configs/*.json")
 """What runs without git having been told of it."""
@@ -88,6 +89,23 @@ def snapshot(tree: Tree, git: GitState) -> Path:
     except OSError:  # another submission was quicker
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def kept(tree: Tree, execution: Execution) -> Execution:
+    """The way to run a stage, by a copy of the user's own DeepSpeed config as it is now.
+
+    As with the code: a later edit does not reach stages that wait. Configs of ds_configs/ are part
+    of the code.
+    """
+    config = execution.zero_config
+    if config is None or not config.endswith(".json") or tree.code in Path(config).parents:
+        return execution
+    content = Path(config).read_bytes()
+    name = f"{Path(config).stem}-{hashlib.sha256(content).hexdigest()[:10]}.json"
+    path = tree.code / "ds_configs" / name
+    if not path.exists():
+        write_bytes(path, content)
+    return execution.model_copy(update={"zero_config": str(path)})
 
 
 def _git(top: Path, *arguments: str) -> bytes:

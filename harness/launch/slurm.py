@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +27,14 @@ from harness.ledger.files import write_json
 from harness.ledger.lease import exclusive
 from harness.ledger.states import ACTIVE, TOKEN, StageState
 from harness.ledger.tree import Tree
+from harness.study.again import renewed
 from harness.study.schema import Retry
-from harness.study.stages import StageFile
+from harness.study.stages import Execution, StageFile
 
 _FRESH_S = 600.0
 """What the queue said may be used again within a submission: see `queue.read_states`."""
+_PART = 1000
+"""Stages that are claimed at a time, at least: or as many as four arrays of the site hold."""
 _MOST_REFUSALS = 100
 """Caretakers in a row that sbatch takes nothing else from: a day, at their pace."""
 
@@ -44,6 +47,8 @@ class Submitted:
     """Stage id -> job id."""
     arrays: int
     caretaker: str | None = None
+    no_caretaker: str | None = None
+    """Why there is none, where sbatch refused it."""
     refused: str | None = None
     """Why sbatch took no more, if it took some."""
     left: int = 0
@@ -71,13 +76,15 @@ def submit(
     """
     _check_command()
     _check_root(tree.root)
-    stages = {k: _placed(s, profile) for k, s in stages.items()}
+    stages = _placed(tree, stages, profile)
     with exclusive(tree.root / "slurm" / "submitting"):
         states = queue.read_states(tree, stages, max_age_s=_FRESH_S, is_submitting=True)
         states = numbered(tree, stages, states)
         cancelled = {s for s, v in states.items() if v.state == "cancelled"}
         skip = set() if refusals is None else cancelled
         wanted = _startable(stages, states, skip)
+        for stage in {id(stages[s].execution): stages[s] for s in wanted}.values():
+            batch.options_of(stage, profile, study, "", 0, "")  # raises, before anything is written
         return _submit(tree, study, stages, states, wanted, profile, retry, refusals)
 
 
@@ -147,19 +154,29 @@ def _submit(
     _describe(job_, retry, tries)
     for stage_id in wanted:  # by these files the caretaker knows what there is to do
         store.write_stage(tree, stages[stage_id])
+    site = queue.max_array_size()
+    limit = min(profile.max_array or site, site)
+    taken = 0
+    """By others."""
     try:
         job_.watch()
-        for stage_id in wanted:
-            attempt = claim(tree, stages[stage_id], states[stage_id], owner)
-            if attempt is not None:
-                job_.claimed[stage_id] = attempt
-        avoid = _places_to_avoid(job_)
         running = {s: str(v.status["job"]) for s, v in states.items() if _is_job(v)}
-        site = queue.max_array_size()
-        limit = min(profile.max_array or site, site)
-        arrays = plan_arrays([stages[s] for s in job_.claimed], limit, running, avoid)
-        for number, array in enumerate(arrays):
-            job_.put(number, array, avoid.get(array.stages[0], ()))
+        # Part by part: of a submission of thousands that is killed on its way (the caretaker has
+        # half an hour) what was put into the queue stays there, and the next one goes on.
+        for part in _parts(wanted, max(_PART, 4 * limit)):
+            claimed: list[str] = []
+            for stage_id in part:
+                attempt = claim(tree, stages[stage_id], states[stage_id], owner)
+                if attempt is None:  # it has changed since
+                    taken += 1
+                    continue
+                job_.claimed[stage_id] = attempt
+                claimed.append(stage_id)
+            avoid = _places_to_avoid(job_, claimed)
+            before = len(job_.found)
+            known = {**running, **job_.jobs}
+            for array in plan_arrays([stages[s] for s in claimed], limit, known, avoid):
+                job_.put(array, avoid.get(array.stages[0], ()), before)
     except UserError as error:
         refused = str(error)
         job_.finish(refused, keep_caretaker=0 < tries <= _MOST_REFUSALS)
@@ -171,14 +188,20 @@ def _submit(
     else:
         refused = None
         job_.finish(refused)
-    left = len(job_.claimed) - len(job_.jobs)
+    left = len(wanted) - taken - len(job_.jobs)
     return Submitted(
         jobs=job_.jobs,
         arrays=len(job_.found),
         caretaker=job_.caretaker,
+        no_caretaker=job_.no_caretaker,
         refused=refused,
         left=left,
     )
+
+
+def _parts(stages: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(stages), size):
+        yield stages[start : start + size]
 
 
 def _describe(job_: _Submission, retry: Retry, refusals: int) -> None:
@@ -200,11 +223,11 @@ def _describe(job_: _Submission, retry: Retry, refusals: int) -> None:
     write_json(job_.folder / "submission.json", about)
 
 
-def _places_to_avoid(job_: _Submission) -> dict[str, tuple[str, ...]]:
-    """Nodes that stages were lost on, if others can stand in."""
+def _places_to_avoid(job_: _Submission, stages: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Nodes that these stages were lost on, if others can stand in."""
     found, profile = {}, job_.profile
-    for stage_id, attempt in job_.claimed.items():
-        if attempt > 1:  # most have never been tried
+    for stage_id in stages:
+        if job_.claimed[stage_id] > 1:  # most have never been tried
             stage = job_.stages[stage_id]
             lost = lost_on(attempts.read_attempts(job_.tree.stage(stage.kind, stage_id)))
             nodes_ = nodes.avoidable(
@@ -229,6 +252,7 @@ class _Submission:
     """Job ids by array."""
     jobs: dict[str, str] = field(default_factory=dict)
     caretaker: str | None = None
+    no_caretaker: str | None = None
     code: Path = Path()
 
     @property
@@ -245,16 +269,17 @@ class _Submission:
             self.caretaker = batch.submit_caretaker(
                 self.folder, self.profile, self.study, self.code
             )
-        except UserError:
-            self.caretaker = None  # the study goes without; the summary says so
+        except UserError as error:
+            self.no_caretaker = str(error)  # the study goes without; the summary says so
 
-    def put(self, number: int, array: Array, avoid: tuple[str, ...]) -> None:
-        """Submits one array."""
+    def put(self, array: Array, avoid: tuple[str, ...], before: int) -> None:
+        """Submits one array of a plan, `before` which so many were submitted."""
+        number = len(self.found)
         tasks = self.folder / f"tasks.{number}.json"
         rows = [{"kind": self.stages[s].kind, "stage": s} for s in array.stages]
         # Before sbatch: by this file a job is known whose number nobody could write down.
         write_json(tasks, {"schema": 1, "submission": str(self.folder), "tasks": rows})
-        after = _numbered(array.after, self.found)
+        after = _numbered(array.after, self.found[before:])
         first = self.stages[array.stages[0]]
         options = batch.options_of(first, self.profile, self.study, self.token, number, after)
         if avoid:
@@ -262,8 +287,8 @@ class _Submission:
         lines = batch.lines_of(self.tree, tasks, self.profile, self.code)
         ids = batch.sbatch(self.folder, tasks, options, len(rows), lines)
         self.found.append(ids)
+        self.jobs |= zip(array.stages, ids, strict=True)  # all, before anything can interrupt this
         for stage_id, job_id in zip(array.stages, ids, strict=True):
-            self.jobs[stage_id] = job_id
             set_job(self.tree, self.stages[stage_id], self.claimed[stage_id], job_id)
         queue.remember(ids)
 
@@ -327,9 +352,14 @@ def _check_root(root: Path) -> None:
         )
 
 
-def _placed(stage: StageFile, profile: Slurm) -> StageFile:
-    execution = stage.execution.model_copy(update={"device": profile.device})
-    return stage.model_copy(update={"execution": execution})
+def _placed(tree: Tree, stages: Mapping[str, StageFile], profile: Slurm) -> dict[str, StageFile]:
+    """The stages on the cluster's device: those that run alike still have one `execution`."""
+    known: dict[int, tuple[Execution, Execution]] = {}
+    for stage in stages.values():
+        if id(stage.execution) not in known:
+            there = stage.execution.model_copy(update={"device": profile.device})
+            known[id(stage.execution)] = (stage.execution, provenance.kept(tree, there))
+    return {k: renewed(s, {"execution": known[id(s.execution)][1]}) for k, s in stages.items()}
 
 
 def _numbered(after: str, found: list[list[str]]) -> str:

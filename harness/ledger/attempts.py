@@ -51,6 +51,10 @@ def begin(folder: StageFolder, number: int, about: dict[str, Any]) -> None:
     write_json(folder.attempt(number) / "attempt.json", row)
 
 
+_NO_TRIES = ("busy", "dropped")
+"""Ends of attempts that found they had nothing to do: they say nothing of the stage."""
+
+
 def read_attempts(folder: StageFolder) -> list[Attempt]:
     """The tries since the user last asked to start over (retry, force), in order."""
     forgiven = max(
@@ -62,6 +66,8 @@ def read_attempts(folder: StageFolder) -> list[Attempt]:
         if number <= forgiven:
             continue
         row = read_json(folder.attempt(number) / "attempt.json") or {}
+        if row.get("end") in _NO_TRIES:
+            continue
         found.append(
             Attempt(
                 number=number,

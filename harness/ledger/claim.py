@@ -69,10 +69,25 @@ def start_over(
         lease = read_lease(folder.lease)
         if (lease and owner_is_dead(lease) is False) or not is_as_seen(folder, seen):
             return False
-        if from_scratch:
-            store.set_aside(folder)
+        if from_scratch and not _set_aside(folder, why):
+            return False
         attempts.forgive(folder, why)
         write_json(folder.status, {"schema": 1, "state": "planned", "reason": why})
+    return True
+
+
+def _set_aside(folder: StageFolder, why: str) -> bool:
+    """False if the stage has a living owner, which may be one that nobody here can ask."""
+    try:
+        lease = Lease.acquire(folder.lease)
+    except LeaseHeldError:
+        return False
+    try:
+        # No uids are these: of what is left behind if this is killed the next worker uses nothing.
+        write_json(folder.lineage, {"schema": 1, "upstream_uids": None, "reason": why})
+        store.set_aside(folder, lease.guard)
+    finally:
+        lease.release()
     return True
 
 
@@ -89,11 +104,11 @@ def set_job(tree: Tree, stage: StageFile, attempt: int, job: str) -> None:
 def unclaim(folder: StageFolder, attempt: int, why: str) -> None:
     """Takes a claim back whose worker never started: the stage is as it was before.
 
-    Nothing happens if it has been claimed again since.
+    Nothing happens if it has been claimed again, or begun, since.
     """
     with exclusive(folder.claim):
         status = read_json(folder.status) or {}
-        if int(status.get("attempt") or 0) > attempt:
+        if int(status.get("attempt") or 0) > attempt or status.get("state") != "submitted":
             return
         _close_last(folder, "dropped", why)
         # Without the token a job of this submission that should turn up after all does nothing.

@@ -19,6 +19,10 @@ class Metrics(Protocol):
         """Drop the rows after `step`: a resumed run writes them again, identically."""
         ...
 
+    def sync(self) -> None:
+        """Make sure that the rows so far outlive the machine: a checkpoint is to count on them."""
+        ...
+
 
 @dataclass
 class Whereabouts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -83,7 +84,8 @@ def _machine() -> str:
         boot += os.readlink("/proc/self/ns/pid")
     except OSError:
         boot = ""
-    return hashlib.sha256(f"{socket.gethostname()}{boot}".encode()).hexdigest()[:8]
+    name = os.environ.get("HARNESS_HOST") or socket.gethostname()
+    return hashlib.sha256(f"{name}{boot}".encode()).hexdigest()[:8]
 
 
 def write_bytes(path: Path, content: bytes, guard: Guard = unguarded) -> None:
@@ -130,10 +132,21 @@ def parse(raw: bytes) -> Any:
         return json.loads(raw)
 
 
+def _read(path: Path) -> bytes:
+    for _ in range(3):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            # On NFS, of a file that another host replaced between opening and reading it.
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The content, or None if there is no such file. Raises UserError if it is not JSON."""
     try:
-        raw = path.read_bytes()
+        raw = _read(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
@@ -203,6 +216,14 @@ class JsonlWriter:
             with open(self.path, "ab") as file:
                 self.guard()
                 file.write(jsonl([row]))
+        except OSError as error:
+            raise StorageError(self.path, error) from error
+
+    def sync(self) -> None:
+        """Makes sure that what was added survives a machine that goes down."""
+        try:
+            with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise StorageError(self.path, error) from error
 

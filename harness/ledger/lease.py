@@ -13,6 +13,7 @@ import math
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -31,6 +32,8 @@ BEAT_S = EXPIRY_S / 12
 MOST_SKEW_S = 1200.0
 """Clocks of hosts that share a root do not differ by more."""
 _FRESH_S = 1.0
+_QUIET_S = 30.0
+"""Whoever waits for longer says so."""
 
 
 def _clock() -> float:
@@ -124,7 +127,7 @@ class Silence:
         changed for `expiry_s` of asking."""
         lease, status = read_lease(folder.lease), read_json(folder.status) or {}
         host = lease["host"] if lease else status.get("host")
-        if host == this_host() or status.get("job"):
+        if host == this_host() or status.get("job") or status.get("token"):
             return False  # its process, or the scheduler, can be asked
         sign = (lease and (lease["token"], lease["beat"]), status.get("attempt"))
         known = self._seen.get(stage_id)
@@ -200,9 +203,12 @@ class Lease:
         try:
             os.link(temporary, self.path)
             return True
-        except FileExistsError:
-            return False
         except OSError as error:
+            # A file server's answer may be lost, and its second try find the link that it made.
+            if self.is_ours():
+                return True
+            if isinstance(error, FileExistsError):
+                return False
             raise StorageError(self.path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -351,14 +357,18 @@ def exclusive(path: Path, patience_s: float = math.inf) -> Iterator[None]:
 
     Raises LeaseHeldError where others hold it for longer than `patience_s`.
     """
-    deadline = time.monotonic() + patience_s
+    began, has_said = time.monotonic(), False
     while True:
         try:
             lease = Lease.acquire(path)
             break
-        except LeaseHeldError:
-            if time.monotonic() > deadline:
+        except LeaseHeldError as error:
+            waited = time.monotonic() - began
+            if waited > patience_s:
                 raise
+            if waited > _QUIET_S and not has_said:
+                print(f"waiting: {error}", file=sys.stderr, flush=True)
+                has_said = True
             time.sleep(0.1)
     lease.start_beating()
     try:

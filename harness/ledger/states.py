@@ -19,6 +19,7 @@ RESUMABLE = frozenset({"planned", "waiting", "preempted", "timeout", "cancelled"
 """States that `--submit` runs in mode cached."""
 FAILED = frozenset({"failed", "diverged", "blocked"})
 ACTIVE = frozenset({"submitted", "running"})
+_STALE = "its upstream stage was run again or removed since"
 TOKEN = "token"
 """Key of status.json: the submission to a scheduler that a stage belongs to; its job's comment."""
 
@@ -79,8 +80,7 @@ def _stale(
     status, result = own.status, own.result or {}
     is_later = int(status.get("attempt") or 0) > int(result.get("attempts") or 0)
     if not is_later or status.get("state") == "done":
-        message = "its upstream stage was run again or removed since"
-        status = {**status, "state": "planned", "reason": "stale", "message": message}
+        status = {**status, "state": "planned", "reason": "stale", "message": _STALE}
     found = _without_result(folder, status, result, over, waiting)
     return found._replace(status=own.status)
 
@@ -93,7 +93,8 @@ def _without_result(
     waiting: str | None,
 ) -> StageState:
     state, reason, message = (status.get(key) for key in ("state", "reason", "message"))
-    state = state or "planned"
+    # Without its result, which somebody took away, a stage is done no more.
+    state = "planned" if state in (None, "done") else state
     if state != "failed":
         state, message = _as_of_now(folder, state, message, status, over, waiting)
     held = state not in ("done", "failed", "diverged", "running") and folder.stop.exists()
@@ -156,8 +157,8 @@ def read_states(
 
     `over` and `waiting`: stage id -> job, see `read_state`.
 
-    A done stage whose upstream was run again since (or is gone) is planned again; one whose
-    upstream failed is blocked; one whose upstream is not done yet is waiting.
+    A stage that is done, failed or diverged is planned again if its upstream was run again since,
+    or is gone; one whose upstream failed is blocked; one whose upstream is not done yet is waiting.
     """
     return read_graph(tree, graph_of(stages), over, waiting)
 
@@ -254,13 +255,18 @@ def read_graph(
                     break
             continue
         own = unbegun
+        asked = ((over or {}).get(stage_id), (waiting or {}).get(stage_id))
         if is_begun:
             folder = tree.stage(kind, stage_id)
-            asked = ((over or {}).get(stage_id), (waiting or {}).get(stage_id))
             own = read_state(folder, *asked)
             uids = (own.result or {}).get("upstream_uids", {})
             if own.state == "done" and not _rests_on(uids, upstream, done, states):
                 own = _stale(folder, own, *asked)
+            elif own.state in ("failed", "diverged") and upstream:
+                # How it ended says nothing of what it would now start from.
+                uids = (read_json(folder.lineage) or {}).get("upstream_uids")
+                if uids is not None and not _rests_on(uids, upstream, done, states):
+                    own = own._replace(state="planned", reason="stale", message=_STALE)
         known = [states[u] for u in upstream if u in states]
         own = states[stage_id] = _in_graph(own, known)
         if own.state == "done":

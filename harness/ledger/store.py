@@ -172,12 +172,13 @@ def add_event(folder: StageFolder, event: str, *, guard: Guard = unguarded, **fi
 def set_aside(folder: StageFolder, guard: Guard = unguarded) -> None:
     """Moves what an earlier run produced into its last attempt's folder, to start from scratch.
 
-    Attempts are kept, never overwritten; the stage's own files then belong to the new run.
+    Attempts are kept, never overwritten; the stage's own files then belong to the new run. The
+    result goes first: killed in between, this leaves no stage that is done with half of its files.
     """
     numbers = folder.attempt_numbers()
     target = _unused(folder.attempt(numbers[-1]) / "superseded") if numbers else None
     about = ("stage.json", "status.json", "events.jsonl", "lineage.json", "memory.json", "attempts")
-    for path in sorted(folder.path.iterdir()):
+    for path in sorted(folder.path.iterdir(), key=lambda path: (path != folder.result, path)):
         if path.name in about or path.name.startswith((".", "lease", "claim", "stop.json")):
             continue
         guard()

@@ -60,6 +60,11 @@ class StageFolder:
         return self.path / "memory.json"
 
     @property
+    def lineage(self) -> Path:
+        """Results of which runs the stage's files rest on."""
+        return self.path / "lineage.json"
+
+    @property
     def stop(self) -> Path:
         """A note that somebody wants the stage to end: see `harness.ledger.claim`."""
         return self.path / "stop.json"

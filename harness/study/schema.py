@@ -31,12 +31,12 @@ CORE_AXES = ("size", "data", "init", "seed", "dataset", "image_size", "patch")
 INITS = ("random", "mae")
 
 # Names become folders, job names and parts of shell lines; a dot first would hide the folder.
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
 
 def check_name(name: str) -> str:
     """A name that is safe as a folder and in a job name. Raises ValueError otherwise."""
-    if not _NAME.match(name) or ".." in name:
+    if not _NAME.fullmatch(name) or ".." in name:
         raise ValueError(
             f"{name!r} is not a usable name; letters, digits, _ . + - only, at most 64,"
             " not starting with a sign"

@@ -178,6 +178,7 @@ def run(
                 now = time.perf_counter()
                 progress.wall_s["train"] = train_before_s + now - train_started - other_s
                 with _timed(progress, "checkpoint") as checkpoint_time:
+                    ctx.metrics.sync()
                     checkpoint.save(ctx.folder, engine, progress, ctx.check_lease)
                 other_s += checkpoint_time.seconds
                 last_checkpoint = time.perf_counter()

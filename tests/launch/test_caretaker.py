@@ -186,7 +186,9 @@ def test_a_job_that_a_user_cancelled_stays_so_while_its_upstream_is_under_way(
     )
     done = caretaker.tend(tree.root / "slurm" / token)
     assert (late.id in done.jobs) is is_back
-    assert [a.end for a in read_attempts(tree.stage(late.kind, late.id))] == ends
+    folder = tree.stage(late.kind, late.id)
+    records = [read_json(folder.attempt(n) / "attempt.json") for n in folder.attempt_numbers()]
+    assert [record and record["end"] for record in records] == ends
 
 
 def test_it_takes_the_lock_of_a_submission_that_was_killed_on_another_host(
