@@ -164,6 +164,7 @@ class Rows:
 
     def __init__(self, broken_at: int | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.synced = 0
         self.broken_at = broken_at
 
     def append(self, row: Any) -> None:
@@ -175,7 +176,7 @@ class Rows:
         self.rows = [row for row in self.rows if row["step"] <= step]
 
     def sync(self) -> None:
-        pass
+        self.synced = len(self.rows)
 
     def timeless(self) -> list[dict[str, Any]]:
         """The rows without wall_s, the one column that may differ between equal runs."""

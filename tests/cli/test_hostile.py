@@ -17,6 +17,7 @@ NAMES = [
     "../../etc",
     "a/b",
     "a\nb",
+    "a\n",
     "$(touch pwned)",
     "`touch pwned`",
     "a;b",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from harness.cli import logs
+from harness.cli import logs, show_study
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
 from harness.launch import caretaker, queue, slurm
 from harness.launch.settings import Slurm
@@ -214,6 +215,7 @@ def test_it_takes_the_lock_of_a_submission_that_was_killed_on_another_host(
         ("JobState=FAILED ExitCode=127:0", True, "failed", "as FAILED, exit code 127:0, before"),
         ("", True, "failed", "its job ended, before the stage began"),  # Slurm has forgotten it
         ("", False, "cancelled", "its job was cancelled in Slurm"),
+        ("JobState=FAILED ExitCode=74:0", False, "failed", "took no files; free space"),
     ],
 )
 def test_a_job_whose_own_first_command_failed_is_not_a_lost_node(
@@ -242,7 +244,8 @@ def test_a_job_whose_own_first_command_failed_is_not_a_lost_node(
     status = read_json(folder.status) or {}
     assert status["state"] == state and said in status["message"]
     (attempt,) = read_attempts(folder)
-    assert attempt.end == ("code" if state == "failed" else "cancelled")
+    end = "storage" if "74:0" in about else "code"
+    assert attempt.end == (end if state == "failed" else "cancelled")
     if has_log:
         assert str(log) in status["message"]
         logs._Printer().print_new(first.kind, folder)
@@ -256,3 +259,62 @@ def test_caretakers_are_not_held_with_the_jobs(site: FakeSlurm, tree: Tree, grid
     (own,) = [text for text in texts if f"caretaker.{token}" in text]
     assert "--hold" not in own and "--no-requeue" not in own and "--requeue" in own
     assert all("--hold" in text and "--no-requeue" in text for text in texts if text != own)
+
+
+def test_resources_that_fit_no_node_are_refused_before_anything_is_submitted(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """One bad line of the study: else what comes before it runs, and a caretaker tries for days."""
+    last = list(grid.stages.values())[-1]
+    too_odd = last.model_copy(update={"execution": last.execution.model_copy(update={"ranks": 20})})
+    stages = {**grid.stages, last.id: too_odd}
+    with pytest.raises(UserError, match="20 ranks on 3 nodes of at most 8 GPUs do not divide"):
+        slurm.submit(tree, "small", stages, Slurm(device="cuda"), Retry())
+    assert site.calls("sbatch") == 0 and not submissions(tree)
+    assert set(states(tree, grid).values()) <= {"planned", "waiting"}
+
+
+def test_a_caretaker_that_sbatch_refuses_is_told(
+    site: FakeSlurm, tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On partitions that take no job without a GPU: lost nodes are not taken care of."""
+    wants = 'grep -q "comment=caretaker" "$1" && { echo "sbatch: error: no GPU asked for" >&2; exit 1; }'
+    site.says("sbatch", f'{wants}; echo "Submitted batch job {COUNT.format(site.folder)}"')
+    done = submit(tree, grid)
+    assert set(done.jobs) == set(grid.stages) and done.caretaker is None
+    show_study.submitted(done, grid, "lab", queue.read_states(tree, grid.stages))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no caretaker was taken: submit again if a node is lost" in out
+    assert "no GPU asked for" in out
+
+
+def test_a_large_submission_goes_part_by_part_behind_what_is_in_the_queue(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_PART", 5)
+    done = submit(tree, grid, max_array=1)
+    assert set(done.jobs) == set(grid.stages) and done.left == 0
+    (token,) = submissions(tree)
+    numbers = set()
+    for stage in grid.stages.values():
+        script = (tree.root / "slurm" / token / "jobs").glob(f"{done.jobs[stage.id]}_submission.sh")
+        (text,) = {path.read_text() for path in script}
+        found = re.search(r"--dependency=(\S+)", text)
+        terms = set(found[1].split(",")) if found else set()
+        assert terms == {f"afterok:{done.jobs[u]}" for u in stage.config.upstream.values()}
+        numbers.add(re.search(r"--comment=(\S+)", text)[1])  # type: ignore[index]
+    assert len(numbers) == done.arrays == len(grid.stages)  # a job is found by it, and by it alone
+
+
+def test_of_a_large_submission_that_is_refused_on_its_way_the_first_parts_stay(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_PART", 5)
+    takes_only(site, 1 + 6)
+    done = submit(tree, grid, max_array=1)
+    first, *_ = parts = list(grid.stages)[:5], list(grid.stages)[5:10]
+    assert set(first) < set(done.jobs) < {*first, *parts[1]} and len(done.jobs) == 6
+    assert done.left == len(grid.stages) - 6 and done.refused
+    # What nobody claimed was not tried: it has no attempt, as it has none to take back.
+    tried = [s for s in grid.stages.values() if tree.stage(s.kind, s.id).attempt_numbers()]
+    assert len(tried) == 10

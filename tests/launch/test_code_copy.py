@@ -14,6 +14,8 @@ from harness.launch.machine import this_machine
 from harness.launch.pool import Pool
 from harness.ledger.environment import environment
 from harness.ledger.tree import Tree
+from harness.study.stages import Execution
+from harness.study.zero_files import read_config
 from tests.launch.made import poll_until, stage, start
 
 WORKER = """
@@ -85,3 +87,17 @@ def test_the_environment_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["env"]["HARNESS_ROOT"] == "s3://***@store/runs"
     assert found["env"]["CUDA_VISIBLE_DEVICES"] == "3,5"
     assert found["env"]["PYTHONPATH"] == "/a/copy"
+
+
+def test_a_deepspeed_config_of_the_users_own_stays_as_it_was_at_submission(tmp_path: Path) -> None:
+    path, tree = tmp_path / "zero.json", Tree(tmp_path / "runs")
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    own = Execution(dataset_path="", zero_config=str(path))
+    first = provenance.kept(tree, own)
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    second = provenance.kept(tree, own)
+    found = [read_config(Path(str(e.zero_config))) for e in (first, second)]
+    assert [c["zero_optimization"]["stage"] for c in found] == [2, 3]
+    assert provenance.kept(tree, first) == first  # of a stage that a caretaker submits again
+    named = Execution(dataset_path="", zero_config="zero2_bf16")
+    assert provenance.kept(tree, named) is named  # the copy of the code has it

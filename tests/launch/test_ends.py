@@ -14,7 +14,7 @@ from harness.launch.machine import this_machine
 from harness.launch.pool import Ended, Running
 from harness.ledger import attempts, store
 from harness.ledger.claim import ask_to_stop, clear_stop
-from harness.ledger.files import read_json, read_jsonl
+from harness.ledger.files import read_json, read_jsonl, write_json
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.again import renewed
@@ -130,3 +130,21 @@ def test_a_stage_resumed_while_it_ends_goes_on(tmp_path: Path, grid: Grid, is_ba
     assert ends.conclude(folder, number, status, Retry()).again == is_back
     state = (read_json(folder.status) or {})["state"]
     assert state == ("preempted" if is_back else "cancelled")
+
+
+@pytest.mark.parametrize("end", ["busy", "dropped"])
+def test_an_attempt_that_found_nothing_to_do_is_no_try(
+    tmp_path: Path, grid: Grid, end: str
+) -> None:
+    """The first was slow, not dead; a second came, saw it beat and went; now its node is lost."""
+    tree = Tree(tmp_path)
+    stage = next(iter(grid.stages.values()))
+    folder = store.write_stage(tree, stage)
+    for _ in range(2):
+        attempts.begin(folder, folder.new_attempt(), {})
+    attempts.note_end(folder, 2, end, "nothing to do")
+    write_json(folder.status, {"schema": 1, "state": "running", "attempt": 1})
+    status = ends.settle(folder, 1, -9, asked_to_stop=False)
+    assert status["reason"] == "killed"
+    decision = ends.conclude(folder, 1, status, Retry())
+    assert decision.again and decision.why == "killed: try 1 of 2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness.errors import EXIT_STORAGE
 from harness.launch import job, nodes, slurm
 from harness.launch.settings import Slurm
 from harness.ledger.attempts import read_attempts
@@ -169,6 +171,39 @@ def test_a_job_put_back_after_its_result_says_that_it_is_done(submitted: Job) ->
     submitted.kill_after_result()
     assert submitted.start("n1") == job.NOTHING_TO_DO
     assert submitted.is_done()
+
+
+def test_a_job_that_slurm_restarts_without_progress_is_failed_after_its_patience(
+    submitted: Job,
+) -> None:
+    """Nobody is left to start it again: neither this job nor the next submission."""
+    patience = Retry().patience
+    for _ in range(patience):
+        assert submitted.start("n1") == 0
+    assert submitted.start("n1") == 1
+    assert submitted.ends() == ["preempted"] * patience
+    status = read_json(submitted.folder.status) or {}
+    assert status["state"] == "failed"
+    assert f"no progress in {patience} attempts" in status["message"]
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "storage"), (errno.EINVAL, "code")])
+def test_a_disk_that_is_full_before_the_ranks_start_is_no_fault_of_the_stage(
+    submitted: Job, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(number, "of the test")
+
+    monkeypatch.setattr(job, "_is_sent_elsewhere", full)
+    for name, value in {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    if reason == "storage":
+        assert job.main(["begin", str(submitted.tasks)]) == EXIT_STORAGE
+    else:
+        with pytest.raises(OSError, match="of the test"):
+            job.main(["begin", str(submitted.tasks)])
+    status = read_json(submitted.folder.status) or {}
+    assert (status["state"], status["reason"]) == ("failed", reason)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from harness.errors import EXIT_BUSY, EXIT_OK
 from harness.launch import ends
 from harness.ledger import attempts, store
 from harness.ledger.files import read_json, write_json
+from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import build_grid
-from harness.study.schema import load_study
+from harness.study.schema import Retry, load_study
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +88,24 @@ def test_the_other_ranks_of_a_late_attempt_wait_for_nobody(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert run(folder, 1) == EXIT_BUSY
+
+
+def test_a_stage_whose_upstream_was_taken_away_meanwhile_waits_again(
+    tmp_path: Path, study_file: Callable[..., Path]
+) -> None:
+    """By `retry --from-scratch`, after a driver had found it done: not a try of this stage."""
+    tree = Tree(tmp_path / "runs")
+    grid = build_grid(load_study(study_file()))
+    stage = next(s for s in grid.stages.values() if s.kind == "wsp" and s.config.upstream)
+    folder = store.write_stage(tree, stage)
+    attempts.begin(folder, folder.new_attempt(), {})
+    write_json(folder.status, {"schema": 1, "state": "submitted", "attempt": 1})
+    code = run(folder, 1)
+    status = ends.settle(folder, 1, code, asked_to_stop=False)
+    assert (status["state"], status["reason"]) == ("planned", "dropped")
+    (upstream,) = stage.config.upstream.values()
+    assert status["message"] == f"{stage.id}: upstream {upstream} is not done (any more)"
+    assert ends.conclude(folder, 1, status, Retry()).again
+    assert attempts.read_attempts(folder) == []
+    assert read_states(tree, grid.stages)[stage.id].state == "waiting"
+    assert (read_json(folder.attempt(1) / "attempt.json") or {})["end"] == "dropped"

@@ -57,6 +57,15 @@ def test_status_says_why_a_stage_is_not_running(
     assert waiting and all("waits for" in line or "more waiting" in line for line in waiting)
 
 
+def test_status_says_of_a_lost_stage_what_is_known(
+    tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    write_json(store.write_stage(tree, stage).status, {"state": "running", "attempt": 1})
+    lines = shown(tree, capsys).splitlines()
+    assert f"  lost {stage.id}  its process is gone without a word" in lines
+
+
 def test_of_many_stages_in_a_queue_ten_are_shown(
     tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
 ) -> None:

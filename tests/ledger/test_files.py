@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import LeaseLostError, UserError
+from harness.ledger import files
 from harness.ledger.files import JsonlWriter, read_json, read_jsonl, write_json
 
 
@@ -101,3 +103,41 @@ def test_rubbish_in_a_json_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.json: not JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_file_that_another_host_replaces_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "status.json", {"state": "done"})
+    stale, read = [2], Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if stale[0]:
+            stale[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert read_json(tmp_path / "status.json") == {"state": "done"}
+
+
+def test_machines_of_one_name_can_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for host in ("one", "two"):
+        monkeypatch.setenv("HARNESS_HOST", host)
+        files._machine.cache_clear()
+        names.add(files._machine())
+    files._machine.cache_clear()
+    assert len(names) == 2
+
+
+def test_rows_are_on_disk_when_they_are_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.sync()  # before the first row there is no file
+    writer.append({"step": 1})
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.pread(fd, 100, 0)))
+    writer.sync()
+    assert synced == [b'{"step": 1}\n']

@@ -333,3 +333,48 @@ def test_where_only_the_existence_of_a_pid_can_be_asked_a_living_owner_is_not_de
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert owner_is_dead({**own, "pid": gone.pid}) is True
+
+
+def test_a_link_whose_answer_was_lost_is_the_own_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS the client asks again, and the second answer is that the file exists."""
+    link = os.link
+
+    def twice(source: str, target: str) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    lease = Lease.acquire(tmp_path / "lease")
+    lease.check()
+    with pytest.raises(LeaseHeldError):
+        Lease.acquire(tmp_path / "lease")
+
+
+def test_who_waits_for_a_lock_for_long_says_once_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leases, "_QUIET_S", 0.0)
+    held = Lease.acquire(tmp_path / "lock")
+    with pytest.raises(LeaseHeldError), leases.exclusive(tmp_path / "lock", patience_s=0.35):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("waiting: ") and f"held by process {os.getpid()} on " in line
+    held.release()
+    with leases.exclusive(tmp_path / "lock"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("about", "is_over"), [({}, True), ({"token": "t"}, False)])
+def test_what_is_on_its_way_into_a_queue_is_never_silent(
+    tmp_path: Path, about: dict[str, str], is_over: bool
+) -> None:
+    """A submission of thousands holds claims for minutes before they have jobs."""
+    folder = StageFolder(tmp_path)
+    status = {"schema": 1, "state": "submitted", "attempt": 1, "host": "elsewhere:1", **about}
+    write_json(folder.status, status)
+    silence = leases.Silence(expiry_s=0.0)
+    assert not silence.is_over("a", folder)
+    assert silence.is_over("a", folder) is is_over

@@ -168,6 +168,30 @@ def test_what_became_of_a_new_attempt_at_a_stale_stage_is_in_its_status(
     assert states(tree, grid)[wsp] == "done"
 
 
+@pytest.mark.parametrize("state", ["failed", "diverged"])
+def test_how_a_stage_ended_on_an_upstream_run_that_counts_no_longer_counts_no_longer(
+    tmp_path: Path, grid: Grid, state: str
+) -> None:
+    tree = Tree(tmp_path)
+    mae, wsp, probe = chain(grid)
+    finish(tree, grid, mae, uid="first")
+    folder = store.write_stage(tree, grid.stages[wsp])
+    write_json(folder.status, {"schema": 1, "state": state, "reason": "code", "attempt": 1})
+    write_json(folder.lineage, {"schema": 1, "upstream_uids": {mae: "first"}})
+    assert (states(tree, grid)[wsp], states(tree, grid)[probe]) == (state, "blocked")
+    tree.stage("mae", mae).result.unlink()  # it is run again
+    assert (states(tree, grid)[wsp], states(tree, grid)[probe]) == ("waiting", "waiting")
+    finish(tree, grid, mae, uid="second")
+    found = read_states(tree, grid.stages)
+    assert (found[wsp].state, found[wsp].reason) == ("planned", "stale")
+    assert found[probe].state == "waiting"
+    finish(tree, grid, mae, uid="first")
+    assert states(tree, grid)[wsp] == state
+    folder.lineage.unlink()  # it failed before it began: nobody knows of what
+    finish(tree, grid, mae, uid="second")
+    assert states(tree, grid)[wsp] == state
+
+
 def test_a_stored_config_that_is_not_its_ids_is_shown_as_a_field_diff(
     tmp_path: Path, grid: Grid
 ) -> None:

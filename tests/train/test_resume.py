@@ -60,6 +60,22 @@ def test_stopped_and_resumed_equals_undisturbed(recipe: Optimization, tmp_path: 
     same_weights(tmp_path / "straight", tmp_path / "resumed")
 
 
+def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that goes down between the two would leave a curve with a gap."""
+    rows, seen, save = tiny.Rows(), [], checkpoint.save
+
+    def save_and_look(*given: Any) -> Path:
+        seen.append((rows.synced, len(rows.rows)))
+        return save(*given)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_look)
+    with pytest.raises(PreemptedError):
+        run(WSP, tmp_path, rows, stop=5)
+    assert seen == [(5, 5)]
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_lower_zero_stages_resume_exactly_too(stage: int, tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
