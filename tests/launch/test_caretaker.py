@@ -278,8 +278,9 @@ def test_a_caretaker_that_sbatch_refuses_is_told(
     site: FakeSlurm, tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On partitions that take no job without a GPU: lost nodes are not taken care of."""
-    wants = 'grep -q "comment=caretaker" "$1" && { echo "sbatch: error: no GPU asked for" >&2; exit 1; }'
-    site.says("sbatch", f'{wants}; echo "Submitted batch job {COUNT.format(site.folder)}"')
+    refusal = '{ echo "sbatch: error: no GPU asked for" >&2; exit 1; }'
+    own = f'grep -q "comment=caretaker" "$1" && {refusal}'
+    site.says("sbatch", f'{own}; echo "Submitted batch job {COUNT.format(site.folder)}"')
     done = submit(tree, grid)
     assert set(done.jobs) == set(grid.stages) and done.caretaker is None
     show_study.submitted(done, grid, "lab", queue.read_states(tree, grid.stages))
