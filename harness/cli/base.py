@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 Root = Annotated[
     Path | None,
-    typer.Option("--root", help="Run root. Default: HARNESS_ROOT, or ./runs.", show_default=False),
+    typer.Option("--root", help="Run root. Default: HARNESS_ROOT, the settings, or ./runs.", show_default=False),
 ]
 
 

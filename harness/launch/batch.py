@@ -21,6 +21,10 @@ from harness.study.stages import StageFile
 _PAUSE_S = 60
 
 
+class RefusedError(UserError):
+    """sbatch does not take a job: the site's limits, or an option that the site does not have."""
+
+
 def nodes_of(stage: StageFile, profile: Slurm) -> int:
     """Nodes that a stage's ranks need."""
     execution = stage.execution
@@ -36,9 +40,10 @@ def options_of(
     on_gpu = profile.device == "cuda"
     nodes = nodes_of(stage, profile)
     if execution.ranks % nodes:
+        most = f" of at most {profile.gpus_per_node} GPUs" if on_gpu else ""
         raise UserError(
-            f"{stage.id}: {execution.ranks} ranks on {nodes} nodes of at most"
-            f" {profile.gpus_per_node} GPUs do not divide; choose resources.ranks or nodes to fit"
+            f"{stage.id}: {execution.ranks} ranks on {nodes} nodes{most} do not divide; choose"
+            " resources.ranks or nodes to fit"
         )
     per_node = execution.ranks // nodes
     options: dict[str, Any] = {
@@ -75,10 +80,11 @@ def options_of(
 
 def _site(profile: Slurm) -> dict[str, Any]:
     named = {k: getattr(profile, k) for k in ("partition", "account", "qos", "constraint")}
+    wanted = {k: v for k, v in profile.sbatch.items() if v is not False}
     more: dict[str, Any] = {("requeue" if profile.requeue else "no-requeue"): True}
     return {
         **{k: v for k, v in named.items() if v is not None},
-        "additional_parameters": {**more, **profile.sbatch},
+        "additional_parameters": {**more, **wanted},
     }
 
 
@@ -128,7 +134,7 @@ def sbatch(
                 found = [executor.submit(job.run_rank, str(tasks)) for _ in range(count)]
         except (FailedJobError, FailedSubmissionError) as error:
             last = str(error).strip().splitlines()[-1]
-            raise UserError(f"sbatch refused: {last}; see the profile's options") from None
+            raise RefusedError(f"sbatch refused: {last}; see the profile's options") from None
     return [str(j.job_id) for j in found]
 
 
@@ -137,7 +143,7 @@ def submit_caretaker(
 ) -> str | None:
     """A job that tends the submission in `folder`, after a while and after these jobs; its id.
 
-    None where the profile wants none. Raises UserError where sbatch refuses.
+    None where the profile wants none. Raises RefusedError where sbatch does.
     """
     if not profile.caretaker:
         return None

@@ -35,6 +35,8 @@ _FRESH_S = 600.0
 """What the queue said may be used again within a submission: see `queue.read_states`."""
 _PART = 1000
 """Stages that are claimed at a time, at least: or as many as four arrays of the site hold."""
+_FULL = 3
+"""Arrays in a row that sbatch refuses: it takes no more."""
 _MOST_REFUSALS = 100
 """Caretakers in a row that sbatch takes nothing else from: a day, at their pace."""
 
@@ -156,46 +158,32 @@ def _submit(
         store.write_stage(tree, stages[stage_id])
     site = queue.max_array_size()
     limit = min(profile.max_array or site, site)
-    taken = 0
-    """By others."""
     try:
         job_.watch()
         running = {s: str(v.status["job"]) for s, v in states.items() if _is_job(v)}
         # Part by part: of a submission of thousands that is killed on its way (the caretaker has
         # half an hour) what was put into the queue stays there, and the next one goes on.
         for part in _parts(wanted, max(_PART, 4 * limit)):
-            claimed: list[str] = []
-            for stage_id in part:
-                attempt = claim(tree, stages[stage_id], states[stage_id], owner)
-                if attempt is None:  # it has changed since
-                    taken += 1
-                    continue
-                job_.claimed[stage_id] = attempt
-                claimed.append(stage_id)
+            claimed = [s for s in part if job_.may_run(s) and job_.take(s, states[s], owner)]
             avoid = _places_to_avoid(job_, claimed)
-            before = len(job_.found)
             known = {**running, **job_.jobs}
-            for array in plan_arrays([stages[s] for s in claimed], limit, known, avoid):
-                job_.put(array, avoid.get(array.stages[0], ()), before)
-    except UserError as error:
-        refused = str(error)
-        job_.finish(refused, keep_caretaker=0 < tries <= _MOST_REFUSALS)
-        if not job_.jobs and job_.caretaker is None:
-            raise
+            job_.put_all(plan_arrays([stages[s] for s in claimed], limit, known, avoid), avoid)
+            if job_.is_full:
+                break
     except BaseException:
         job_.finish("its submission broke off")
         raise
-    else:
-        refused = None
-        job_.finish(refused)
-    left = len(wanted) - taken - len(job_.jobs)
+    refused = str(job_.refusals[0]) if job_.refusals else None
+    job_.finish(refused, keep_caretaker=0 < tries <= _MOST_REFUSALS)
+    if job_.refusals and not job_.jobs and job_.caretaker is None:
+        raise job_.refusals[0]
     return Submitted(
         jobs=job_.jobs,
         arrays=len(job_.found),
         caretaker=job_.caretaker,
         no_caretaker=job_.no_caretaker,
         refused=refused,
-        left=left,
+        left=len(wanted) - job_.gone - len(job_.jobs),
     )
 
 
@@ -253,7 +241,15 @@ class _Submission:
     jobs: dict[str, str] = field(default_factory=dict)
     caretaker: str | None = None
     no_caretaker: str | None = None
+    refusals: list[batch.RefusedError] = field(default_factory=list)
+    is_full: bool = False
+    """Whether sbatch took nothing any more."""
+    gone: int = 0
+    """Stages that others took meanwhile."""
     code: Path = Path()
+    _number: int = 0
+    _refused: set[str] = field(default_factory=set)
+    """Stages that sbatch did not take, and those behind them."""
 
     @property
     def folder(self) -> Path:
@@ -272,14 +268,53 @@ class _Submission:
         except UserError as error:
             self.no_caretaker = str(error)  # the study goes without; the summary says so
 
-    def put(self, array: Array, avoid: tuple[str, ...], before: int) -> None:
-        """Submits one array of a plan, `before` which so many were submitted."""
-        number = len(self.found)
+    def may_run(self, stage_id: str) -> bool:
+        """False behind a stage that was refused."""
+        if self._refused.isdisjoint(self.stages[stage_id].config.upstream.values()):
+            return True
+        self._refused.add(stage_id)
+        return False
+
+    def take(self, stage_id: str, seen: StageState, owner: Mapping[str, str]) -> bool:
+        """Claims a stage; False if somebody else was quicker."""
+        attempt = claim(self.tree, self.stages[stage_id], seen, owner)
+        if attempt is None:
+            self.gone += 1
+            return False
+        self.claimed[stage_id] = attempt
+        return True
+
+    def put_all(self, arrays: Sequence[Array], avoid: Mapping[str, tuple[str, ...]]) -> None:
+        """Submits the arrays of a plan. One that is refused for what it asks for does not hold up
+        those that do not wait for it; the site's limit, after some, ends it."""
+        ids: dict[int, list[str]] = {}
+        in_a_row = 0
+        for place, array in enumerate(arrays):
+            # Of an array all wait for tasks of one other, or for the same ones.
+            if not all([self.may_run(s) for s in array.stages]):
+                self._refused.update(array.stages)
+                continue
+            try:
+                ids[place] = self._put(array, avoid.get(array.stages[0], ()), ids)
+                in_a_row = 0
+            except batch.RefusedError as error:
+                self.refusals.append(error)
+                self._refused.update(array.stages)
+                in_a_row += 1
+                if in_a_row == _FULL:
+                    self.is_full = True
+                    return
+
+    def _put(
+        self, array: Array, avoid: tuple[str, ...], ids_of: Mapping[int, list[str]]
+    ) -> list[str]:
+        """Submits one array, of a plan whose earlier ones have these ids."""
+        number, self._number = self._number, self._number + 1
         tasks = self.folder / f"tasks.{number}.json"
         rows = [{"kind": self.stages[s].kind, "stage": s} for s in array.stages]
         # Before sbatch: by this file a job is known whose number nobody could write down.
         write_json(tasks, {"schema": 1, "submission": str(self.folder), "tasks": rows})
-        after = _numbered(array.after, self.found[before:])
+        after = _numbered(array.after, ids_of)
         first = self.stages[array.stages[0]]
         options = batch.options_of(first, self.profile, self.study, self.token, number, after)
         if avoid:
@@ -291,6 +326,7 @@ class _Submission:
         for stage_id, job_id in zip(array.stages, ids, strict=True):
             set_job(self.tree, self.stages[stage_id], self.claimed[stage_id], job_id)
         queue.remember(ids)
+        return ids
 
     def drop(self, stages: Iterable[str], why: str) -> None:
         """Takes claims back."""
@@ -362,7 +398,7 @@ def _placed(tree: Tree, stages: Mapping[str, StageFile], profile: Slurm) -> dict
     return {k: renewed(s, {"execution": known[id(s.execution)][1]}) for k, s in stages.items()}
 
 
-def _numbered(after: str, found: list[list[str]]) -> str:
+def _numbered(after: str, found: Mapping[int, list[str]]) -> str:
     """A plan's dependency with the numbers of real jobs."""
     terms = []
     for term in filter(None, after.split(",")):

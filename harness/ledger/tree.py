@@ -10,7 +10,7 @@ from pathlib import Path
 
 def default_root() -> Path:
     """HARNESS_ROOT, or ./runs."""
-    return Path(os.environ.get("HARNESS_ROOT") or "runs").absolute()
+    return Path(os.environ.get("HARNESS_ROOT") or "runs").expanduser().absolute()
 
 
 @dataclass(frozen=True)

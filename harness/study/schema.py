@@ -310,7 +310,7 @@ def _in_file(location: study_source.Location) -> study_source.Location:
     """pydantic's path without the parts that only name a member of a union."""
     kept = []
     for i, part in enumerate(location):
-        protocol_tag = i >= 2 and location[i - 2] == "transfer"
+        protocol_tag = i >= 2 and location[i - 2] in ("transfer", "profiles")
         type_tag = str(part).startswith(("literal[", "function-", "constrained-"))
         if not protocol_tag and not type_tag:
             kept.append(part)
@@ -326,7 +326,9 @@ def _describe(item: Any, model: type[BaseModel], location: tuple[str | int, ...]
     if kind in ("literal_error", "union_tag_invalid") and "'" in str(item.get("ctx")):
         return _choices(item)
     if kind == "union_tag_not_found":
-        return "protocol is missing; expected for example protocol: linear_probe"
+        key = str(item["ctx"]["discriminator"]).strip("'")
+        example = {"protocol": "linear_probe"}.get(key, "slurm")
+        return f"{key} is missing; expected for example {key}: {example}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if repr(found) in message or isinstance(found, (dict, list)):
