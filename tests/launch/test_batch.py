@@ -125,6 +125,10 @@ def test_a_gpu_comes_with_the_cores_of_the_profile_and_never_fewer_than_threads(
     )
 
 
+def test_a_stage_that_would_share_a_gpu_gets_one_of_its_own() -> None:
+    assert options(profile(), share=4) == options(profile())
+
+
 @pytest.mark.parametrize(("time_s", "minutes"), [(5400.0, 90), (61.0, 2), (30.0, 1), (None, 1440)])
 def test_the_time_limit_is_in_whole_minutes_and_never_less_than_was_asked_for(
     time_s: float | None, minutes: int
