@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.launch.settings import Hosts, Settings, Slurm, find_profile, load_settings
+
 TOP = Path(__file__).parents[1]
 UNIVERSAL = "python docs/universal_checkpoint.py"
 OURS = ("harness ", "python -m analysis.")
@@ -49,6 +51,81 @@ def test_study_files_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
         assert grid.cells
         if grid.loaded.study.tune is not None:
             assert groups_of(grid)
+
+
+def profiles_of(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The settings file that a page shows."""
+    (text,) = [b for b in blocks(TOP / "docs" / page, "yaml") if "profiles:" in b]
+    file = folder / "settings.yaml"
+    file.write_text(text)
+    monkeypatch.setenv("HARNESS_SETTINGS", str(file))
+    return load_settings()
+
+
+def test_the_settings_on_the_page_of_clusters_load_with_the_values_they_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = profiles_of("cluster.md", tmp_path, monkeypatch)
+    assert (shown.cluster, shown.root) == ("lab", Path("/shared/me/runs"))
+    lab = Slurm(
+        partition="gpu",
+        account="vision",
+        gpus_per_node=8,
+        cpus_per_gpu=12,
+        time=24 * 3600.0,
+        signal_s=120,
+        parallel=16,
+        setup=["module load cuda/12.8"],
+        env={"NCCL_SOCKET_IFNAME": "ib0"},
+        sbatch={"mail-type": "FAIL"},
+    )
+    pair = Hosts(kind="hosts", hostfile=Path("~/hosts"))
+    assert shown.profiles == {"lab": lab, "pair": pair}
+    monkeypatch.delenv("HARNESS_CLUSTER", raising=False)
+    assert find_profile(None) == ("lab", lab) and find_profile("pair") == ("pair", pair)
+
+
+def test_the_pages_name_every_field_of_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = profiles_of("cluster.md", tmp_path, monkeypatch).profiles["lab"]
+    page = " ".join((TOP / "docs/cluster.md").read_text().split())
+    (further,) = re.findall(r"Further fields: (.*?)\. ", page)
+    named = set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", further)))
+    assert lab.model_fields_set | named == Slurm.model_fields.keys()
+    assert not lab.model_fields_set & named
+    (pair,) = profiles_of("hosts.md", tmp_path, monkeypatch).profiles.values()
+    assert pair.model_fields_set == Hosts.model_fields.keys()
+
+
+def test_the_resources_on_the_page_of_clusters_fit_the_profile_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.launch.batch import options_of
+    from harness.study.cells import build_grid
+    from harness.study.schema import load_study
+
+    lab = profiles_of("cluster.md", tmp_path, monkeypatch).profiles["lab"]
+    assert isinstance(lab, Slurm)
+    (rules,) = [b for b in blocks(TOP / "docs/cluster.md", "yaml") if b.startswith("resources:")]
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "name: large\n"
+        "axes: {size: [l, h, 2b], data: [1k], init: [random]}\n"
+        "defaults: {dataset: scenes-4k, image_size: 24, patch: 4}\n"
+        "stages: {wsp: {duration: {samples: 2k}}}\n" + rules
+    )
+    asked = {}
+    for stage in build_grid(load_study(file)).stages.values():
+        options = options_of(stage, lab, "large", "large.t", 0, "")
+        needs = tuple(options[k] for k in ("nodes", "gpus_per_node", "time"))
+        asked[stage.config.size] = (*needs, stage.execution.activation_checkpointing)
+    day = 24 * 60
+    assert asked == {
+        "l": (1, 8, day, False),
+        "h": (1, 8, day, False),
+        "2b": (8, 8, day, True),
+    }
 
 
 def test_ids_in_the_docs_are_those_of_the_shipped_studies() -> None:

@@ -24,7 +24,11 @@ T = TypeVar("T")
 
 Root = Annotated[
     Path | None,
-    typer.Option("--root", help="Run root. Default: HARNESS_ROOT, the settings, or ./runs.", show_default=False),
+    typer.Option(
+        "--root",
+        help="Run root. Default: HARNESS_ROOT, the settings, or ./runs.",
+        show_default=False,
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from harness.errors import UserError
 from harness.launch.machine import Device
@@ -24,6 +24,11 @@ from harness.launch.settings_file import settings_path
 from harness.study import source
 from harness.study.recipes import Count, Frozen, Positive
 from harness.study.schema import Seconds, problems_of
+
+_OURS = frozenset(
+    ("array", "comment", "dependency", "error", "job-name", "open-mode", "output", "signal")
+)
+"""Options of sbatch by which jobs are known, followed and stopped."""
 
 
 class Local(Frozen):
@@ -78,6 +83,14 @@ class Slurm(Frozen):
     env: dict[str, str] = {}
     sbatch: dict[str, str | int | bool] = {}
     """Any further sbatch option, by its long name."""
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_ours(cls, sbatch: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        bad = sorted(_OURS & {key.replace("_", "-") for key in sbatch})
+        if bad:
+            raise ValueError(f"{', '.join(bad)}: the harness sets this itself; remove it")
+        return sbatch
 
 
 Profile = Annotated[Local | Hosts | Slurm, Field(discriminator="kind")]

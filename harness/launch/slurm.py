@@ -248,6 +248,8 @@ class _Submission:
     """Stages that others took meanwhile."""
     code: Path = Path()
     _number: int = 0
+    _in_a_row: int = 0
+    """Refusals."""
     _refused: set[str] = field(default_factory=set)
     """Stages that sbatch did not take, and those behind them."""
 
@@ -288,7 +290,6 @@ class _Submission:
         """Submits the arrays of a plan. One that is refused for what it asks for does not hold up
         those that do not wait for it; the site's limit, after some, ends it."""
         ids: dict[int, list[str]] = {}
-        in_a_row = 0
         for place, array in enumerate(arrays):
             # Of an array all wait for tasks of one other, or for the same ones.
             if not all([self.may_run(s) for s in array.stages]):
@@ -296,12 +297,12 @@ class _Submission:
                 continue
             try:
                 ids[place] = self._put(array, avoid.get(array.stages[0], ()), ids)
-                in_a_row = 0
+                self._in_a_row = 0
             except batch.RefusedError as error:
                 self.refusals.append(error)
                 self._refused.update(array.stages)
-                in_a_row += 1
-                if in_a_row == _FULL:
+                self._in_a_row += 1
+                if self._in_a_row == _FULL:
                     self.is_full = True
                     return
 

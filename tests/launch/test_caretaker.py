@@ -316,6 +316,29 @@ def test_of_a_large_submission_that_is_refused_on_its_way_the_first_parts_stay(
     first, *_ = parts = list(grid.stages)[:5], list(grid.stages)[5:10]
     assert set(first) < set(done.jobs) < {*first, *parts[1]} and len(done.jobs) == 6
     assert done.left == len(grid.stages) - 6 and done.refused
-    # What nobody claimed was not tried: it has no attempt, as it has none to take back.
+    # After three refusals in a row no more are claimed, and asked for, only to be taken back.
     tried = [s for s in grid.stages.values() if tree.stage(s.kind, s.id).attempt_numbers()]
-    assert len(tried) == 10
+    assert len(tried) < len(grid.stages) and site.calls("sbatch") == 1 + 6 + 3
+
+
+def test_what_sbatch_refuses_for_itself_does_not_hold_up_the_rest(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """One kind of stage asks for more than the partition has."""
+    refusal = '{ echo "sbatch: error: Requested time limit is invalid" >&2; exit 1; }'
+    wsp = f'grep -q "job-name=small.wsp" "$1" && {refusal}'
+    site.says("sbatch", f'{wsp}; echo "Submitted batch job {COUNT.format(site.folder)}"')
+    done = submit(tree, grid)
+    assert set(done.jobs) == {s for s, v in grid.stages.items() if v.kind == "mae"}
+    assert done.caretaker and "Requested time limit is invalid" in str(done.refused)
+    assert done.left == len(grid.stages) - len(done.jobs)
+    assert {v for s, v in states(tree, grid).items() if s not in done.jobs} <= {
+        "planned",
+        "waiting",
+    }
+    probe = f'grep -q "job-name=small.linear_probe" "$1" && {refusal}'
+    site.says("sbatch", f'{probe}; echo "Submitted batch job {COUNT.format(site.folder)}"')
+    site.holds(*((job, "x") for job in done.jobs.values()))
+    again = submit(tree, grid)
+    kinds = {grid.stages[s].kind for s in again.jobs}
+    assert "wsp" in kinds and "features" in kinds and "linear_probe" not in kinds

@@ -98,6 +98,32 @@ def test_what_failed_for_want_of_space_is_run_again_by_the_next_submission(
     assert state_after_submit(tree, grid, Retry()) == "planned"
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_stage_that_diverges_is_tried_again_as_often_as_declared_and_no_more(
+    tmp_path: Path, grid: Grid, allowed: int
+) -> None:
+    """By its files alone: what the driver, the job and the caretaker all ask."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder, retry = store.write_stage(Tree(tmp_path), stage), Retry(diverged=allowed)
+    for number in range(1, allowed + 2):
+        assert folder.new_attempt() == number
+        attempts.begin(folder, number, {})
+        # As its worker leaves it; the exit code says only that it failed.
+        attempts.close(folder, number, "diverged", "diverged", f"loss nan at step {number}")
+        status = ends.settle(folder, number, 1, asked_to_stop=False)
+        decision = ends.conclude(folder, number, status, retry)
+        assert decision.again == (number <= allowed)
+        left = read_json(folder.status) or {}
+        assert left["state"] == ("preempted" if decision.again else "diverged")
+        assert (left["reason"], left["message"]) == ("diverged", f"loss nan at step {number}")
+    assert [a.end for a in attempts.read_attempts(folder)] == ["diverged"] * (allowed + 1)
+    again = [e for e in read_jsonl(folder.events) if e["event"] == "retry"]
+    assert [(e["attempt"], e["why"]) for e in again] == [(1, "diverged: try 1 of 1")][:allowed]
+    later = ends.reconsider(folder, retry)  # by the next submission
+    assert later is not None and not later.again
+    assert (read_json(folder.status) or {})["state"] == "diverged"
+
+
 @pytest.mark.parametrize("fail_fast", [False, True])
 def test_fail_fast_stops_the_rest_and_is_no_interruption(
     tmp_path: Path, grid: Grid, fail_fast: bool

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from harness.errors import EXIT_STORAGE
+from harness.errors import EXIT_STORAGE, HarnessError
 from harness.launch import job, nodes, slurm
 from harness.launch.settings import Slurm
 from harness.ledger.attempts import read_attempts
@@ -92,11 +95,14 @@ def submitted(
     signal.signal(signal.SIGTERM, handler)
 
 
+def asked(site: FakeSlurm) -> list[str]:
+    return (site.folder / "scontrol.calls").read_text().splitlines()
+
+
 def said(site: FakeSlurm) -> list[str]:
-    lines = (site.folder / "scontrol.calls").read_text().splitlines()
     return [
         line
-        for line in lines
+        for line in asked(site)
         if line.startswith(("requeue", "update"))
         and not any(word in line for word in ("JobName", "Dependency"))
     ]
@@ -233,3 +239,122 @@ def test_a_requeue_does_not_end_who_asked_for_it(site: FakeSlurm) -> None:
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert said(site) == ["requeue 1", "update JobId=1 ExcNodeList=n1"]
+
+
+# --- what the ranks are told ---------------------------------------------------------------
+
+
+def test_a_job_has_the_name_of_its_stage_from_the_moment_it_has_it(
+    submitted: Job, site: FakeSlurm
+) -> None:
+    named = f"update JobId=1 JobName={submitted.folder.path.name}"
+    assert named not in asked(site)
+    assert submitted.start("n1") == 0
+    assert asked(site).count(named) == 1
+    submitted.kill_after_result()
+    assert submitted.start("n1") == job.NOTHING_TO_DO
+    assert asked(site).count(named) == 1
+
+
+def test_the_ranks_are_told_their_stage_attempt_and_meeting_point(
+    submitted: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submitted.start("n1") == 0
+    assert submitted.start("n1") == 0  # Slurm started it again
+    lines = capsys.readouterr().out.splitlines()
+    told = [dict(word.split("=", 1) for word in shlex.split(line)[1:]) for line in lines]
+    assert [t["HARNESS_ATTEMPT"] for t in told] == ["1", "2"]
+    folder = submitted.folder.path
+    assert {(t["HARNESS_STAGE"], t["HARNESS_RUN_DIR"]) for t in told} == {
+        (folder.name, str(folder))
+    }
+    assert {t["MASTER_ADDR"] for t in told} == {"127.0.0.1"}
+    assert all(int(t["MASTER_PORT"]) in job._PORTS for t in told)
+
+
+def listener(port: int) -> socket.socket:
+    """As rank 0 listens: torch's store takes all addresses, IPv6 too where there is any."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def test_a_port_at_which_somebody_listens_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    first = job._port()
+    with listener(first):
+        second = job._port()
+    assert first != second and {first, second} <= set(job._PORTS)
+
+
+def test_jobs_that_ask_at_once_get_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them listens yet when the next one asks."""
+    ports: list[int] = []
+    for number in range(4711, 4741):
+        monkeypatch.setenv("SLURM_JOB_ID", str(number))
+        ports.append(job._port())
+    assert len(set(ports)) == len(ports) == 30
+
+
+def test_the_last_free_port_is_found_and_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    free: set[int] = set()
+
+    class Probe(socket.socket):
+        def bind(self, address: Any) -> None:
+            if address[1] not in free:
+                raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(job, "socket", SimpleNamespace(socket=Probe))
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    with pytest.raises(HarnessError, match="no free port on this host"):
+        job._port()
+    free.add(job._PORTS[13])  # the job begins to look at number 14
+    assert job._port() == job._PORTS[13]
+
+
+@pytest.fixture
+def on_two_nodes(site: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Surroundings of a job of two nodes; no name but `resolved` is known to a resolver."""
+
+    def getaddrinfo(name: str, port: None) -> list[Any]:
+        if name != "resolved":
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.1.2.9", 0))]
+
+    monkeypatch.setattr(job.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    node = "NodeName=gpu-1 Arch=x86_64\n   NodeAddr=10.1.2.3 NodeHostName=n1 Version=23.11.4\n"
+    site.says("scontrol", f'[ "$*" = "show node gpu-1" ] && printf "{node}"')
+    return site
+
+
+@pytest.mark.parametrize("count", ["1", None])
+def test_ranks_of_one_node_meet_there_whatever_it_is_called(
+    count: str | None, on_two_nodes: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_NNODES")
+    if count is not None:
+        monkeypatch.setenv("SLURM_NNODES", count)
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-1")
+    assert job._address() == "127.0.0.1"
+    assert on_two_nodes.calls("scontrol") == 0
+
+
+@pytest.mark.parametrize(
+    ("node", "address", "calls"),
+    [
+        ("resolved", "resolved", 0),  # as a name: another network may know it by another number
+        ("gpu-1", "10.1.2.3", 1),  # only Slurm knows it
+        ("gpu-2", "gpu-2", 1),  # not even Slurm: the ranks will say what they could not find
+    ],
+)
+def test_ranks_of_several_nodes_meet_at_the_first_by_a_name_or_address_that_others_know(
+    node: str,
+    address: str,
+    calls: int,
+    on_two_nodes: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    assert job._address() == address
+    assert on_two_nodes.calls("scontrol") == calls

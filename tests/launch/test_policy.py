@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from harness.launch.policy import decide
 from harness.ledger.attempts import Attempt
@@ -38,6 +39,25 @@ def test_three_attempts_that_gain_nothing_are_the_end(cause: str) -> None:
 def test_a_counted_cause_is_tried_so_often_and_no_more(cause: str, allowed: int) -> None:
     for n in range(1, allowed + 3):
         assert decide(Retry(), tries(*[(cause, 0)] * n), progress=0).again == (n <= allowed)
+
+
+def test_one_more_try_after_a_divergence_is_declared_and_there_is_no_second() -> None:
+    declared = Retry(diverged=1)
+    first = decide(declared, tries(("diverged", 0)), progress=0)
+    assert (first.again, first.why) == (True, "diverged: try 1 of 1")
+    # Steps that were gained in between buy no more.
+    for progress in (0, 500):
+        last = decide(declared, tries(("diverged", 0), ("diverged", 0)), progress)
+        assert (last.again, last.why) == (False, "diverged: try 1 of 1 was the last")
+    with pytest.raises(ValidationError, match=r"diverged\n.*less than or equal to 1"):
+        Retry(diverged=2)
+
+
+def test_other_ends_cost_nothing_of_the_try_after_a_divergence() -> None:
+    mixed = tries(("node_fail", 0), ("preempted", 0), ("diverged", 0))
+    assert decide(Retry(diverged=1), mixed, progress=0).again
+    more = tries(*[(a.end, 0) for a in mixed], ("node_fail", 0), ("diverged", 0))
+    assert not decide(Retry(diverged=1), more, progress=0).again
 
 
 def test_causes_are_counted_apart() -> None:
