@@ -79,7 +79,8 @@ class RankZero:
         self.lease.check()
         if self.folder.result.exists() or (known is not None and known["upstream_uids"] != uids):
             store.set_aside(self.folder, self.lease.guard)
-        write_json(self.folder.lineage, {"schema": 1, "upstream_uids": uids}, self.lease.check)
+        content = {"schema": 1, "attempt": self.attempt, "upstream_uids": uids}
+        write_json(self.folder.lineage, content, self.lease.check)
 
     def _train(self, log_scalar: record.LogScalar) -> StageResult:
         events = self.tree.events / self.stage.id if os.environ.get(_TENSORBOARD) else None

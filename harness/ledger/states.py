@@ -263,9 +263,12 @@ def read_graph(
             if own.state == "done" and not _rests_on(uids, upstream, done, states):
                 own = _stale(folder, own, *asked)
             elif own.state in ("failed", "diverged") and upstream:
-                # How it ended says nothing of what it would now start from.
-                uids = (read_json(folder.lineage) or {}).get("upstream_uids")
-                if uids is not None and not _rests_on(uids, upstream, done, states):
+                # How it ended says nothing of what it would now start from; unless it ended before
+                # it came to that: a worker that cannot even start would be started for ever.
+                lineage = read_json(folder.lineage) or {}
+                uids, number = lineage.get("upstream_uids"), lineage.get("attempt")
+                is_of_it = uids is not None and number == own.status.get("attempt")
+                if is_of_it and not _rests_on(uids, upstream, done, states):
                     own = own._replace(state="planned", reason="stale", message=_STALE)
         known = [states[u] for u in upstream if u in states]
         own = states[stage_id] = _in_graph(own, known)

@@ -177,7 +177,7 @@ def test_how_a_stage_ended_on_an_upstream_run_that_counts_no_longer_counts_no_lo
     finish(tree, grid, mae, uid="first")
     folder = store.write_stage(tree, grid.stages[wsp])
     write_json(folder.status, {"schema": 1, "state": state, "reason": "code", "attempt": 1})
-    write_json(folder.lineage, {"schema": 1, "upstream_uids": {mae: "first"}})
+    write_json(folder.lineage, {"schema": 1, "attempt": 1, "upstream_uids": {mae: "first"}})
     assert (states(tree, grid)[wsp], states(tree, grid)[probe]) == (state, "blocked")
     tree.stage("mae", mae).result.unlink()  # it is run again
     assert (states(tree, grid)[wsp], states(tree, grid)[probe]) == ("waiting", "waiting")
@@ -187,7 +187,8 @@ def test_how_a_stage_ended_on_an_upstream_run_that_counts_no_longer_counts_no_lo
     assert found[probe].state == "waiting"
     finish(tree, grid, mae, uid="first")
     assert states(tree, grid)[wsp] == state
-    folder.lineage.unlink()  # it failed before it began: nobody knows of what
+    # The next attempt failed before it began: it would be started for ever.
+    write_json(folder.status, {"schema": 1, "state": state, "reason": "code", "attempt": 2})
     finish(tree, grid, mae, uid="second")
     assert states(tree, grid)[wsp] == state
 
