@@ -33,6 +33,8 @@ def decide(retry: Retry, attempts: Sequence[Attempt], progress: int) -> Decision
     A cause with `always` is tried again as long as something was gained in the last
     `retry.patience` attempts that ended so; any other, its number of times.
     """
+    if not attempts:  # a user has just forgiven all of them
+        return Decision(again=True, why="earlier tries count no longer")
     last = attempts[-1]
     cause = CAUSES.get(last.end or "lost", last.end or "node_fail")
     avoid = tuple(

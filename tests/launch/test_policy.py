@@ -73,3 +73,7 @@ def test_what_a_retry_cannot_mend_is_not_tried(cause: str) -> None:
 def test_hosts_on_which_it_was_lost_are_avoided_and_others_are_not() -> None:
     lost = [*tries(("node_fail", 0), host="n1:a"), *tries((None, 0), host="n2:b")]
     assert decide(Retry(), [*lost, *tries(("killed", 0), host="n3:c")], 0).avoid == ("n1:a", "n2:b")
+
+
+def test_where_every_try_was_forgiven_it_is_tried_again() -> None:
+    assert decide(Retry(), [], progress=0).again
