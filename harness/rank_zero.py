@@ -79,6 +79,10 @@ class RankZero:
         self.lease.check()
         if self.folder.result.exists() or (known is not None and known["upstream_uids"] != uids):
             store.set_aside(self.folder, self.lease.guard)
+            # Earlier tries say nothing of this run, and nothing of theirs is there to go on from.
+            self._add_event("begun anew", by="upstream", attempt=self.attempt - 1)
+            row = {**(read_json(self._attempt_file) or {}), "progress": 0}
+            write_json(self._attempt_file, row, self.lease.guard)
         content = {"schema": 1, "attempt": self.attempt, "upstream_uids": uids}
         write_json(self.folder.lineage, content, self.lease.check)
 
@@ -187,7 +191,7 @@ class RankZero:
         write_json(self._attempt_file, row, self.lease.guard)
 
     def _add_event(self, event: str, **fields: Any) -> None:
-        about = {"attempt": self.attempt, **fields}
+        about = {"attempt": self.attempt} | fields
         store.add_event(self.folder, event, guard=self.lease.guard, **about)
 
     def _samples(self, step: int | None) -> int | None:

@@ -102,7 +102,7 @@ def cancel(
     jobs: list[Mapping[str, Any]] = []
 
     def act(target: Target) -> None:
-        if target.stage is not None:
+        if target.stage is not None and not target.folder.stage.exists():
             # Also of a stage that nobody has begun: readers of the tree know only what is in it.
             store.write_stage(tree, target.stage)
         ask_to_stop(target.folder, why)

@@ -77,7 +77,8 @@ def _close(
     about = queue.about_job(job)
     is_dropped = about.get("Reason") == "DependencyNeverSatisfied"
     is_cancelled = about.get("JobState") == "CANCELLED"  # its upstream may be under way
-    is_early = any(states[u].state != "done" for u in upstream if u in states)
+    has_begun = status.get("state") == "running"
+    is_early = any(states[u].state != "done" for u in upstream if u in states) and not has_begun
     if is_dropped or (is_early and not is_cancelled):
         unclaim(folder, attempt, "its job was dropped: it waited for one that failed")
         return

@@ -201,6 +201,8 @@ class Driver:
                 # Again after new stages: some may be done already, and their end is news too.
                 while self._obey(self.feed(states, pool.running), pool, todo):
                     states = self._read_states()
+            if is_reading:
+                self._take_up(states, todo)
             ordered = self._in_order(states, todo)
             if not self.interrupted:
                 changed = self._place(pool, ordered, states)
@@ -233,6 +235,18 @@ class Driver:
             jobs = self._todo(self._read_states())
             todo |= {k: job for k, job in jobs.items() if k in new}
         return bool(new)
+
+    def _take_up(self, states: dict[str, StageState], todo: dict[str, _Job]) -> None:
+        """Takes in what others wait for and was done when this began: it is to run again since."""
+        while True:
+            waiting = [s for s in todo if states[s].state == "waiting"]
+            upstream = {u for s in waiting for u in self.stages[s].config.upstream.values()}
+            new = {u: states[u] for u in upstream if u in states and u not in todo}
+            found = self._todo({u: state for u, state in new.items() if not state.is_over})
+            if not found:
+                return
+            todo |= found
+            self._ordered = None
 
     def _in_order(self, states: dict[str, StageState], todo: dict[str, _Job]) -> dict[str, _Job]:
         """Jobs that run or may still run, best first: neither done, failed nor blocked."""

@@ -100,7 +100,10 @@ def kept(tree: Tree, execution: Execution) -> Execution:
     config = execution.zero_config
     if config is None or not config.endswith(".json") or tree.code in Path(config).parents:
         return execution
-    content = Path(config).read_bytes()
+    try:
+        content = Path(config).read_bytes()
+    except OSError:  # gone, or not seen from this host: its own worker says so, if it comes to it
+        return execution
     name = f"{Path(config).stem}-{hashlib.sha256(content).hexdigest()[:10]}.json"
     path = tree.code / "ds_configs" / name
     if not path.exists():

@@ -10,6 +10,7 @@ submission that is killed on its way is finished by it.
 from __future__ import annotations
 
 import shutil
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -85,9 +86,31 @@ def submit(
         cancelled = {s for s, v in states.items() if v.state == "cancelled"}
         skip = set() if refusals is None else cancelled
         wanted = _startable(stages, states, skip)
-        for stage in {id(stages[s].execution): stages[s] for s in wanted}.values():
-            batch.options_of(stage, profile, study, "", 0, "")  # raises, before anything is written
+        misfits = _misfits([stages[s] for s in wanted], profile)
+        if misfits and refusals is None:  # before anything is written
+            raise UserError(*misfits.values())
+        if misfits:  # of a caretaker the others go on
+            print(*misfits.values(), sep="\n", file=sys.stderr)
+            wanted = _startable(stages, states, skip | misfits.keys())
         return _submit(tree, study, stages, states, wanted, profile, retry, refusals)
+
+
+def _misfits(stages: Iterable[StageFile], profile: Slurm) -> dict[str, str]:
+    """Stages that a profile has no nodes for, and why."""
+    asked: dict[int, str | None] = {}
+    found = {}
+    for stage in stages:
+        key = id(stage.execution)
+        if key not in asked:
+            try:
+                batch.options_of(stage, profile, "", "", 0, "")
+                asked[key] = None
+            except UserError as error:
+                asked[key] = str(error)
+        why = asked[key]
+        if why is not None:
+            found[stage.id] = why
+    return found
 
 
 def numbered(
@@ -343,6 +366,8 @@ class _Submission:
         self.drop([s for s in self.claimed if s not in self.jobs], why or "")
         if self.caretaker is None and why is not None:  # sbatch may have been interrupted
             self.caretaker = next(iter(queue.caretakers(self.token)), None)
+        if self.caretaker is not None:
+            self.no_caretaker = None
         if self.caretaker is None:
             return
         if self.found:

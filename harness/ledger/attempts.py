@@ -56,11 +56,10 @@ _NO_TRIES = ("busy", "dropped")
 
 
 def read_attempts(folder: StageFolder) -> list[Attempt]:
-    """The tries since the user last asked to start over (retry, force), in order."""
-    forgiven = max(
-        (int(e.get("attempt") or 0) for e in read_jsonl(folder.events) if e.get("by") == "user"),
-        default=0,
-    )
+    """The tries since the stage last started over, in order: because a user wanted it (retry,
+    force), or since what it starts from is another run's."""
+    events = [e for e in read_jsonl(folder.events) if e.get("by") in ("user", "upstream")]
+    forgiven = max((int(e.get("attempt") or 0) for e in events), default=0)
     found = []
     for number in folder.attempt_numbers():
         if number <= forgiven:

@@ -14,9 +14,11 @@ from typing import Any
 from harness.ledger import attempts, store
 from harness.ledger.files import leftovers, read_json, read_jsonl, remove_leftovers, write_json
 from harness.ledger.lease import (
+    EXPIRY_S,
     Lease,
     LeaseHeldError,
     exclusive,
+    is_long_silent,
     owner_is_dead,
     process_started,
     read_lease,
@@ -79,7 +81,9 @@ def start_over(
 def _set_aside(folder: StageFolder, why: str) -> bool:
     """False if the stage has a living owner, which may be one that nobody here can ask."""
     try:
-        lease = Lease.acquire(folder.lease)
+        # An owner that was silent for longer than clocks differ need not be watched.
+        is_gone = folder.lease.exists() and is_long_silent(folder.lease)
+        lease = Lease.acquire(folder.lease, 0.0 if is_gone else EXPIRY_S)
     except LeaseHeldError:
         return False
     try:
@@ -108,7 +112,9 @@ def unclaim(folder: StageFolder, attempt: int, why: str) -> None:
     """
     with exclusive(folder.claim):
         status = read_json(folder.status) or {}
-        if int(status.get("attempt") or 0) > attempt or status.get("state") != "submitted":
+        record = read_json(folder.attempt(attempt) / "attempt.json") or {}
+        is_later = int(status.get("attempt") or 0) > attempt
+        if is_later or status.get("state") != "submitted" or record.get("job_started"):
             return
         _close_last(folder, "dropped", why)
         # Without the token a job of this submission that should turn up after all does nothing.

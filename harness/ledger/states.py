@@ -64,6 +64,8 @@ def read_state(
     """
     result = read_json(folder.result)
     status = read_json(folder.status) or {}
+    if not result and status.get("state") == "done":  # both were written since
+        result = read_json(folder.result)
     if result:
         reason, message = status.get("reason"), status.get("message")
         return StageState("done", status, result, reason, message)
@@ -266,9 +268,13 @@ def read_graph(
                 # How it ended says nothing of what it would now start from; unless it ended before
                 # it came to that: a worker that cannot even start would be started for ever.
                 lineage = read_json(folder.lineage) or {}
-                uids, number = lineage.get("upstream_uids"), lineage.get("attempt")
-                is_of_it = uids is not None and number == own.status.get("attempt")
-                if is_of_it and not _rests_on(uids, upstream, done, states):
+                started_from: Mapping[str, Any] | None = lineage.get("upstream_uids")
+                is_of_it = lineage.get("attempt") == own.status.get("attempt")
+                if (
+                    is_of_it
+                    and started_from is not None
+                    and not _rests_on(started_from, upstream, done, states)
+                ):
                     own = own._replace(state="planned", reason="stale", message=_STALE)
         known = [states[u] for u in upstream if u in states]
         own = states[stage_id] = _in_graph(own, known)

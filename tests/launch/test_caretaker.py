@@ -342,3 +342,17 @@ def test_what_sbatch_refuses_for_itself_does_not_hold_up_the_rest(
     again = submit(tree, grid)
     kinds = {grid.stages[s].kind for s in again.jobs}
     assert "wsp" in kinds and "features" in kinds and "linear_probe" not in kinds
+
+
+def test_of_a_caretaker_one_stage_that_fits_no_node_does_not_hold_up_the_rest(
+    site: FakeSlurm, tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another study asks for other ranks of a stage that they share, since this was submitted."""
+    last = list(grid.stages.values())[-1]
+    odd = last.model_copy(
+        update={"execution": last.execution.model_copy(update={"ranks": 3, "nodes": 2})}
+    )
+    stages = {**grid.stages, last.id: odd}
+    done = slurm.submit(tree, "small", stages, Slurm(device="cpu"), Retry(), refusals=0)
+    assert set(done.jobs) == set(grid.stages) - {last.id}
+    assert f"{last.id}: 3 ranks on 2 nodes do not divide" in capsys.readouterr().err

@@ -99,5 +99,7 @@ def test_a_deepspeed_config_of_the_users_own_stays_as_it_was_at_submission(tmp_p
     found = [read_config(Path(str(e.zero_config))) for e in (first, second)]
     assert [c["zero_optimization"]["stage"] for c in found] == [2, 3]
     assert provenance.kept(tree, first) == first  # of a stage that a caretaker submits again
+    path.unlink()  # of a stage that is done: who submits the others need not have it
+    assert provenance.kept(tree, own) == own
     named = Execution(dataset_path="", zero_config="zero2_bf16")
     assert provenance.kept(tree, named) is named  # the copy of the code has it

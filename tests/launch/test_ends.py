@@ -174,3 +174,24 @@ def test_an_attempt_that_found_nothing_to_do_is_no_try(
     assert status["reason"] == "killed"
     decision = ends.conclude(folder, 1, status, Retry())
     assert decision.again and decision.why == "killed: try 1 of 2"
+
+
+def test_a_driver_takes_up_what_was_done_when_it_began_and_is_to_run_again(
+    tmp_path: Path, grid: Grid
+) -> None:
+    """By `retry --from-scratch --no-submit`: it would wait for ever for a stage that nobody runs."""
+    tree = Tree(tmp_path)
+    driver = Driver(grid, tree, this_machine("cpu", 1), Speeds())
+    states = read_states(tree, grid.stages)
+    probe = next(c for c in grid.cells if c.axes["init"] == "mae").stages["probe"]
+    todo = {s: job for s, job in driver._todo(states).items() if s == probe}
+    driver._take_up(states, todo)
+    rests_on, found = {probe}, {probe}
+    while rests_on:
+        rests_on = {u for s in rests_on for u in grid.stages[s].config.upstream.values()}
+        found |= rests_on
+    assert set(todo) == found and len(found) == 4
+    held = {s: v._replace(held=True) for s, v in states.items()}
+    todo = {s: job for s, job in todo.items() if s == probe}
+    driver._take_up({**held, probe: states[probe]}, todo)
+    assert set(todo) == {probe}

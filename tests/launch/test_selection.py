@@ -316,3 +316,15 @@ def test_stages_that_were_left_out_are_named_and_can_be_cancelled(
     assert stopped(tree) >= set(loose)
     assert "means no stage" in here("resume", first, check=4).stderr
     assert "a selector is empty" in here("cancel", "", check=2).stderr
+
+
+def test_a_cancelled_stage_keeps_what_it_was_submitted_with(
+    tree: Tree, register: Register, here: Harness
+) -> None:
+    grid = register("one")
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    on_gpu = stage.execution.model_copy(update={"device": "cuda", "zero_config": "/kept/z.json"})
+    submitted = stage.model_copy(update={"execution": on_gpu})
+    path = store.write_stage(tree, submitted)
+    here("cancel", stage.id)
+    assert stopped(tree) == {stage.id} and store.read_stage(path) == submitted

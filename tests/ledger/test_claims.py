@@ -142,3 +142,16 @@ def test_an_end_in_the_words_of_a_user_is_recorded_as_cancelled(tmp_path: Path, 
     status = attempts.close(folder, 1, "cancelled", "by ann", "by ann", end="cancelled")
     assert (status["state"], status["reason"]) == ("cancelled", "by ann")
     assert [a.end for a in attempts.read_attempts(folder)] == ["cancelled"]
+
+
+def test_a_stage_whose_job_has_begun_is_not_taken_back(tmp_path: Path, grid: Grid) -> None:
+    """sbatch gave no answer in time, but had taken the job: its worker is on its way."""
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = store.write_stage(tree, stage)
+    seen = read_states(tree, grid.stages)[stage.id]
+    assert claim(tree, stage, seen, {"cluster": "slurm", "token": "t"}) == 1
+    path, before = folder.attempt(1) / "attempt.json", folder.status.read_bytes()
+    write_json(path, {**(read_json(path) or {}), "job_started": 1.0})
+    unclaim(folder, 1, "refused")
+    assert folder.status.read_bytes() == before
+    assert (read_json(path) or {})["end"] is None

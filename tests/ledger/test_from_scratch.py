@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from harness.attempt import Stop
 from harness.ledger import lease as leases
 from harness.ledger import store
-from harness.ledger.attempts import begin
+from harness.ledger.attempts import begin, note_end, read_attempts
 from harness.ledger.claim import start_over
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease
@@ -132,3 +134,40 @@ def test_a_living_owner_elsewhere_keeps_its_files(
     assert folder.metrics.exists() and read_json(folder.status) == status
     assert start_over(folder, seen, "from-scratch", from_scratch=True)
     assert not folder.metrics.exists()
+
+
+def test_a_host_that_was_silent_for_long_is_not_waited_for(
+    done: tuple[Tree, StageFile, StageFolder], grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of hundreds of stages each would be watched for a minute, one after another."""
+    tree, stage, folder = done
+    seen = read_states(tree, grid.stages)[stage.id]
+    write_json(folder.lease, {"token": "t", "host": "elsewhere:1", "pid": 1, "beat": 7})
+    os.utime(folder.lease, (0, 0))
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert start_over(folder, seen, "from-scratch", from_scratch=True)
+    assert not folder.result.exists() and not slept
+
+
+def test_tries_at_an_upstream_run_that_counts_no_longer_are_no_tries_at_the_next(
+    tmp_path: Path, grid: Grid, own_signals: None
+) -> None:
+    """Nor is how far they came: an attempt that begins anew has gained with its first step."""
+    tree = Tree(tmp_path / "runs")
+    stage = next(s for s in grid.stages.values() if s.kind == "wsp" and s.config.upstream)
+    folder = store.write_stage(tree, stage)
+    for number in (1, 2):
+        begin(folder, folder.new_attempt(), {})
+        note_end(folder, number, "preempted", None)
+    (folder.checkpoints / "step_9000").mkdir(parents=True)
+    (folder.checkpoints / "step_9000" / "COMPLETE").touch()
+    write_json(folder.lineage, {"schema": 1, "attempt": 2, "upstream_uids": {"mae": "first"}})
+    begin(folder, folder.new_attempt(), {})
+    assert [a.progress for a in read_attempts(folder)] == [0, 0, 9000]
+    lease = Lease.acquire(folder.lease)
+    zero = RankZero(tree, folder, stage, 3, 1, lease, Stop(folder))
+    zero._start_clean_if_stale({"mae": "second"})
+    lease.release()
+    assert [(a.number, a.progress) for a in read_attempts(folder)] == [(3, 0)]
+    assert (read_json(folder.lineage) or {})["attempt"] == 3
