@@ -179,7 +179,7 @@ def test_an_attempt_that_found_nothing_to_do_is_no_try(
 def test_a_driver_takes_up_what_was_done_when_it_began_and_is_to_run_again(
     tmp_path: Path, grid: Grid
 ) -> None:
-    """By `retry --from-scratch --no-submit`: it would wait for ever for a stage that nobody runs."""
+    """By `retry --from-scratch --no-submit`: it would wait for ever for what nobody runs."""
     tree = Tree(tmp_path)
     driver = Driver(grid, tree, this_machine("cpu", 1), Speeds())
     states = read_states(tree, grid.stages)
