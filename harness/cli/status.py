@@ -116,6 +116,9 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
             f"on {stage['host'].partition(':')[0]}" if stage.get("job") and stage["host"] else "",
         ]
         line = f"  {stage['state']} {escape(stage['id'])}  " + "  ".join(b for b in bits if b)
+        if stage["stands_still_s"] is not None:
+            since = format_seconds(stage["stands_still_s"])
+            line += f"  (no sign of process {stage['pid']} for {since}: stopped, or its disk hangs)"
         if stage["last_failure"] is not None:
             what = f"{stage['last_failure']['reason']}: {stage['last_failure']['message']}"
             line += show.plain(f"  (attempt {stage['attempt'] - 1} ended: {what})")

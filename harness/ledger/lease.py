@@ -98,6 +98,20 @@ def is_long_silent(path: Path) -> bool:
         return True
 
 
+def stands_still_s(path: Path) -> float | None:
+    """For how long an owner on this host, whose process is there, has given no sign: it was stopped
+    (Ctrl-Z), or its disk hangs. None while it beats; of other hosts, whose clocks differ, always.
+    """
+    lease = read_lease(path)
+    if lease is None or lease["host"] != this_host():
+        return None
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return None
+    return age if age > 2 * EXPIRY_S else None
+
+
 def owner_is_dead(lease: dict[str, Any]) -> bool | None:
     """True or False for an owner on this host, None where only the heartbeat can tell."""
     if not lease["token"]:

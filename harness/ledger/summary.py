@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.ledger.files import read_json
 from harness.ledger.index import Row, row_of
+from harness.ledger.lease import stands_still_s
 from harness.ledger.states import ACTIVE, Node, StageState, read_graph
 from harness.ledger.study_graph import StudyGraph, read_study
 from harness.ledger.tree import Tree
@@ -111,7 +112,7 @@ def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, 
     if rate and seen and step and steps:
         eta = seen * (steps / step - 1) / rate
     keys = ("step", "steps", "samples", "samples_per_s", "loss", "attempt", "host", "started")
-    keys += ("job", "memory_gib")
+    keys += ("job", "pid", "memory_gib")
     found = {k: status.get(k) for k in keys}
     # What ended the attempt before this one.
     last = None
@@ -121,7 +122,9 @@ def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, 
         before = read_json(tree.stage(kind, stage).attempt(attempt - 1) / "attempt.json")
     if before is not None and before.get("end"):
         last = {"reason": before["end"], "message": before.get("message")}
-    return {"id": stage, "state": state.state, **found, "eta_s": eta, "last_failure": last}
+    still = stands_still_s(tree.stage(kind, stage).lease) if state.state == "running" else None
+    found |= {"eta_s": eta, "stands_still_s": still, "last_failure": last}
+    return {"id": stage, "state": state.state, **found}
 
 
 def _overhead(states: dict[str, StageState]) -> dict[str, float] | None:

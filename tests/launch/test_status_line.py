@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -176,3 +177,21 @@ def test_a_stage_whose_process_is_gone_does_not_run(worker: Worker, here: Harnes
     assert own.endswith("its process is gone without a word")
     (study,) = json.loads(here("status", "small", "--json").stdout)["studies"]
     assert (study["running"], study["active"]) == ([], False)
+
+
+def test_of_a_worker_that_was_stopped_the_line_says_for_how_long_it_gave_no_sign(
+    worker: Worker, shown: Shown, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is there, so nobody takes the stage over: whoever stopped it is to be found."""
+    worker.start()
+    assert read()["stands_still_s"] is None
+    at = time.time() - 600
+    os.utime(worker.folder.lease, (at, at))
+    assert shown().endswith(
+        f"  (no sign of process {os.getpid()} for 10 min 00 s: stopped, or its disk hangs)"
+    )
+    assert read()["stands_still_s"] == pytest.approx(600, abs=60)
+    # Of another host nothing is concluded: its clock, or the file server's, may be ten minutes off.
+    with monkeypatch.context() as patch:
+        patch.setenv("HARNESS_HOST", "elsewhere")
+        assert read()["stands_still_s"] is None
