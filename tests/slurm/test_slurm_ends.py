@@ -137,7 +137,8 @@ def refusing(site: Site, after: int, how: str) -> Path:
 def test_what_sbatch_has_no_room_for_the_caretaker_submits(site: Site) -> None:
     """Room for three jobs, of which the caretaker is the first."""
     error = "sbatch: error: Batch job submission failed: Job violates QOSMaxSubmitJobPerUserLimit"
-    bin_ = refusing(site, 3, f'[ "$n" -ge 4 ] || {{ echo "{error}" >&2; exit 1; }}')
+    is_later = "grep -q caretaker /proc/$PPID/cmdline"
+    bin_ = refusing(site, 3, f'{is_later} || {{ echo "{error}" >&2; exit 1; }}')
     site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
     said = site.submit(site.study(init="[random, mae]"))
     assert "3 stages were not taken; the caretaker submits them" in said
