@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gpu_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Slots that tests make up are not the machine's, and not those of other test runs."""
     os.environ["HARNESS_GPU_LOCKS"] = str(tmp_path_factory.mktemp("gpu-locks"))
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A worker sets handlers of its process."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

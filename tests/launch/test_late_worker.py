@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,7 @@ from harness.ledger.tree import StageFolder, Tree
 from harness.study.cells import build_grid
 from harness.study.schema import Retry, load_study
 
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """The worker sets handlers of its process."""
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 @pytest.fixture

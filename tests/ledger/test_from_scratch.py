@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,6 @@ def done(tmp_path: Path, grid: Grid) -> tuple[Tree, StageFile, StageFolder]:
 
 class Killed(BaseException):
     """As SIGKILL ends a process, but for the test's."""
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A worker sets handlers of its process."""
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("moves", range(len(FILES) + 1))
