@@ -191,7 +191,7 @@ class RankZero:
         write_json(self._attempt_file, row, self.lease.guard)
 
     def _add_event(self, event: str, **fields: Any) -> None:
-        about = {"attempt": self.attempt} | fields
+        about = {"attempt": self.attempt, **fields}
         store.add_event(self.folder, event, guard=self.lease.guard, **about)
 
     def _samples(self, step: int | None) -> int | None:

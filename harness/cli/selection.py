@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.cli import base
 from harness.errors import NotFoundError, UserError
@@ -13,9 +14,9 @@ from harness.launch import queue
 from harness.ledger import cell_rows, store
 from harness.ledger.states import Node, StageState, graph_of, graph_of_rows, read_state
 from harness.ledger.tree import StageFolder, Tree
-from harness.study.cells import Grid, build_grid
+from harness.study.cells import Cell, Grid, build_grid
 from harness.study.schema import load_study
-from harness.study.select import Chosen, Named, choose
+from harness.study.select import Chosen, choose
 from harness.study.stages import StageFile
 
 
@@ -26,7 +27,7 @@ class Choice:
     study: str
     grid: Grid | None
     """None if it cannot be built: then its cells are what was written down of them."""
-    cells: Sequence[Named]
+    cells: Sequence[Cell]
     nodes: Mapping[str, Node]
     """Of its stages."""
     states: Mapping[str, StageState]
@@ -106,7 +107,7 @@ def choices(
     return [choice for choice in found if choice.parts]
 
 
-_Study = tuple[Grid | None, Sequence[Named], Mapping[str, Node]]
+_Study = tuple[Grid | None, Sequence[Cell], Mapping[str, Node]]
 
 
 def _studies(
@@ -127,10 +128,16 @@ def _studies(
             if or_rows:
                 with contextlib.suppress(UserError):
                     rows = cell_rows.read_cells(tree, name)
-                    found[name] = (None, cell_rows.cells_of(rows), graph_of_rows(rows))
+                    found[name] = (None, [_cell_of(row) for row in rows], graph_of_rows(rows))
                     then = "its cells are taken as they were submitted"
             problems[f"study {name} cannot be read: {first}{more}"] = then
     return found, problems
+
+
+def _cell_of(row: dict[str, Any]) -> Cell:
+    """A cell as its row names it; nobody knows whether it uses all images there are."""
+    known = {name: row.get(name) for name in Cell._fields}
+    return Cell(**{**known, "is_full": False})  # type: ignore[arg-type]
 
 
 def _nearest(tree: Tree, errors: list[UserError]) -> UserError:

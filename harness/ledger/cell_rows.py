@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.errors import NotFoundError, UserError
 from harness.ledger.files import read_jsonl
@@ -21,26 +21,6 @@ def read_cells(tree: Tree, study: str) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     check_keys(path, rows, "id", "name", "axes", "stages", "kinds")
     return rows
-
-
-class RowCell(NamedTuple):
-    """A cell as its row names it, of a study that cannot be built any more."""
-
-    id: str
-    name: str
-    axes: dict[str, Any]
-    stages: dict[str, str]
-    is_full: bool
-    """Nobody knows: False."""
-    tag: str | None
-
-
-def cells_of(rows: Iterable[dict[str, Any]]) -> list[RowCell]:
-    """What selectors choose from."""
-    return [
-        RowCell(r["id"], r["name"], r["axes"], r["stages"], is_full=False, tag=r.get("tag"))
-        for r in rows
-    ]
 
 
 def stages_needed(tree: Tree, studies: Iterable[str]) -> set[str]:

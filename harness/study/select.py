@@ -5,50 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from harness.errors import NotFoundError, UserError
 from harness.study.cell_states import CELL_STATES
-from harness.study.cells import TUNE
+from harness.study.cells import TUNE, Cell
 from harness.study.expand import same
 from harness.units import safe_name
-
-
-class Named(Protocol):
-    """What a cell is selected by."""
-
-    @property
-    def id(self) -> str:
-        """Unique."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """Readable part of the id."""
-        ...
-
-    @property
-    def axes(self) -> Mapping[str, Any]:
-        """Its values."""
-        ...
-
-    @property
-    def stages(self) -> Mapping[str, str]:
-        """Role -> stage id."""
-        ...
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it uses all pretraining images of its dataset."""
-        ...
-
-    @property
-    def tag(self) -> str | None:
-        """Of an ablation."""
-        ...
-
-
-C = TypeVar("C", bound=Named)
 
 STATES = ("planned", "waiting", *CELL_STATES, "done")
 
@@ -69,7 +32,7 @@ def parse_filter(text: str, what: str = "--only") -> dict[str, list[str]]:
     return rule
 
 
-def select(cells: list[C], text: str | None, what: str = "--only") -> list[C]:
+def select(cells: list[Cell], text: str | None, what: str = "--only") -> list[Cell]:
     """The cells a filter matches. Raises NotFoundError if it matches none."""
     if text is None:
         return cells
@@ -125,7 +88,7 @@ class Chosen:
     """Whether it names the stages themselves: they do not merely come along with their cells."""
 
 
-def choose(cells: Sequence[Named], states: Mapping[str, str], word: str) -> Chosen:
+def choose(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> Chosen:
     """What a selector means, in the order of the cells.
 
     A selector is the name, the id or the beginning of the id of cells or stages, or a filter
@@ -144,7 +107,7 @@ def choose(cells: Sequence[Named], states: Mapping[str, str], word: str) -> Chos
     return found
 
 
-def _by_name(cells: Sequence[Named], word: str) -> Chosen:
+def _by_name(cells: Sequence[Cell], word: str) -> Chosen:
     exact = [c for c in cells if word in (c.id, c.name, *spellings(c.name, c.tag))]
     if chosen := exact or [c for c in cells if c.id.startswith(word)]:
         stages = dict.fromkeys(s for c in chosen for s in c.stages.values())
@@ -153,7 +116,7 @@ def _by_name(cells: Sequence[Named], word: str) -> Chosen:
     return Chosen(cells=[], stages=list(stages), is_asked=True)
 
 
-def _by_filter(cells: Sequence[Named], states: Mapping[str, str], word: str) -> Chosen:
+def _by_filter(cells: Sequence[Cell], states: Mapping[str, str], word: str) -> Chosen:
     rule = parse_filter(word, "selector")
     roles, wanted = rule.pop("stage", None), rule.pop("state", None)
     axes = ",".join(f"{k}={'|'.join(v)}" for k, v in rule.items())
@@ -181,7 +144,7 @@ def _by_filter(cells: Sequence[Named], states: Mapping[str, str], word: str) -> 
     )
 
 
-def _matches(cell: Named, key: str, wanted: list[str]) -> bool:
+def _matches(cell: Cell, key: str, wanted: list[str]) -> bool:
     if key == "data" and "full" in wanted and cell.is_full:
         return True
     return any(same(cell.axes.get(key), value) for value in wanted)
