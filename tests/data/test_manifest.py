@@ -12,7 +12,7 @@ import pytest
 
 from harness.data.hashing import key_hash
 from harness.errors import NotFoundError, UserError
-from tests.data.test_layouts import Read, image
+from tests.data.layouts import Read, image
 
 ROWS: list[dict[str, Any]] = [
     {"path": f"images/{k}.jpg", "hashtags": tags, "caption": f'A "caption", number {k} ☃'}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Harness
-from tests.data.test_layouts import image
+from tests.data.layouts import image
 
 
 @pytest.fixture
