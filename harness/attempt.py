@@ -1,60 +1,24 @@
-"""What an attempt hears and says while it lives: signals and stop notes, status.json."""
+"""What an attempt says while it lives: status.json."""
 
 from __future__ import annotations
 
 import os
 import platform
 import resource
-import signal
 import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from harness.errors import PreemptedError
-from harness.ledger.claim import stop_asked
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import process_started, this_host
 from harness.ledger.tree import StageFolder
 from harness.study.stages import StageFile
 
 _STATUS_EVERY_S = 1.0
-
-
-class Stop:
-    """Set by TERM, USR2, INT or a stop note: the loop saves a checkpoint and ends in good order."""
-
-    def __init__(self, folder: StageFolder) -> None:
-        self.folder = folder
-        self.asked = False
-        self.end = ("preempted", "preempted")
-        """State and reason of an attempt that ends because of this."""
-        numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-        for number in numbers:
-            signal.signal(number, self._ask)
-        # The job's own process blocks them while it imports torch.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked and number == signal.SIGUSR2:
-            self.end = ("timeout", "timeout")
-        self.asked = True
-
-    def look(self) -> None:
-        """Obeys a stop note, if there is one now."""
-        why = stop_asked(self.folder)
-        if why is not None:
-            self.end, self.asked = ("cancelled", why), True
-
-    def check_at_start(self) -> None:
-        """Raises PreemptedError if the stage is not to begin at all."""
-        self.look()
-        if self.asked:
-            raise PreemptedError("asked to stop before it began")
 
 
 class Status:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from harness.attempt import Stop, is_finite
+from harness.attempt import is_finite
 from harness.errors import (
     EXIT_BUSY,
     EXIT_FAILED,
@@ -35,6 +35,7 @@ from harness.ledger.lease import AttemptGuard
 from harness.ledger.tree import StageFolder
 from harness.rank_zero import RankZero
 from harness.stage_run import say, tell
+from harness.stop import Stop
 
 _PATIENCE_S = 10.0
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harness import __version__, record
-from harness.attempt import Status, Stop, is_finite
+from harness.attempt import Status, is_finite
 from harness.errors import EXIT_OK
 from harness.ledger import attempts, store
 from harness.ledger.context import StageContext, StageResult, Whereabouts
@@ -27,6 +27,7 @@ from harness.stage_run import (
     upstream_weights,
     write_environment,
 )
+from harness.stop import Stop
 from harness.study.stages import Execution, StageFile
 
 _TENSORBOARD = "HARNESS_TENSORBOARD"

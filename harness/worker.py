@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from harness import record
-from harness.attempt import Stop
 from harness.errors import (
     EXIT_BUSY,
     EXIT_OK,
@@ -42,6 +41,7 @@ from harness.stage_run import (
     upstream_weights,
     write_environment,
 )
+from harness.stop import Stop
 from harness.study.stages import Execution, StageFile
 
 

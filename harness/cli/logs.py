@@ -19,6 +19,7 @@ from harness.ledger.tree import StageFolder
 
 _QUIET_S = 20.0
 """`--follow` ends when nobody has run anything of the cell for so long."""
+_QUEUE_S = 10.0
 
 
 def logs(
@@ -47,9 +48,14 @@ def logs(
     folders = {r: tree.stage(row["kinds"][s], s) for r, s in chosen.items()}
     printer = _Printer()
     quiet_since: float | None = None
+    now: dict[str, states.StageState] = {}
+    read_at = -_QUEUE_S
     while True:
-        # States first: what was printed before an end is then in the files.
-        now = queue.read_graph(tree, graph, max_age_s=10.0) if follow else {}
+        # States first: what was printed before an end is then in the files. The queue of a
+        # scheduler, which serves many, is not asked twice a second.
+        in_queue = any(s.status.get("job") or s.status.get("token") for s in now.values())
+        if follow and (not in_queue or time.monotonic() - read_at >= _QUEUE_S):
+            now, read_at = queue.read_graph(tree, graph), time.monotonic()
         for role, folder in folders.items():
             printer.print_new(role, folder)
         if not follow or all(now[s].is_over for s in chosen.values()):

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.cli.show import console, plain, state_text
+from harness.cli.show import console, one_line, plain, state_text
 from harness.launch.machine import Machine
 from harness.launch.modes import Mode
 from harness.ledger.states import StageState
@@ -62,9 +62,7 @@ def _cell_table(plan: Plan) -> Table:
         stages = [plan.grid.stages[s] for s in cell.stages.values()]
         table.add_row(
             escape(cell.id),
-            escape(
-                " ".join(f"{k}={_axis_text(k, cell.axes[k])}" for k in varied if k in cell.axes)
-            ),
+            escape(one_line(" ".join(_axis(cell, axis) for axis in varied if axis in cell.axes))),
             format_si(cell.params),
             format_count(cell.images),
             format_si(sum(s.config.samples for s in stages)),
@@ -85,8 +83,10 @@ def _varies(axis: str, cells: list[Cell]) -> bool:
     return any(value is not first and str(value) != shown for value in values)
 
 
-def _axis_text(axis: str, value: object) -> str:
-    return format_count(value) if axis == "data" and isinstance(value, int) else str(value)
+def _axis(cell: Cell, axis: str) -> str:
+    value = cell.axes[axis]
+    is_count = axis == "data" and isinstance(value, int)
+    return f"{axis}={format_count(value) if is_count else value}"
 
 
 def _stage_table(plan: Plan) -> Table:

@@ -63,7 +63,8 @@ def status(
                 if not is_open or time.monotonic() - quiet_since > _QUIET_S:
                     return 0
             # A scheduler serves many: its queue is not asked every second.
-            in_queue = any(r.get("job") for s in now["studies"] for r in s["running"])
+            rows = (r for s in now["studies"] for r in s["running"])
+            in_queue = any(r.get("job") or r.get("token") for r in rows)
             time.sleep(10.0 if in_queue else 1.0)
 
 
@@ -120,13 +121,13 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
             since = format_seconds(stage["stands_still_s"])
             line += f"  (no sign of process {stage['pid']} for {since}: stopped, or its disk hangs)"
         if stage["last_failure"] is not None:
-            what = f"{stage['last_failure']['reason']}: {stage['last_failure']['message']}"
-            line += show.plain(f"  (attempt {stage['attempt'] - 1} ended: {what})")
+            last = stage["last_failure"]
+            line += show.plain(f"  (attempt {last['attempt']} ended: {_why(last)})")
         parts.append(line)
     parts += _more(study, "submitted")
     for stage in study["failed"]:
-        message = show.plain(": ".join(filter(None, (stage["reason"], stage["message"]))))
-        parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {message}")
+        said = show.plain(_tries(stage) + _why(stage))
+        parts.append(f"  {show.state_text(stage['state'])} {escape(stage['id'])}  {said}")
     parts += _idle(study)
     cost = study["harness_s"]
     if cost is not None:
@@ -137,14 +138,23 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
     return parts
 
 
+def _tries(row: Mapping[str, Any]) -> str:
+    """How many there were, of a stage that was tried more than once."""
+    return f"after {row['attempt']} attempts: " if (row["attempt"] or 1) > 1 else ""
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """Reason and message, each if there is one, once if they are the same."""
+    return ": ".join(dict.fromkeys(str(w) for w in (row["reason"], row["message"]) if w))
+
+
 def _idle(study: dict[str, Any]) -> list[RenderableType]:
     """Stages that nobody runs now and that have not failed, and why."""
     parts: list[RenderableType] = []
     for state in ("preempted", "timeout", "cancelled", "blocked", "waiting"):
         rows = [r for r in study["stages"] if r["state"] == state]
         for row in rows[:_MOST_LINES]:
-            said = dict.fromkeys(str(w) for w in (row["reason"], row["message"]) if w)
-            why = ": ".join(said) if state != "waiting" else ""
+            why = _tries(row) + _why(row) if state != "waiting" else ""
             if row["waits_for"] and state in ("blocked", "waiting"):
                 why += f"{' ' if why else ''}waits for {', '.join(row['waits_for'])}"
             name = escape(row["id"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +97,7 @@ def cancel(
     wanted = [t for t in open_ if t.id in free]
     spared = len(open_) - len(wanted)
     wanted += [t for t in selection.in_no_study(folders, found) if not t.state.is_over]
-    why = f"cancelled by {getpass.getuser()} on {this_host().partition(':')[0]}"
+    why = f"cancelled by {queue.user_name()} on {this_host().partition(':')[0]}"
     jobs: list[Mapping[str, Any]] = []
 
     def act(target: Target) -> None:

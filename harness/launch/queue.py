@@ -46,7 +46,8 @@ class Job:
 
 def jobs_now() -> dict[str, Job] | None:
     """Our jobs that are not over, by id; None if the scheduler does not answer."""
-    text = run("squeue", "--me", "--array", "--noheader", "--format", _FIELDS)
+    # --all: also those in partitions that the site hides.
+    text = run("squeue", "--me", "--all", "--array", "--noheader", "--format", _FIELDS)
     return None if text is None else parse(text)
 
 
@@ -262,10 +263,11 @@ def _lives(path: Path) -> bool | None:
 
 def identity() -> dict[str, str | None]:
     """User and cluster, for status.json: only about one's own jobs can one ask."""
-    return {"user": _user(), "site": _site()}
+    return {"user": user_name(), "site": _site()}
 
 
-def _user() -> str:
+def user_name() -> str:
+    """The user we are, whatever the environment calls it."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # a container without an entry
@@ -278,7 +280,7 @@ def _site() -> str | None:
 
 def _is_ours(status: Mapping[str, Any]) -> bool:
     """False for a job of another user, or of another cluster than this host's."""
-    return status.get("user") in (None, _user()) and is_of_this_site(status)
+    return status.get("user") in (None, user_name()) and is_of_this_site(status)
 
 
 def is_of_this_site(status: Mapping[str, Any]) -> bool:
@@ -325,8 +327,14 @@ def scontrol(*arguments: str) -> str | None:
 def run(*command: str) -> str | None:
     """What a command of Slurm printed; None if it failed or does not answer."""
     try:
+        # A job's comment may be of any bytes.
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=scrubbed()
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            env=scrubbed(),
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -350,13 +358,16 @@ def max_array_size() -> int:
 
 
 def scrubbed(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without what the surrounding job set.
+    """The environment without what the surrounding job, or a shell's start file, set for Slurm.
 
     Inside an allocation, sbatch and srun take SLURM_* for options and hand them on: a nested job
-    would get the CPUs, tasks and pickles of the outer one. SLURM_CONF says where the cluster is.
+    would get the CPUs, tasks and pickles of the outer one. A user's own SQUEUE_STATES would hide
+    living jobs, SCANCEL_INTERACTIVE ask where nobody answers. SLURM_CONF says where the cluster is,
+    SLURM_JWT who we are.
     """
     drop = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SLURMD_")
-    kept = ("SLURM_CONF",)
+    drop += ("SQUEUE_", "SCANCEL_", "SINFO_", "SCONTROL_")
+    kept = ("SLURM_CONF", "SLURM_JWT")
     source = os.environ if env is None else env
     return {k: v for k, v in source.items() if k in kept or not k.startswith(drop)}
 

@@ -78,6 +78,21 @@ def read_attempts(folder: StageFolder) -> list[Attempt]:
     return found
 
 
+def last_failure(folder: StageFolder, before: int) -> dict[str, Any] | None:
+    """What ended the last try before this attempt: its number, reason, message.
+
+    None if that went well, or if nobody said how it went.
+    """
+    for number in range(before - 1, 0, -1):
+        row = read_json(folder.attempt(number) / "attempt.json") or {}
+        if row.get("end") in _NO_TRIES:
+            continue
+        if row.get("end") in (None, "done"):
+            return None
+        return {"attempt": number, "reason": row["end"], "message": row.get("message")}
+    return None
+
+
 def forgive(folder: StageFolder, why: str) -> None:
     """Notes that a user wants the stage to run again: earlier tries count no longer."""
     numbers = folder.attempt_numbers()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness.ledger.files import read_json
+from harness.ledger import attempts
 from harness.ledger.index import Row, row_of
 from harness.ledger.lease import stands_still_s
 from harness.ledger.states import ACTIVE, Node, StageState, read_graph
@@ -67,6 +67,7 @@ def _study(
                 running.append(_running(tree, stage, kind, value))
         elif state in ("failed", "diverged", "lost"):
             about = {"reason": value.reason, "message": value.message}
+            about["attempt"] = value.status.get("attempt")
             failed.append({"id": stage, "state": state, **about})
     return {
         "name": name,
@@ -112,17 +113,11 @@ def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, 
     if rate and seen and step and steps:
         eta = seen * (steps / step - 1) / rate
     keys = ("step", "steps", "samples", "samples_per_s", "loss", "attempt", "host", "started")
-    keys += ("job", "pid", "memory_gib")
+    keys += ("job", "token", "pid", "memory_gib")
     found = {k: status.get(k) for k in keys}
-    # What ended the attempt before this one.
-    last = None
-    attempt = int(status.get("attempt") or 1)
-    before = None
-    if attempt > 1:
-        before = read_json(tree.stage(kind, stage).attempt(attempt - 1) / "attempt.json")
-    if before is not None and before.get("end"):
-        last = {"reason": before["end"], "message": before.get("message")}
-    still = stands_still_s(tree.stage(kind, stage).lease) if state.state == "running" else None
+    folder = tree.stage(kind, stage)
+    last = attempts.last_failure(folder, int(status.get("attempt") or 1))
+    still = stands_still_s(folder.lease) if state.state == "running" else None
     found |= {"eta_s": eta, "stands_still_s": still, "last_failure": last}
     return {"id": stage, "state": state.state, **found}
 

@@ -152,6 +152,13 @@ def missed(hits: Counter[str]) -> list[str]:
     return [what for what in wanted if not any(what in hit for hit in hits)]
 
 
+def dying(root: Path, file: Path, moment: str, after: int, mark: Path) -> subprocess.Popen[bytes]:
+    """The command, of which one process dies inside the `after`th write of its own of this kind."""
+    path = os.pathsep.join([str(_DIE_INSIDE), os.environ.get("PYTHONPATH", "")])
+    about = {"TEST_DIE_AT": moment, "TEST_DIE_AFTER": str(after), "TEST_DIE_MARK": str(mark)}
+    return start(root, file, PYTHONPATH=path, **about)
+
+
 class _Command:
     """The command, started again and again; half of the times with a write that it dies in."""
 
@@ -166,11 +173,7 @@ class _Command:
         if self.rng.random() < 0.5:
             return start(self.root, self.file)
         self.moment = self.rng.choice(INSIDE)
-        path = os.pathsep.join([str(_DIE_INSIDE), os.environ.get("PYTHONPATH", "")])
-        after = str(self.rng.randint(1, 12))
-        about = {"TEST_DIE_AT": self.moment, "TEST_DIE_AFTER": after}
-        about |= {"TEST_DIE_MARK": str(self.mark), "PYTHONPATH": path}
-        return start(self.root, self.file, **about)
+        return dying(self.root, self.file, self.moment, self.rng.randint(1, 12), self.mark)
 
     def count(self) -> None:
         """Counts a process that has died inside a write since the last call."""

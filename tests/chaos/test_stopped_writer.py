@@ -15,7 +15,6 @@ from typing import cast
 import pytest
 
 from harness import record
-from harness.attempt import Stop
 from harness.errors import LeaseLostError
 from harness.ledger import attempts, store
 from harness.ledger import lease as leases
@@ -25,6 +24,7 @@ from harness.ledger.lease import Lease
 from harness.ledger.tree import StageFolder, Tree
 from harness.metric_columns import WORTH_IT
 from harness.rank_zero import RankZero
+from harness.stop import Stop
 from harness.study.cells import build_grid
 from harness.study.schema import load_study
 
@@ -58,7 +58,7 @@ except LeaseLostError:
 RANK_ZERO = """
 import os, signal, sys
 from pathlib import Path
-from harness.attempt import Stop
+from harness.stop import Stop
 from harness.errors import LeaseLostError
 from harness.ledger.context import StageResult
 from harness.ledger.lease import Lease

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.ledger import store
+from harness.ledger.tree import Tree
+from harness.study.cells import build_grid
+from harness.study.schema import load_study
 from tests.conftest import SMALL, Harness
 
 WriteStudy = Callable[..., Path]
@@ -69,19 +73,30 @@ def test_a_file_of_aliases_of_aliases_is_refused_at_once(
     assert "Traceback" not in done.stderr
 
 
-def test_values_of_an_axis_never_become_paths(study_file: WriteStudy, harness: Harness) -> None:
+def test_values_of_an_axis_never_become_paths(study_file: WriteStudy, here: Harness) -> None:
     """An axis of our own may hold anything; ids and folders made of it hold none of it."""
-    text = SMALL.replace(
-        "axes:\n", 'axes:\n  wsp.label_smoothing: [0.0]\n  note: ["../../x; $(id)"]\n'
-    )
-    done = harness("grid", study_file(text), "--json", check=None)
-    if done.returncode == 0:
-        found = json.loads(done.stdout)
-        ids = [c["id"] for c in found["cells"]] + [s["id"] for s in found["stages"]]
-        assert not [i for i in ids if set(i) & set("/;$() \n")]
-    else:
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
+    values = ["../../x; $(id)", "a\nb\x1b[2J<b>"]
+    text = SMALL.replace("axes:\n", f"axes:\n  note: {json.dumps(values)}\n")
+    text += "overrides:\n"
+    for number, value in enumerate(values, 1):
+        text += f"- {{match: {{note: {json.dumps(value)}}}, set: {{wsp.lr: {number}e-3}}}}\n"
+    found = json.loads(here("grid", str(study_file(text)), "--json").stdout)
+    assert {cell["axes"]["note"] for cell in found["cells"]} == set(values)
+    ids = [c["id"] for c in found["cells"]] + [s["id"] for s in found["stages"]]
+    names = ids + [c["name"] for c in found["cells"]]
+    assert not [i for i in names if set(i) & set("/;$()<>[ \n\x1b")]
+    assert "\x1b" not in here("grid", str(study_file(text))).stdout
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_tag_that_is_no_plain_name_is_refused(
+    name: str, study_file: WriteStudy, here: Harness, tmp_path: Path
+) -> None:
+    store.register(Tree(tmp_path / "runs"), build_grid(load_study(study_file())), [])
+    done = here("run", "d16x2-1k-mae-s0", "--set", "wsp.lr=1e-3", f"--tag={name}", check=None)
+    assert done.returncode == 2 and "not a usable name" in done.stderr
+    assert "Traceback" not in done.stderr and "\x1b" not in done.stderr
+    assert not list(tmp_path.rglob("pwned"))
 
 
 def test_a_record_whose_package_is_missing_is_said_before_anything_runs(

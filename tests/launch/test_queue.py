@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from harness.cli import selection, status
+from harness.cli import selection, status, steer
 from harness.errors import UserError
 from harness.launch import nodes, queue, slurm
 from harness.launch.driver import Driver
@@ -20,7 +20,7 @@ from harness.launch.machine import this_machine
 from harness.launch.pool import Pool
 from harness.launch.settings import Slurm
 from harness.ledger import lease, store
-from harness.ledger.claim import ask_to_stop, clear_stop
+from harness.ledger.claim import ask_to_stop, clear_stop, stop_asked
 from harness.ledger.files import read_json, write_json
 from harness.ledger.states import graph_of
 from harness.ledger.tree import Tree
@@ -62,6 +62,48 @@ def test_a_command_asks_once_and_a_watcher_once_a_look(
     assert site.calls("squeue") == before + 1
     queue.read_states(tree, grid.stages, max_age_s=0.0)
     assert site.calls("squeue") == before + 2
+
+
+def test_a_users_own_settings_for_slurm_hide_no_job(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = submit(tree, grid).jobs
+    site.holds(*((j, "x") for j in jobs.values()))
+    # As squeue itself would: with such a filter of a .bashrc it shows nothing that waits.
+    site.says("squeue", f'test -z "$SQUEUE_STATES" && cat {site.folder}/squeue.txt; exit 0')
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    assert set(states(tree, grid).values()) == {"submitted"}
+    monkeypatch.setenv("SLURM_JWT", "who we are")
+    assert "SQUEUE_STATES" not in queue.scrubbed() and "SLURM_JWT" in queue.scrubbed()
+    asked = (site.folder / "squeue.calls").read_text().split()
+    assert "--all" in asked  # or partitions that the site hides would be left out
+
+
+def test_a_comment_of_any_bytes_is_a_comment(site: FakeSlurm, tree: Tree, grid: Grid) -> None:
+    jobs = submit(tree, grid).jobs
+    site.holds(*((j, "x") for j in jobs.values()))
+    foreign = b"4711\x1fRUNNING\x1fna\xefve \xff\x1fNone\n"
+    with open(site.folder / "squeue.txt", "ab") as file:
+        file.write(foreign)
+    assert set(states(tree, grid).values()) == {"submitted"}
+
+
+def test_a_user_without_a_name_can_cancel(
+    tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no entry in its passwd file."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(queue.pwd, "getpwuid", unknown)
+    store.register(tree, grid, [])
+    assert steer.cancel(["init=mae"], yes=True, root=tree.root) == 0
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    note = stop_asked(tree.stage(stage.kind, stage.id))
+    assert note is not None and note.startswith(f"cancelled by {os.getuid()} on ")
 
 
 def test_a_selection_in_several_studies_asks_once(

@@ -143,11 +143,39 @@ def test_a_later_attempt_is_numbered_and_says_what_ended_the_one_before(
     )
     own = read()
     assert own["attempt"] == 2
-    assert own["last_failure"] == {"reason": "hung", "message": "rank 1 stood\x1b[2J still"}
+    said = {"reason": "hung", "message": "rank 1 stood\x1b[2J still"}
+    assert own["last_failure"] == {"attempt": 1, **said}
     attempts.close(worker.folder, 2, "preempted", "preempted", "the node is wanted")
     worker.stop()
     worker.start()
     assert shown().endswith("attempt 3  (attempt 2 ended: preempted: the node is wanted)")
+
+
+def test_an_attempt_that_had_nothing_to_do_or_went_well_is_no_failure(
+    worker: Worker, shown: Shown, read: Read
+) -> None:
+    worker.start()
+    attempts.close(worker.folder, 1, "failed", "data", "shard 3 is short")
+    worker.stop()
+    worker.start()
+    attempts.note_end(worker.folder, 2, "busy", "another process owns the stage")
+    worker.stop()
+    worker.start()
+    assert shown().endswith("attempt 3  (attempt 1 ended: data: shard 3 is short)")
+    attempts.note_end(worker.folder, 3, "done", None)
+    worker.stop()
+    worker.start()  # since the user wanted it from scratch
+    assert shown().endswith("attempt 4") and read()["last_failure"] is None
+
+
+def test_of_a_stage_that_failed_the_line_counts_its_attempts(worker: Worker, here: Harness) -> None:
+    worker.start()
+    worker.stop()
+    worker.start()
+    attempts.close(worker.folder, 2, "failed", "code", "KeyError: 'x'")
+    worker.stop()
+    lines = here("status", "small").stdout.splitlines()
+    assert f"  failed {worker.stage.id}  after 2 attempts: code: KeyError: 'x'" in lines
 
 
 def test_a_loss_that_is_not_finite_is_not_shown_as_a_number(

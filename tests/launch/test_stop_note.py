@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.ledger import store
+from harness.errors import EXIT_REQUEUE
+from harness.ledger import attempts, store
 from harness.ledger.claim import ask_to_stop
 from harness.ledger.files import read_json
 from harness.ledger.tree import StageFolder, Tree
+from harness.stop import Stop
 from harness.study.cells import build_grid
 from harness.study.schema import load_study
 
@@ -70,3 +73,45 @@ def test_a_worker_obeys_a_note_to_stop_wherever_it_runs(stage: StageFolder) -> N
     assert attempt["end"] == "cancelled"
     assert attempt["first_step"] == 0
     assert attempt["last_step"] > 1
+
+
+# USR2 is sent ahead of a time limit, TERM at it; preemption begins with TERM.
+ENDS = {signal.SIGUSR2: "timeout", signal.SIGTERM: "preempted"}
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_worker_that_is_told_to_stop_saves_and_says_why(
+    stage: StageFolder, number: signal.Signals
+) -> None:
+    process, end = worker(stage, 1), ENDS[number]
+    wait_for_checkpoint(stage)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == EXIT_REQUEUE
+    status = read_json(stage.status) or {}
+    assert (status["state"], status["reason"]) == (end, end)
+    record = read_json(stage.attempt(1) / "attempt.json") or {}
+    assert record["end"] == end
+    assert record["last_checkpoint"] == record["last_step"] == attempts.progress_of(stage) > 0
+
+
+def test_a_job_that_was_told_to_stop_while_it_began_does_not_begin(stage: StageFolder) -> None:
+    """Signals are blocked while torch is imported, as `harness.launch.job` does it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # a new process inherits it
+    try:
+        process = worker(stage, 1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=120) == EXIT_REQUEUE
+    assert (read_json(stage.status) or {})["state"] == "timeout"
+    assert not any(stage.checkpoints.glob("*/COMPLETE"))
+
+
+@pytest.mark.parametrize("first", ENDS)
+def test_of_two_signals_the_first_says_why(
+    stage: StageFolder, own_signals: None, first: signal.Signals
+) -> None:
+    stop = Stop(stage)
+    for number in (first, *ENDS):
+        os.kill(os.getpid(), number)
+    assert stop.asked and stop.end == (ENDS[first], ENDS[first])

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from harness.attempt import Stop
 from harness.ledger import lease as leases
 from harness.ledger import store
 from harness.ledger.attempts import begin, note_end, read_attempts
@@ -20,6 +19,7 @@ from harness.ledger.lease import Lease
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
 from harness.rank_zero import RankZero
+from harness.stop import Stop
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
 from harness.study.stages import StageFile

@@ -13,11 +13,12 @@ import time
 import uuid
 from pathlib import Path
 
+from harness.errors import EXIT_REQUEUE
 from harness.ledger import attempts, store
-from harness.ledger.claim import stop_asked
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease, process_started, this_host
 from harness.ledger.tree import Tree
+from harness.stop import Stop
 
 
 def main(arguments: list[str]) -> int:
@@ -28,11 +29,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     tree, number = Tree(Path(given.root)), int(given.attempt)
     folder = tree.stage(given.kind, given.stage)
-    heard: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR2)
-    for one in numbers:
-        signal.signal(one, lambda n, _: heard.append(n))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    stop = Stop(folder)
     if os.environ["RANK"] != "0":
         while given.attempt == os.environ.get("LIGHT_RANK_DIES_IN"):
             time.sleep(0.1)
@@ -52,11 +49,10 @@ def main(arguments: list[str]) -> int:
             # A worker killed between the two lines leaves the folder.
             checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / "COMPLETE").touch()
-            if heard or stop_asked(folder):
-                end = "timeout" if heard[:1] == [signal.SIGUSR2] else "preempted"
-                end = end if heard else "cancelled"
-                attempts.close(folder, number, end, stop_asked(folder) or end, "asked to stop")
-                return 75
+            stop.look()
+            if stop.asked:
+                attempts.close(folder, number, *stop.end, "asked to stop")
+                return EXIT_REQUEUE
         uids = {
             u: (read_json(tree.stage(kind, u).result) or {})["uid"]
             for u, kind in stage.upstream_kinds.items()
