@@ -76,9 +76,11 @@ def run_recorded(
 def _mongo_observer(url: str) -> RunObserver | None:
     """None, and a line that says why, where it cannot be made: a record ends no training."""
     try:
-        from sacred.observers import MongoObserver  # needs pymongo, which only its users install
+        from pymongo.uri_parser import parse_uri  # which only its users install
+        from sacred.observers import MongoObserver
 
-        made = MongoObserver(url=url, db_name="harness", serverSelectionTimeoutMS=_MONGO_WAIT_MS)
+        name = parse_uri(url)["database"] or "harness"
+        made = MongoObserver(url=url, db_name=name, serverSelectionTimeoutMS=_MONGO_WAIT_MS)
         start = made.started_event
 
         def started_event(**about: Any) -> Any:
@@ -86,15 +88,54 @@ def _mongo_observer(url: str) -> RunObserver | None:
             return start(**{**about, "_id": f"{about['_id']}-{uuid.uuid4().hex[:6]}"})
 
         made.started_event = started_event  # pyright: ignore[reportAttributeAccessIssue]
+        kept = _Kept(made.log_metrics)
+        made.log_metrics = kept.log_metrics  # pyright: ignore[reportAttributeAccessIssue]
         return made
     except Exception as error:  # a missing package, a URL that is none
         _say_lost("MongoObserver", error)
         return None
 
 
+class _Kept:
+    """Points of curves, kept until the database has taken them.
+
+    Sacred drops an observer for good after its first error: a curve would end where the network
+    failed for a moment.
+    """
+
+    def __init__(self, send: Callable[..., None]) -> None:
+        self._send = send
+        self._points: dict[str, dict[str, list[Any]]] = {}
+        self._is_lost = False
+
+    def log_metrics(self, metrics_by_name: Mapping[str, Any], info: dict[str, Any]) -> None:
+        """In place of the observer's; raises nothing."""
+        for name, new in metrics_by_name.items():
+            own = self._points.setdefault(name, {})
+            for column, values in new.items():
+                own.setdefault(column, []).extend(values)
+        for name in list(self._points):
+            try:
+                self._send({name: self._points[name]}, info)  # one by one: none is there twice
+            except Exception as error:  # of a network, a database's driver
+                if not self._is_lost:
+                    with contextlib.suppress(OSError):
+                        print(
+                            f"MongoObserver: points are kept until later: {error}", file=sys.stderr
+                        )
+                self._is_lost = True
+                return
+            del self._points[name]
+        self._is_lost = False
+
+
 def _say_lost(name: str, error: Exception) -> None:
+    _say(f"no record by {name}: {error}")
+
+
+def _say(line: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"no record by {name}: {error}", file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def _tolerant(observer: RunObserver) -> RunObserver:
@@ -203,8 +244,7 @@ class _Events:
             self._writer.add_scalar(name, value, step)
         except Exception as error:  # of a disk, or of the thread that writes to it
             self._is_lost = True
-            with contextlib.suppress(OSError):
-                print(f"no more TensorBoard events: {error}", file=sys.stderr)
+            _say(f"no more TensorBoard events: {error}")
 
     def close(self) -> None:
         """Writes what is left."""

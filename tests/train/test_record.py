@@ -126,13 +126,19 @@ def test_a_database_that_cannot_be_reached_ends_no_training(
     assert (tmp_path / "x-a1" / "run.json").exists()
 
 
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A database for every URL."""
+    mongomock.gridfs.enable_gridfs_integration()
+    client: Any = mongomock.MongoClient()
+    monkeypatch.setattr(pymongo, "MongoClient", lambda *_, **__: client)
+    return client
+
+
 def test_a_mongo_record_has_config_curve_and_result_and_roots_may_share_a_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Omniboard reads, from sacred's own observer and a database in memory."""
-    mongomock.gridfs.enable_gridfs_integration()
-    client: Any = mongomock.MongoClient()
-    monkeypatch.setattr(pymongo, "MongoClient", lambda *_, **__: client)
+    client = in_memory(monkeypatch)
     monkeypatch.setenv("HARNESS_MONGO_URL", "mongodb://127.0.0.1:1")
     for root in ("one", "two"):  # the same attempt at the same stage
         recorded(tmp_path / root)
@@ -145,3 +151,44 @@ def test_a_mongo_record_has_config_curve_and_result_and_roots_may_share_a_databa
         assert run["config"]["stage"]["config"]["recipe"]["batch"] == 4
         (curve,) = curves.find({"run_id": run["_id"]})
         assert (curve["name"], curve["steps"], curve["values"]) == ("loss", [1], [1.0])
+
+
+def test_points_of_a_curve_wait_for_a_database_that_is_away_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = in_memory(monkeypatch)
+    monkeypatch.setenv("HARNESS_MONGO_URL", "mongodb://127.0.0.1:1/studies?retryWrites=true")
+    is_away, take = False, mongomock.Collection.update_one
+
+    def update_one(self: Any, *about: Any, **more: Any) -> Any:
+        if is_away and self.name == "metrics":
+            raise pymongo.errors.ServerSelectionTimeoutError("no servers found yet")
+        return take(self, *about, **more)
+
+    monkeypatch.setattr(mongomock.Collection, "update_one", update_one)
+
+    def body(log: record.LogScalar) -> StageResult:
+        nonlocal is_away
+        for step in range(6):
+            is_away = step in (2, 3)
+            log("loss", float(step), step)
+            log("lr", 0.5, step)
+            runs[0]._emit_heartbeat()
+        return StageResult(metrics={"x": 1.0}, steps=6, samples=6, flops=1.0, wall_s={})
+
+    # The record beats by itself, every ten seconds; here between any two steps.
+    runs: list[Any] = []
+    start = record.sacred.run.Run._emit_started
+
+    def started(run: Any) -> None:
+        runs.append(run)
+        start(run)
+
+    monkeypatch.setattr(record.sacred.run.Run, "_emit_started", started)
+    stage = tiny.stage(WspRecipe(duration=Duration(steps=1), batch=4))
+    record.run_recorded(tmp_path, "x-a1", stage, {}, body)
+    curves = {c["name"]: c for c in client["studies"].metrics.find()}
+    assert curves["loss"]["steps"] == [0, 1, 2, 3, 4, 5]
+    assert curves["loss"]["values"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert curves["lr"]["steps"] == [0, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("points are kept until later: no servers found") == 1
