@@ -54,9 +54,10 @@ test-system: install
 chaos: install
 	$(BIN)/python -m tests.chaos.kills --kills 200
 	$(BIN)/python -m tests.chaos.together --commands 20
-	$(BIN)/python -m pytest -rs tests/chaos tests/slurm tests/launch tests/cli/test_hostile.py \
-		tests/study/test_schema.py tests/models/test_weight_files.py tests/analysis/test_report.py \
-		tests/train/test_ranks.py -m "not gpu"
+	$(BIN)/python -m pytest -rs tests/chaos tests/ledger tests/launch tests/slurm tests/cli/test_hostile.py \
+		tests/study/test_schema.py tests/study/test_hostile_values.py tests/models/test_weight_files.py \
+		tests/analysis/test_report.py tests/train/test_ranks.py tests/train/test_resume.py \
+		tests/train/test_memory.py -m "not gpu"
 	$(BIN)/python benchmarks/large_study.py --check
 
 check: install

@@ -38,17 +38,20 @@ class UserError(HarnessError):
 
 
 class StorageError(UserError):
-    """A file cannot be written: no space, no right to, or the file system is gone."""
+    """A file cannot be written, or not even read: no space, no right to, or the disk is gone."""
 
     def __init__(self, path: object, error: OSError | str) -> None:
         number = error.errno if isinstance(error, OSError) else None
         why = error if isinstance(error, str) else error.strerror or type(error).__name__
         todo = _STORAGE_ADVICE.get(number or 0, "see that the file system takes files")
-        what = "used" if number in (errno.EACCES, errno.EPERM) else "written"
+        what = "written" if number is None or number in (*_FULL, errno.EROFS) else "used"
         super().__init__(f"{path}: cannot be {what}: {why}; {todo}, then give the command again")
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_SERVERS = (errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN)
+"""Errors of files on a server that is away, and of sockets."""
+_BROKEN = "see that the disk, or the server of its files, works"
 _STORAGE_ADVICE = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
@@ -56,6 +59,8 @@ _STORAGE_ADVICE = {
     errno.EACCES: "chmod it or take another folder",
     errno.EPERM: "chmod it or take another folder",
     errno.EROFS: "mount it writable or take another folder",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.EREMOTEIO), _BROKEN),
+    **dict.fromkeys(_OF_SERVERS, _BROKEN),
 }
 
 
@@ -63,12 +68,12 @@ def storage_error(error: BaseException, path: object = None) -> StorageError | N
     """The StorageError that an error of any library amounts to; None if it is something else.
 
     Writers in other languages (torch, safetensors, arrow) raise errors of their own, where only
-    the text tells. An OSError without a file name counts only if no space is left.
+    the text tells. An OSError without a file name counts only where no socket raises such a one.
     """
     if isinstance(error, StorageError):
         return error
     if isinstance(error, OSError) and error.errno in _STORAGE_ADVICE:
-        place = error.filename or path
+        place = error.filename or (None if error.errno in _OF_SERVERS else path)
         if place is not None or error.errno in _FULL:
             return StorageError(place or "a file", error)
     text = str(error).strip().partition("\n")[0]

@@ -221,6 +221,8 @@ class RankZero:
         self._write_attempt(end, message, details)
         self._add_event(state, reason=reason, message=message)
         self.status.write(state, reason, message)
+        if state == "done":  # a note that came too late would hold a later run
+            self.folder.stop.unlink(missing_ok=True)
 
 
 def _gpus(execution: Execution) -> list[str]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from harness import record
 from harness.errors import (
     EXIT_BUSY,
+    EXIT_FAILED,
     EXIT_OK,
     EXIT_STORAGE,
     LeaseLostError,
@@ -26,7 +28,7 @@ from harness.errors import (
     storage_error,
 )
 from harness.exits import guarded
-from harness.ledger import store
+from harness.ledger import attempts, store
 from harness.ledger.context import StageContext, Whereabouts
 from harness.ledger.files import read_json
 from harness.ledger.lease import AttemptGuard, Lease, LeaseHeldError
@@ -43,6 +45,9 @@ from harness.stage_run import (
 )
 from harness.stop import Stop
 from harness.study.stages import Execution, StageFile
+from harness.watchdog import limit_s
+
+_POLL_S = 0.1
 
 
 def run_stage(root: Path, kind: str, stage_id: str, attempt: int) -> int:
@@ -155,6 +160,18 @@ def _run_rank(
         whereabouts=whereabouts,
     )
     path = folder.attempt(attempt) / f"error.rank{rank}.json"
+    patience_s = limit_s("setup", stage.execution.hang_after_s)
+    deadline = time.monotonic() + patience_s
+    while not attempts.has_begun(folder, attempt):
+        # Until rank 0 owns the stage, what an earlier run has left may not be set aside yet.
+        guard()
+        stop.check_at_start()
+        if time.monotonic() > deadline:
+            message = f"rank {rank}: waited {patience_s:.0f} s for rank 0 to begin"
+            say(message)
+            tell(path, "failed", "hung", message)
+            return EXIT_FAILED
+        time.sleep(_POLL_S)
     call(stage, context, attempt, lambda message: tell(path, "failed", "hung", message))
     return EXIT_OK
 

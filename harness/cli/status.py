@@ -114,6 +114,7 @@ def _study(study: dict[str, Any]) -> list[RenderableType]:
             f"{stage['memory_gib']:.1f} GiB" if stage.get("memory_gib") else "",
             f"attempt {stage['attempt']}" if (stage["attempt"] or 1) > 1 else "",
             f"job {stage['job']}" if stage.get("job") else "",
+            f"({show.plain(stage['queue_reason'])})" if stage.get("queue_reason") else "",
             f"on {stage['host'].partition(':')[0]}" if stage.get("job") and stage["host"] else "",
         ]
         line = f"  {stage['state']} {escape(stage['id'])}  " + "  ".join(b for b in bits if b)

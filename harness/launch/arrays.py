@@ -46,14 +46,15 @@ def plan_arrays(
         for stage in todo:
             if level[stage.id] == depth:
                 nodes = (avoid or {}).get(stage.id, ())
-                groups.setdefault((*_needs(stage), nodes), []).append(stage)
+                groups.setdefault((*needs(stage), nodes), []).append(stage)
         for group in groups.values():
             # Many dependants first: theirs then form arrays that start at task 0 too.
             plan.add(sorted(group, key=lambda s: -fan_out.get(s.id, 0)))
     return plan.arrays
 
 
-def _needs(stage: StageFile) -> tuple[Any, ...]:
+def needs(stage: StageFile) -> tuple[Any, ...]:
+    """What a scheduler is asked for of a stage, in short; all else is in the profile."""
     e = stage.execution
     return (stage.kind, e.ranks, e.nodes, e.threads, e.memory_gib, e.time_s)
 

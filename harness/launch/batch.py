@@ -118,6 +118,23 @@ def lines_of(tree: Tree, tasks: Path, profile: Slurm, code: Path) -> tuple[list[
     return setup, [f"code=$?; {call} end {file} --code $code", "exit $?"]
 
 
+class _Executor(submitit.SlurmExecutor):
+    """submitit's, with a command of our own for srun.
+
+    Its own reads a file that gets the job's number for a name only after sbatch has answered: a job
+    that starts before that, or whose submission was killed there, would find none.
+    """
+
+    def __init__(self, folder: Path, tasks: Path) -> None:
+        super().__init__(folder=folder)
+        words = [sys.executable, "-u", "-m", "harness.launch.job", "rank", str(tasks)]
+        self._command = shlex.join(words)
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return self._command
+
+
 def sbatch(
     folder: Path,
     tasks: Path,
@@ -127,7 +144,7 @@ def sbatch(
 ) -> list[str]:
     """Submits one array; the job ids of its tasks."""
     with queue.outside_of_a_job():
-        executor = submitit.SlurmExecutor(folder=folder / "jobs")
+        executor = _Executor(folder / "jobs", tasks)
         executor.update_parameters(**options, setup=lines[0], teardown=lines[1])
         try:
             with executor.batch():
@@ -175,7 +192,9 @@ def submit_caretaker(
         *(f"export {k}={shlex.quote(v)}" for k, v in profile.env.items()),
         *profile.setup,
         f"{python} -m harness.launch.caretaker {shlex.quote(str(folder))}; code=$?",
-        f'if [ $code = {EXIT_REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        # Whatever kept it from its work may keep this from being heard too.
+        f"[ $code = {EXIT_REQUEUE} ] && for i in $(seq 20); do",
+        'scontrol requeue "$SLURM_JOB_ID" && break; sleep 30; done',
         "exit $code",
     ]
     # The lines above are the whole job: the shell ends before submitit's own command.

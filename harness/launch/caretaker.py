@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STORAGE, UserError
-from harness.launch import batch, ends, queue, slurm
+from harness.launch import batch, ends, provenance, queue, slurm
+from harness.launch.job import OTHERWISE
 from harness.launch.settings import Slurm
 from harness.ledger import attempts, store
 from harness.ledger.claim import unclaim
-from harness.ledger.files import read_json
+from harness.ledger.files import read_json, read_jsonl
 from harness.ledger.lease import exclusive
 from harness.ledger.states import ACTIVE, StageState
 from harness.ledger.tree import StageFolder, Tree
@@ -38,6 +41,9 @@ def tend(folder: Path) -> slurm.Submitted:
     tree = Tree(folder.parent.parent)
     retry = Retry.model_validate(about["retry"])
     profile = Slurm.model_validate(about["profile"])
+    # A copy of it is what runs here, and knows of no commit.
+    git = provenance.GitState.of_kept(tree, about["git"]["sha"], about["git"]["name"])
+    code = provenance.Code(git=git, path=Path(about["code"]))
     stages = {
         s: store.read_stage(tree.stage(k, s))
         for s, k in about["stages"].items()
@@ -51,13 +57,19 @@ def tend(folder: Path) -> slurm.Submitted:
         for stage_id, state in own.items():
             if state.state == "lost":
                 _close(tree, stages, states, stage_id, retry)
+        failed = [s for s, v in own.items() if v.state == "failed"]
+        live = queue.jobs_now() if failed else None
+        for stage_id in failed:
+            # Its job may have been killed before it could decide; one that lives decides itself.
+            if live is not None and own[stage_id].status.get("job") not in live:
+                ends.reconsider(tree.stage(stages[stage_id].kind, stage_id), retry)
     jobs = [str(v.status.get("job") or "") for v in own.values() if v.state in ACTIVE]
     if jobs and not queue.caretakers(about["token"]):
         after = filter(None, jobs)
-        batch.submit_caretaker(folder, profile, about["study"], Path(about["code"]), after)
+        batch.submit_caretaker(folder, profile, about["study"], code.path, after)
     # Of a submission that put something into the queue nothing was refused in the end.
     refusals = 0 if own else int(about.get("refusals", 0))
-    return slurm.submit(tree, about["study"], stages, profile, retry, refusals=refusals)
+    return slurm.submit(tree, about["study"], stages, profile, retry, refusals=refusals, code=code)
 
 
 def _close(
@@ -79,13 +91,33 @@ def _close(
     is_cancelled = about.get("JobState") == "CANCELLED"  # its upstream may be under way
     has_begun = status.get("state") == "running"
     is_early = any(states[u].state != "done" for u in upstream if u in states) and not has_begun
-    if is_dropped or (is_early and not is_cancelled):
+    is_forgotten = not about and not has_begun and _was_dropped(tree, stages[stage_id], status)
+    if is_dropped or is_forgotten or (is_early and not is_cancelled):
         unclaim(folder, attempt, "its job was dropped: it waited for one that failed")
         return
     with exclusive(folder.claim):
         end = _end_of(folder, attempt, about)
         status = attempts.close(folder, attempt, *end)
         ends.conclude(folder, attempt, status, retry, end[2] if end[0] == "cancelled" else None)
+
+
+def _was_dropped(tree: Tree, stage: StageFile, status: Mapping[str, Any]) -> bool:
+    """Of a job that Slurm has forgotten: whether one that it waited for ended otherwise than well.
+
+    Though what that one was to do is done: its job ended badly after the result, or another
+    submission has done it since.
+    """
+    for upstream, kind in stage.upstream_kinds.items():
+        folder = tree.stage(kind, upstream)
+        last = (read_json(folder.status) or {}).get("attempt")
+        for event in read_jsonl(folder.events):
+            if event["event"] == OTHERWISE and event.get("attempt") == last:
+                return True
+            is_later = event["time"] > (status.get("submitted") or 0)
+            is_other = event["event"] == "submitted" and event.get("token") != status["token"]
+            if is_later and is_other:
+                return True
+    return False
 
 
 _CANCELLED = ("cancelled", "cancelled", "its job was cancelled in Slurm")
@@ -132,10 +164,13 @@ def main(arguments: list[str] | None = None) -> int:
     (folder,) = sys.argv[1:] if arguments is None else arguments
     try:
         done = tend(Path(folder))
-    except UserError as error:
-        # As long as this job stands in the way (MaxSubmitJobs), or Slurm does not answer: its place
-        # is kept, and Slurm waits two minutes before it starts a job again.
-        print(error, file=sys.stderr)
+    except Exception as error:
+        # As long as this job stands in the way (MaxSubmitJobs), Slurm or a disk does not answer, or
+        # whatever else: its place is kept, and Slurm waits two minutes before each start.
+        if isinstance(error, UserError):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
         is_last = int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= _MOST_RESTARTS
         return EXIT_FAILED if is_last else EXIT_REQUEUE
     print(f"{len(done.jobs)} stages submitted again in {done.arrays} arrays")

@@ -18,20 +18,29 @@ from harness.study.schema import Retry
 
 
 def settle(
-    folder: StageFolder, attempt: int, code: int, *, asked_to_stop: bool, gone: str | None = None
+    folder: StageFolder,
+    attempt: int,
+    code: int,
+    *,
+    asked_to_stop: bool,
+    gone: str | None = None,
+    too_slow: str = "cancelled",
 ) -> dict[str, Any]:
     """The final status.json of an attempt whose every process is gone; written if it is missing.
 
     To be called, as `conclude` is, inside `exclusive(folder.claim)`: between the two a stage that
     will be tried again looks failed for good. `code` is the first exit code that was not 0,
-    negative for a signal; `gone` says which host was lost, if one was. The status of a later
-    attempt stays: this one came too late.
+    negative for a signal; `gone` says which host was lost, if one was; `too_slow` is the record's
+    word for the end of one that was asked to stop and killed before it was through. The status of a
+    later attempt stays: this one came too late.
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
         if status["state"] != "preempted" or not _is_a_rank_dead(folder, code, asked_to_stop):
             return status
-    return attempts.close(folder, attempt, *_meaning(folder, attempt, code, asked_to_stop, gone))
+    meaning = _meaning(folder, attempt, code, asked_to_stop, gone)
+    end = too_slow if meaning[:2] == ("cancelled", "killed") else None
+    return attempts.close(folder, attempt, *meaning, end=end)
 
 
 def _is_a_rank_dead(folder: StageFolder, code: int, asked_to_stop: bool) -> bool:

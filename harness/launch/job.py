@@ -31,6 +31,8 @@ from harness.study.schema import Retry
 from harness.study.stages import StageFile
 
 NOTHING_TO_DO = 3
+OTHERWISE = "result of a job that ended otherwise"
+"""Event of a stage whose job Slurm does not call completed, though the stage is done."""
 _WORKER = "harness.worker"
 _PORTS = range(20000, 32000)  # below those that systems hand out to anybody
 
@@ -84,9 +86,11 @@ def begin(tasks_file: str) -> int:
             code, attempt = _take(task)
         except Exception as error:
             # Nobody else would tell: the ranks, and `end`, are never started.
-            number = int((read_json(task.folder.status) or {}).get("attempt") or 0)
-            reason = "code" if _of_storage(error) is None else "storage"
-            attempts.close(task.folder, number, "failed", reason, f"in `begin`: {error}")
+            status = read_json(task.folder.status) or {}
+            if status.get("token") == task.submission["token"]:
+                reason = "code" if _of_storage(error) is None else "storage"
+                number = int(status.get("attempt") or 0)
+                attempts.close(task.folder, number, "failed", reason, f"in `begin`: {error}")
             raise
     if code == NOTHING_TO_DO:
         complete(task.folder)  # this job may have been stopped, and put back, before it could
@@ -165,8 +169,9 @@ def _take(task: _Task) -> tuple[int, int | None]:
             "nodes": nodes.of_job(),
         },
     )
-    owner = {"cluster": "slurm", **queue.identity(), "token": task.submission["token"]}
-    owner["job"] = task.job
+    # Whose job it is is known from its claim, also where nobody says so now.
+    known = {name: status.get(name) or value for name, value in queue.identity().items()}
+    owner = {"cluster": "slurm", **known, "token": task.submission["token"], "job": task.job}
     write_json(folder.status, submitted(attempt, owner))
     return 0, attempt
 
@@ -249,7 +254,7 @@ def _port() -> int:
 
 def run_rank(tasks_file: str) -> None:
     """One process of the stage, as srun starts it; ends the process itself unless all is well."""
-    # submitit's own handlers would swallow these while torch is imported; the worker lets them in.
+    # While torch is imported they are to wait; the worker lets them in.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
     task = _read(tasks_file)
     rank, ranks = os.environ["SLURM_PROCID"], os.environ["SLURM_NTASKS"]
@@ -286,19 +291,25 @@ def end(tasks_file: str, code: int) -> int:
     """Says how the attempt ended, and puts the job back into the queue if that helps."""
     task = _read(tasks_file)
     folder, attempt = task.folder, int(os.environ["HARNESS_ATTEMPT"])
+    about = queue.about_job(task.job)
+    is_running = about.get("JobState") == "RUNNING"
     if (read_json(folder.result) or {}).get("attempts") == attempt:
         if code != 0:
             complete(folder)  # it was killed between its result and the word of it
+        if about and not is_running:
+            # Slurm calls the job a failure, and drops what waits for it: see the caretaker.
+            store.add_event(folder, OTHERWISE, attempt=attempt)
         return 0
     number = -(code - 128) if 128 < code < 160 else code
-    about = queue.about_job(task.job)
-    is_running = about.get("JobState") == "RUNNING"
     why = "cancelled in Slurm" if _is_cancelled(about) else None
     with exclusive(folder.claim):
         if code == EXIT_BUSY:
             attempts.end_busy(folder, attempt)
             return 1
-        status = ends.settle(folder, attempt, number, asked_to_stop=not is_running)
+        # Slurm stops a job for many reasons; without an answer it did not.
+        asked = bool(about) and not is_running
+        end = "preempted" if why is None else "cancelled"
+        status = ends.settle(folder, attempt, number, asked_to_stop=asked, too_slow=end)
         if status.get("attempt") != attempt or status.get("state") == "done":
             return 0 if status.get("state") == "done" else 1
         decision = ends.conclude(folder, attempt, status, task.retry, why)
@@ -326,13 +337,16 @@ def _is_cancelled(about: dict[str, str]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m harness.launch.job begin|end TASKS [--code N]`, called by the batch script."""
+    """`python -m harness.launch.job begin|rank|end TASKS [--code N]`, in the batch script."""
     parser = argparse.ArgumentParser(prog="harness.launch.job")
-    parser.add_argument("what", choices=("begin", "end"))
+    parser.add_argument("what", choices=("begin", "rank", "end"))
     parser.add_argument("tasks")
     parser.add_argument("--code", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
+        if given.what == "rank":
+            run_rank(given.tasks)
+            return 0
         return begin(given.tasks) if given.what == "begin" else end(given.tasks, given.code)
     except (OSError, StorageError) as error:
         known = _of_storage(error)

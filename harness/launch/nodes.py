@@ -95,14 +95,15 @@ def nodes_of(partition: str | None) -> list[Node] | None:
 
 
 def parse(text: str, partition: str | None) -> list[Node]:
-    """Lines of sinfo; the default partition is the one with a star."""
-    found = []
+    """Lines of sinfo, of one or several (`a,b`) partitions; the default is the one with a star."""
+    found: dict[str, Node] = {}
+    wanted = None if partition is None else partition.split(",")
     for line in text.splitlines():
         name, where, state, gres, features = (line.split("|") + [""] * 5)[:5]
-        if where.rstrip("*") == partition or (partition is None and where.endswith("*")):
+        if where.endswith("*") if wanted is None else where.rstrip("*") in wanted:
             usable = state in _USABLE
-            found.append(Node(name=name, is_usable=usable, gres=gres, features=features))
-    return found
+            found[name] = Node(name=name, is_usable=usable, gres=gres, features=features)
+    return list(found.values())
 
 
 def put_back(job: str, avoid: Sequence[str]) -> bool:

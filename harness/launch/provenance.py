@@ -68,19 +68,24 @@ def snapshot(tree: Tree, git: GitState) -> Path:
         for p in f.rglob("*")
         if p.is_file() and "__pycache__" not in p.parts and not p.is_symlink()
     )
-    digest = hashlib.sha256()
+    digest, contents = hashlib.sha256(), dict[Path, bytes]()
     for path in files:
-        digest.update(f"{path.relative_to(top)}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+        contents[path] = path.read_bytes()
+        digest.update(f"{path.relative_to(top)}\0{len(contents[path])}\0".encode())
+        digest.update(contents[path])
     final = tree.code / f"{(git.sha or 'no-git')[:12]}-{digest.hexdigest()[:10]}" / "src"
     if final.is_dir():
+        for path, content in contents.items():
+            copy = final / path.relative_to(top)
+            if not copy.is_file() or copy.read_bytes() != content:
+                write_bytes(copy, content)  # the machine went down before the disk had it all
         return final
     partial = final.with_name(f"src.{uuid.uuid4().hex[:8]}.partial")
     try:
-        for path in files:
+        for path, content in contents.items():
             target = partial / path.relative_to(top)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            target.write_bytes(content)
     except OSError:  # no space: what is half there must not hold it
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -89,6 +94,21 @@ def snapshot(tree: Tree, git: GitState) -> Path:
     except OSError:  # another submission was quicker
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """The code of a submission."""
+
+    git: GitState
+    path: Path
+    """The copy that its stages run: the folder for PYTHONPATH."""
+
+
+def code_now(tree: Tree) -> Code:
+    """The code as it is now, in a copy."""
+    git = git_state()
+    return Code(git=git, path=snapshot(tree, git))
 
 
 def kept(tree: Tree, execution: Execution) -> Execution:

@@ -6,7 +6,6 @@ accounting is needed (`sacct` fails on many clusters). Without an answer nothing
 
 from __future__ import annotations
 
-import functools
 import os
 import pwd
 import subprocess
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, UserError
 from harness.ledger import states
 from harness.ledger.files import read_json
 from harness.ledger.lease import BEAT_S, is_long_silent, owner_is_dead, read_lease
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 60
 _SEPARATOR = "\x1f"
+_NO_REASON = ("", "None", "Dependency")
 _FIELDS = _SEPARATOR.join(("%i", "%T", "%k", "%r"))
 
 
@@ -90,6 +90,8 @@ class _Answer:
     live: set[str]
     """Jobs in it, and comments of jobs in it."""
     judged: set[str]
+    reasons: dict[str, str]
+    """Why jobs wait, by id, where it is not for one another."""
 
 
 _last: _Answer | None = None
@@ -118,24 +120,33 @@ def read_graph(
     until it was seen still for so long, over several calls.
     """
     found = states.read_graph(tree, graph)
-    asked = {
+    known = {
         s: v
         for s, v in found.items()
         if v.state not in ("done", "failed", "diverged")
         and (v.status.get("job") or v.status.get(TOKEN))
-        and _is_ours(v.status)
+    }
+    me, site = user_name(), _site() if known else None  # once: there may be thousands
+    asked = {s: v for s, v in known.items() if _is_ours(v.status, me, site)}
+    # What another's job has put back is in its queue, as far as anybody here can tell.
+    foreign = {
+        s: str(v.status.get("job") or v.status[TOKEN])
+        for s, v in known.items()
+        if s not in asked and v.state in ("preempted", "timeout")
     }
     if not asked:
-        return found
+        return states.read_graph(tree, graph, waiting=foreign) if foreign else found
     # Of those without a job a submission may be putting some into the queue just now.
     unnumbered = {s: str(v.status[TOKEN]) for s, v in asked.items() if not v.status.get("job")}
     jobs = {s: str(v.status["job"]) for s, v in asked.items() if s not in unnumbered}
-    live = _live(set(jobs.values()), -1.0 if unnumbered else max_age_s)
-    if live is None:  # whatever was in the queue may be so now
-        return states.read_graph(tree, graph, waiting={**jobs, **unnumbered})
+    is_known = site is not None or not any(v.status.get("site") for v in asked.values())
+    answer = _ask(set(jobs.values()), -1.0 if unnumbered else max_age_s, is_known)
+    if answer is None:  # whatever was in the queue may be so now
+        return states.read_graph(tree, graph, waiting={**jobs, **unnumbered, **foreign})
+    live = answer.live
     arrays = _arrays(tree, set(unnumbered.values()))
     broken = is_submitting or not _somebody_submits(tree)
-    over, waiting = {}, {}
+    over, waiting = {}, dict(foreign)
     for stage, job in jobs.items():
         (waiting if job in live else over)[stage] = job
     for stage, token in unnumbered.items():
@@ -143,9 +154,14 @@ def read_graph(
         (waiting if is_there or not broken else over)[stage] = token
     for stage in _beating(tree, graph, {s: found[s] for s in over}, may_wait):
         del over[stage]
-    if not over and all(found[stage].state == "submitted" for stage in waiting):
-        return found  # the queue says what the files say
-    return states.read_graph(tree, graph, over=over, waiting=waiting)
+    if over or any(found[stage].state != "submitted" for stage in waiting):
+        found = states.read_graph(tree, graph, over=over, waiting=waiting)
+    # else the queue says what the files say
+    for stage, job in waiting.items():
+        if found[stage].state == "submitted":
+            reason = None if stage in foreign else answer.reasons.get(job)
+            found[stage] = found[stage]._replace(message=reason)
+    return found
 
 
 def is_silent() -> bool:
@@ -153,22 +169,26 @@ def is_silent() -> bool:
     return _silent_since is not None
 
 
-def _live(jobs: set[str], max_age_s: float) -> set[str] | None:
-    """Ids and comments of the queue; the last answer, if it is young and about these jobs."""
+def _ask(jobs: set[str], max_age_s: float, is_known: bool) -> _Answer | None:
+    """What the queue says; the last answer, if it is young and about these jobs.
+
+    `is_known`: it is the one that they were put into.
+    """
     global _last, _silent_since
     known = _last
     if known is not None and time.monotonic() - known.time <= max_age_s:
         if jobs <= known.live | known.judged:
-            return known.live
+            return known
     if _silent_since is not None and time.monotonic() - _silent_since <= max_age_s:
         return None  # it may take a minute to say so
-    found = jobs_now()
+    found = jobs_now() if is_known else None
     _silent_since = time.monotonic() if found is None else None
     if found is None:
         return None
     live = {j.id for j in found.values()} | {j.comment for j in found.values()}
-    _last = _Answer(time=time.monotonic(), live=live, judged=jobs)
-    return live
+    reasons = {j.id: j.reason for j in found.values() if j.reason not in _NO_REASON}
+    _last = _Answer(time=time.monotonic(), live=live, judged=jobs, reasons=reasons)
+    return _last
 
 
 def comment_of(token: str, array: int) -> str:
@@ -278,21 +298,34 @@ def _site() -> str | None:
     return _config().get("ClusterName")
 
 
-def _is_ours(status: Mapping[str, Any]) -> bool:
-    """False for a job of another user, or of another cluster than this host's."""
-    return status.get("user") in (None, user_name()) and is_of_this_site(status)
+def _is_ours(status: Mapping[str, Any], me: str, site: str | None) -> bool:
+    """False for a job that is known to be another user's, or another cluster's than this host's."""
+    is_here = site is None or status.get("site") in (None, site)
+    return is_here and status.get("user") in (None, me)
 
 
 def is_of_this_site(status: Mapping[str, Any]) -> bool:
-    """False for a job of another cluster than this host's: its number means another job here."""
-    site = status.get("site")
-    return site is None or _site() in (None, site)
+    """Whether a job is of this host's cluster: elsewhere its number means another job."""
+    return status.get("site") in (None, _site())
 
 
-@functools.cache
+_known_config: tuple[float, dict[str, str]] | None = None
+
+
 def _config() -> dict[str, str]:
-    rows = (line.partition("=") for line in (scontrol("show", "config") or "").splitlines())
-    return {key.strip(): value.strip() for key, _, value in rows}
+    global _known_config
+    known = _known_config
+    if known is None or (not known[1] and time.monotonic() - known[0] > _TIMEOUT_S):
+        rows = (line.partition("=") for line in (scontrol("show", "config") or "").splitlines())
+        found = {key.strip(): value.strip() for key, _, value in rows}
+        known = _known_config = (time.monotonic(), found)  # that may have taken a minute
+    return known[1]
+
+
+def check_config() -> None:
+    """Raises UserError if nobody says which cluster this is."""
+    if not _config():
+        raise UserError("`scontrol show config` does not answer on this host; try again later")
 
 
 def cancel_jobs(statuses: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -303,9 +336,10 @@ def cancel_jobs(statuses: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]
     Returns those that it cannot reach from here: of another user or cluster (two clusters have jobs
     of the same number), or all where there is no `scancel`.
     """
-    asked = list(statuses)
-    left = [status for status in asked if not _is_ours(status)]
-    own = [status for status in asked if _is_ours(status)]
+    asked, me = list(statuses), user_name()
+    is_own = [s.get("user") in (None, me) and is_of_this_site(s) for s in asked]
+    own = [status for status, is_ours in zip(asked, is_own, strict=True) if is_ours]
+    left = [status for status, is_ours in zip(asked, is_own, strict=True) if not is_ours]
     wanted = list(dict.fromkeys(str(status["job"]) for status in own))
     for start in range(0, len(wanted), 200):
         command = ["scancel", "--quiet", *wanted[start : start + 200]]

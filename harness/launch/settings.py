@@ -26,9 +26,14 @@ from harness.study.recipes import Count, Frozen, Positive
 from harness.study.schema import Seconds, problems_of
 
 _OURS = frozenset(
-    ("array", "comment", "dependency", "error", "job-name", "open-mode", "output", "signal")
+    """
+    array comment dependency error job-name open-mode output signal
+    nodes ntasks ntasks-per-node
+    clusters parsable quiet test-only wait wrap
+    """.split()
 )
-"""Options of sbatch by which jobs are known, followed and stopped."""
+"""Options of sbatch by which jobs are known, followed and stopped; of a stage's ranks; and those by
+which sbatch would answer otherwise, or ask other clusters than squeue does."""
 
 
 class Local(Frozen):
@@ -90,6 +95,12 @@ class Slurm(Frozen):
         bad = sorted(_OURS & {key.replace("_", "-") for key in sbatch})
         if bad:
             raise ValueError(f"{', '.join(bad)}: the harness sets this itself; remove it")
+        export = str(sbatch.get("export", "ALL"))
+        if export.split(",")[0] != "ALL":
+            raise ValueError(
+                f"export: {export}: ranks need what the batch script sets; write ALL, or"
+                " ALL,NAME=value, or use `env`"
+            )
         return sbatch
 
 

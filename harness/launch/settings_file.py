@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,5 +12,8 @@ def settings_path() -> Path:
     named = os.environ.get("HARNESS_SETTINGS")
     if named:
         return Path(named)
-    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(config) / "harness" / "settings.yaml"
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    # Of a user without a home (a container) it is a file that is not there.
+    with contextlib.suppress(RuntimeError):
+        config = config.expanduser()
+    return config / "harness" / "settings.yaml"

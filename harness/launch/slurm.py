@@ -34,8 +34,8 @@ from harness.study.stages import Execution, StageFile
 
 _FRESH_S = 600.0
 """What the queue said may be used again within a submission: see `queue.read_states`."""
-_PART = 1000
-"""Stages that are claimed at a time, at least: or as many as four arrays of the site hold."""
+_PART, _MOST_PART = 1000, 4000
+"""Stages that are claimed at a time: as many as four arrays of the site hold, within these."""
 _MOST_REFUSALS = 100
 """Caretakers in a row that sbatch takes nothing else from: a day, at their pace."""
 
@@ -67,13 +67,15 @@ def submit(
     retry: Retry,
     *,
     refusals: int | None = None,
+    code: provenance.Code | None = None,
 ) -> Submitted:
     """Submits what is missing of `stages` (in dependency order); claims each stage first.
 
     One submission at a time per run root. What was taken out of the queue is submitted again too
     (never what `harness cancel` holds), but not by a caretaker. `refusals`: how often sbatch took
-    nothing from caretakers in a row, if this is one. Raises UserError where it takes nothing now;
-    of caretakers a next one stays in the queue for some time, to try again.
+    nothing from caretakers in a row, if this is one. `code`: what stages run; as it is now by
+    default. Raises UserError where sbatch takes nothing now; of caretakers a next one stays in the
+    queue for some time, to try again.
     """
     _check_command()
     _check_root(tree.root)
@@ -86,11 +88,16 @@ def submit(
         wanted = _startable(stages, states, skip)
         misfits = _misfits([stages[s] for s in wanted], profile)
         if misfits and refusals is None:  # before anything is written
-            raise UserError(*misfits.values())
+            raise UserError(*dict.fromkeys(misfits.values()))
         if misfits:  # of a caretaker the others go on
-            print(*misfits.values(), sep="\n", file=sys.stderr)
+            print(*dict.fromkeys(misfits.values()), sep="\n", file=sys.stderr)
             wanted = _startable(stages, states, skip | misfits.keys())
-        return _submit(tree, study, stages, states, wanted, profile, retry, refusals)
+        if not wanted:
+            return Submitted(jobs={}, arrays=0)
+        job_ = Submission(tree, study, stages, profile, f"{study}.{uuid.uuid4().hex[:10]}")
+        tries = 0 if refusals is None else refusals + 1
+        _describe(job_, retry, tries, code or provenance.code_now(tree))
+        return _submit(job_, states, wanted, tries)
 
 
 def _misfits(stages: Iterable[StageFile], profile: Slurm) -> dict[str, str]:
@@ -159,38 +166,24 @@ def _is_job(state: StageState) -> bool:
 
 
 def _submit(
-    tree: Tree,
-    study: str,
-    stages: Mapping[str, StageFile],
-    states: Mapping[str, StageState],
-    wanted: Sequence[str],
-    profile: Slurm,
-    retry: Retry,
-    refusals: int | None,
+    job_: Submission, states: Mapping[str, StageState], wanted: Sequence[str], tries: int
 ) -> Submitted:
-    if not wanted:
-        return Submitted(jobs={}, arrays=0)
-    token = f"{study}.{uuid.uuid4().hex[:10]}"
-    job_ = Submission(tree, study, stages, profile, token)
-    owner = {"cluster": "slurm", **queue.identity(), "token": token}
-    tries = 0 if refusals is None else refusals + 1
-    _describe(job_, retry, tries)
+    stages = job_.stages
+    owner = {"cluster": "slurm", **queue.identity(), "token": job_.token}
     for stage_id in wanted:  # by these files the caretaker knows what there is to do
-        store.write_stage(tree, stages[stage_id])
+        store.write_stage(job_.tree, stages[stage_id])
     site = queue.max_array_size()
-    limit = min(profile.max_array or site, site)
+    limit = min(job_.profile.max_array or site, site)
     try:
         job_.watch()
         running = {s: str(v.status["job"]) for s, v in states.items() if _is_job(v)}
         # Part by part: of a submission of thousands that is killed on its way (the caretaker has
         # half an hour) what was put into the queue stays there, and the next one goes on.
-        for part in _parts(wanted, max(_PART, 4 * limit)):
+        for part in _parts(wanted, min(max(_PART, 4 * limit), _MOST_PART)):
             claimed = [s for s in part if job_.may_run(s) and job_.take(s, states[s], owner)]
             avoid = _places_to_avoid(job_, claimed)
             known = {**running, **job_.jobs}
             job_.put_all(plan_arrays([stages[s] for s in claimed], limit, known, avoid), avoid)
-            if job_.is_full:
-                break
     except BaseException:
         job_.finish("its submission broke off")
         raise
@@ -213,22 +206,21 @@ def _parts(stages: Sequence[str], size: int) -> Iterator[Sequence[str]]:
         yield stages[start : start + size]
 
 
-def _describe(job_: Submission, retry: Retry, refusals: int) -> None:
-    """Writes down what the jobs need, beside a copy of the code that they run."""
-    git = provenance.git_state()
-    job_.code = provenance.snapshot(job_.tree, git)
+def _describe(job_: Submission, retry: Retry, refusals: int, code: provenance.Code) -> None:
+    """Writes down what the jobs need."""
+    job_.code = code.path
     about = {
         "schema": 1,
         "study": job_.study,
         "token": job_.token,
-        "code": str(job_.code),
-        "git": {"sha": git.sha, "name": git.name},
+        "code": str(code.path),
+        "git": {"sha": code.git.sha, "name": code.git.name},
         "profile": job_.profile.model_dump(mode="json"),
         "retry": retry.model_dump(mode="json"),
         "refusals": refusals,
         "stages": {s: stage.kind for s, stage in job_.stages.items()},
     }
-    provenance.keep_diff(job_.tree, git)
+    provenance.keep_diff(job_.tree, code.git)
     write_json(job_.folder / "submission.json", about)
 
 
@@ -254,6 +246,7 @@ def _check_command() -> None:
                 f"cluster slurm: no `{name}` on this host; submit from a login node, or choose"
                 " another --cluster"
             )
+    queue.check_config()
 
 
 def _check_root(root: Path) -> None:

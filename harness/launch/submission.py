@@ -5,14 +5,16 @@ What is refused, or cut short, is taken back: the stages are as they were.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.errors import HarnessError, UserError
 from harness.launch import batch, queue
-from harness.launch.arrays import Array
+from harness.launch.arrays import Array, needs
 from harness.launch.settings import Slurm
 from harness.ledger.claim import claim, set_job, unclaim
 from harness.ledger.files import write_json
@@ -20,8 +22,8 @@ from harness.ledger.states import StageState
 from harness.ledger.tree import Tree
 from harness.study.stages import StageFile
 
-_FULL = 3
-"""Arrays in a row that sbatch refuses: it takes no more."""
+_ENOUGH = 3
+"""Arrays in a row, of equal needs, that sbatch refuses: the next is not asked for."""
 
 
 @dataclass
@@ -40,14 +42,11 @@ class Submission:
     caretaker: str | None = None
     no_caretaker: str | None = None
     refusals: list[batch.RefusedError] = field(default_factory=list)
-    is_full: bool = False
-    """Whether sbatch took nothing any more."""
     gone: int = 0
     """Stages that others took meanwhile."""
     code: Path = Path()
     _number: int = 0
-    _in_a_row: int = 0
-    """Refusals."""
+    _refusals_of: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     _refused: set[str] = field(default_factory=set)
     """Stages that sbatch did not take, and those behind them."""
 
@@ -70,8 +69,10 @@ class Submission:
             self.no_caretaker = str(error)  # the study goes without; the summary says so
 
     def may_run(self, stage_id: str) -> bool:
-        """False behind a stage that was refused."""
-        if self._refused.isdisjoint(self.stages[stage_id].config.upstream.values()):
+        """False behind a stage that was refused, and where enough of its like were."""
+        stage = self.stages[stage_id]
+        is_behind = not self._refused.isdisjoint(stage.config.upstream.values())
+        if not is_behind and self._refusals_of[needs(stage)] < _ENOUGH:
             return True
         self._refused.add(stage_id)
         return False
@@ -86,24 +87,22 @@ class Submission:
         return True
 
     def put_all(self, arrays: Sequence[Array], avoid: Mapping[str, tuple[str, ...]]) -> None:
-        """Submits the arrays of a plan. One that is refused for what it asks for does not hold up
-        those that do not wait for it; the site's limit, after some, ends it."""
+        """Submits the arrays of a plan. What is refused does not hold up what does not wait for it
+        and asks for something else: there are few kinds, also where a site's limit refuses all."""
         ids: dict[int, list[str]] = {}
         for place, array in enumerate(arrays):
             # Of an array all wait for tasks of one other, or for the same ones.
             if not all([self.may_run(s) for s in array.stages]):
                 self._refused.update(array.stages)
                 continue
+            kind = needs(self.stages[array.stages[0]])
             try:
                 ids[place] = self._put(array, avoid.get(array.stages[0], ()), ids)
-                self._in_a_row = 0
+                self._refusals_of.pop(kind, None)
             except batch.RefusedError as error:
                 self.refusals.append(error)
                 self._refused.update(array.stages)
-                self._in_a_row += 1
-                if self._in_a_row == _FULL:
-                    self.is_full = True
-                    return
+                self._refusals_of[kind] += 1
 
     def _put(
         self, array: Array, avoid: tuple[str, ...], ids_of: Mapping[int, list[str]]

@@ -34,6 +34,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from harness.errors import EXIT_STORAGE, storage_error
+
 _GRACE_S = 20.0
 _PR_SET_PDEATHSIG = 1
 
@@ -152,12 +154,15 @@ class _Zygote:
         listener = self.listeners.pop(request["listener"] or "", None)
         others = [s.fileno() for s in self.listeners.values()]
         group, parent = self.groups.get(name, 0), os.getpid()
+        # A worker that is told to stop before it listens is to hear it then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         pid = os.fork()
         if pid == 0:
             if listener is not None:
                 request["env"][LISTENER] = str(listener.detach())
             close = (self.out, self.wake_read, self.wake_write, *others)
             _become_worker(self.worker, request, group, parent, close)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if listener is not None:
             listener.close()
         # Both sides set the group, so that neither can be early.
@@ -207,6 +212,8 @@ def _become_worker(
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
+        if storage_error(error) is not None:  # no room for its log
+            code = EXIT_STORAGE
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()

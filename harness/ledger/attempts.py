@@ -51,6 +51,13 @@ def begin(folder: StageFolder, number: int, about: dict[str, Any]) -> None:
     write_json(folder.attempt(number) / "attempt.json", row)
 
 
+def has_begun(folder: StageFolder, number: int) -> bool:
+    """Whether the attempt's rank 0 owns the stage, and what is in its folder is this run's."""
+    # Not a file that is not there before: on NFS other hosts may not see a new one for a minute.
+    row = read_json(folder.attempt(number) / "attempt.json") or {}
+    return row.get("started") is not None
+
+
 _NO_TRIES = ("busy", "dropped")
 """Ends of attempts that found they had nothing to do: they say nothing of the stage."""
 
@@ -64,8 +71,9 @@ def read_attempts(folder: StageFolder) -> list[Attempt]:
     for number in folder.attempt_numbers():
         if number <= forgiven:
             continue
-        row = read_json(folder.attempt(number) / "attempt.json") or {}
-        if row.get("end") in _NO_TRIES:
+        row = read_json(folder.attempt(number) / "attempt.json")
+        # Without a record it was not even claimed: whoever made its folder was killed there.
+        if row is None or row.get("end") in _NO_TRIES:
             continue
         found.append(
             Attempt(
@@ -166,4 +174,5 @@ def end_busy(folder: StageFolder, number: int) -> None:
     note_end(folder, number, "busy", "another process owns the stage", again=True)
     status = read_json(folder.status) or {}
     if status.get("attempt") == number and status.get("state") == "submitted":
-        write_json(folder.status, {"schema": 1, "state": "running", "attempt": number - 1})
+        # With the job, if it has one: the queue, and its caretaker, go on looking after it.
+        write_json(folder.status, {**status, "state": "running", "attempt": number - 1})

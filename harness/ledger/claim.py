@@ -73,6 +73,7 @@ def start_over(
             return False
         if from_scratch and not _set_aside(folder, why):
             return False
+        folder.stop.unlink(missing_ok=True)  # of a stage that ended before it could obey
         attempts.forgive(folder, why)
         write_json(folder.status, {"schema": 1, "state": "planned", "reason": why})
     return True
@@ -129,16 +130,19 @@ def complete(folder: StageFolder) -> None:
     """
     with exclusive(folder.claim):
         lease, result = read_lease(folder.lease), read_json(folder.result)
-        if result is None or (lease is not None and not owner_is_dead(lease)):
+        if result is None or (lease is not None and _beats(folder)):
             return
         number = int(result["attempts"])
         status = read_json(folder.status) or {}
         if lease is not None or takeover_guard(folder.lease).exists():
             try:
-                Lease.acquire(folder.lease).release()  # with what a killed `release` left
+                # With what a killed `release` left. Who was silent for long need not be watched.
+                expiry = 0.0 if is_long_silent(folder.lease) else EXPIRY_S
+                Lease.acquire(folder.lease, expiry).release()
             except LeaseHeldError:
                 return
         remove_leftovers(folder.path)
+        folder.stop.unlink(missing_ok=True)
         attempts.note_end(folder, number, "done", None)
         events = read_jsonl(folder.events)
         if not any(e["event"] == "done" and e.get("attempt") == number for e in events):
@@ -163,6 +167,12 @@ def _close_last(
 ) -> None:
     """The attempt before, if it ended without a word: every one keeps a reason."""
     for number in folder.attempt_numbers()[-1:]:
+        record = read_json(folder.attempt(number) / "attempt.json") or {}
+        status = read_json(folder.status) or {}
+        has_run = status.get("attempt") == number and status.get("state") != "submitted"
+        has_run = has_run or bool(record.keys() & {"started", "job_started"})
+        if end == "lost" and not has_run:
+            end, message = "dropped", "its worker never started"
         attempts.note_end(folder, number, end, message)
 
 
@@ -191,14 +201,29 @@ def stop_asked(folder: StageFolder) -> str | None:
     return None if note is None else str(note["reason"])
 
 
+def _beats(folder: StageFolder) -> bool:
+    """False where the worker is gone, or has given no sign for longer than clocks differ."""
+    lease = read_lease(folder.lease)
+    return lease is not None and not owner_is_dead(lease) and not is_long_silent(folder.lease)
+
+
 def clear_stop(folder: StageFolder) -> None:
     """Takes the note away: the stage may run again.
 
-    A job of a stage that waits is given up: where it is in a queue still, which nobody here may be
-    able to ask, it does nothing when it starts.
+    The job of a stage that waits, or whose worker is gone, is given up: where it is in a queue
+    still, which nobody here may be able to ask, it does nothing when it starts.
     """
     with exclusive(folder.claim):
+        beats = _beats(folder)  # first: of one that ends now the status then says so
         status = read_json(folder.status)
-        if status is not None and status.get("state") != "running":
-            write_json(folder.status, {**status, "job": None, "token": None})
+        if status is not None and not (status.get("state") == "running" and beats):
+            given_up: dict[str, str | None] = {"job": None, "token": None}
+            record = read_json(folder.attempt(int(status.get("attempt") or 0)) / "attempt.json")
+            has_begun = (record or {}).get("job_started")
+            has_job = bool(status.get("job") or status.get("token"))
+            if status.get("state") == "submitted" and has_job and not has_begun:
+                # Nobody will: of a claim without a job its command, on another host, would count.
+                _close_last(folder, "dropped", "its job was given up")
+                given_up["state"] = "planned"
+            write_json(folder.status, {**status, **given_up})
         folder.stop.unlink(missing_ok=True)

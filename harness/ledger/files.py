@@ -164,7 +164,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises UserError, naming the line, if any other is not a JSON object.
     """
     try:
-        raw = path.read_bytes()
+        raw = _read(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
     end = raw.rfind(b"\n") + 1
@@ -201,14 +201,13 @@ class JsonlWriter:
         self.path, self.guard = path, guard
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            raw = _read(path) if path.exists() else b""
         except OSError as error:
             raise StorageError(path, error) from error
         # A torn last line of a killed writer is cut off, or the next row would be glued to it.
-        if path.exists():
-            raw = path.read_bytes()
-            end = raw.rfind(b"\n") + 1
-            if end != len(raw):
-                write_bytes(path, raw[:end], guard)
+        end = raw.rfind(b"\n") + 1
+        if end != len(raw):
+            write_bytes(path, raw[:end], guard)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row and hands it to the operating system at once."""

@@ -16,7 +16,7 @@ from harness.ledger import cell_rows
 from harness.ledger.attempts import last_checkpoint
 from harness.ledger.claim import is_as_seen
 from harness.ledger.files import leftovers
-from harness.ledger.lease import exclusive, owner_is_dead, read_lease
+from harness.ledger.lease import exclusive, is_long_silent, owner_is_dead, read_lease
 from harness.ledger.states import ACTIVE, Node, StageState, graph_of_rows
 from harness.ledger.tree import StageFolder, Tree
 
@@ -87,7 +87,7 @@ def remove(tree: Tree, waste: list[Waste], states: Mapping[str, StageState]) -> 
 def _is_at_rest(folder: StageFolder) -> bool:
     """True if no worker owns the stage, as far as anybody here can tell."""
     lease = read_lease(folder.lease)
-    return lease is None or owner_is_dead(lease) is True
+    return lease is None or owner_is_dead(lease) is True or is_long_silent(folder.lease)
 
 
 def _of_stage(folder: StageFolder, state: StageState) -> dict[Path, Why]:

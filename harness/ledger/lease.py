@@ -67,7 +67,8 @@ def process_started(pid: int) -> str | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return None
+        # Gone, or another user's where /proc hides those (hidepid).
+        return "unknown" if process_exists(pid) else None
     fields = stat.rsplit(")", 1)[1].split()
     return None if fields[0] in ("Z", "X") else fields[19]
 
@@ -140,6 +141,8 @@ class Silence:
         """True if the stage's owner cannot be asked and neither its heartbeat nor its status has
         changed for `expiry_s` of asking."""
         lease, status = read_lease(folder.lease), read_json(folder.status) or {}
+        if lease is not None and owner_is_dead(lease):
+            lease = None  # it says nothing of who has claimed the stage since
         host = lease["host"] if lease else status.get("host")
         if host == this_host() or status.get("job") or status.get("token"):
             return False  # its process, or the scheduler, can be asked

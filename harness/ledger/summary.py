@@ -119,6 +119,7 @@ def _running(tree: Tree, stage: str, kind: str, state: StageState) -> dict[str, 
     last = attempts.last_failure(folder, int(status.get("attempt") or 1))
     still = stands_still_s(folder.lease) if state.state == "running" else None
     found |= {"eta_s": eta, "stands_still_s": still, "last_failure": last}
+    found["queue_reason"] = state.message if state.state == "submitted" else None
     return {"id": stage, "state": state.state, **found}
 
 

@@ -12,6 +12,7 @@ import gc
 import importlib
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -411,7 +412,15 @@ class _SafeCheckpoints(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         """The content of a checkpoint file: tensors, plain values, three classes of DeepSpeed."""
         with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            except pickle.UnpicklingError as error:
+                why = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+                raise UserError(
+                    f"{path}: refused, it holds more than tensors and plain values"
+                    f" ({' '.join(why.split())[:200]}); remove its step's folder and `harness"
+                    " retry`: it goes on from the one before, if there is one"
+                ) from None
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+
+from analysis.fit import fit
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,14 +31,6 @@ POWER_ERRORS = {
 }
 
 
-def _fit(*args: Any, **options: Any) -> Any:
-    module = importlib.import_module("analysis.fit")
-    # TODO when analysis.fit has fit(law, inputs, y): import it above.
-    if not hasattr(module, "fit"):
-        pytest.skip("analysis.fit.fit is not here yet")
-    return module.fit(*args, **options)
-
-
 def hoffmann(drop_highest: int = 0) -> pd.DataFrame:
     """The 245 models, without those of the highest losses."""
     rows = pd.read_csv(DATA / "hoffmann_epoch.csv")
@@ -54,7 +47,7 @@ def huber_sum(rows: pd.DataFrame, p: dict[str, float], delta: float = 1e-3) -> f
 
 def chinchilla(rows: pd.DataFrame, delta: float = 1e-3) -> Any:
     inputs = {"N": rows["Model Size"].to_numpy(), "D": rows["Training Tokens"].to_numpy()}
-    return _fit("chinchilla", inputs, rows["loss"].to_numpy(), delta=delta, bootstrap=0, seed=0)
+    return fit("chinchilla", inputs, rows["loss"].to_numpy(), delta=delta, bootstrap=0, seed=0)
 
 
 def test_the_table_is_the_one_that_was_fitted() -> None:
@@ -115,7 +108,7 @@ def test_the_bootstrap_is_as_wide_as_the_published_standard_errors() -> None:
     """Theirs: 4000 draws of their objective, so that agreement is to a few tens of percent."""
     rows = hoffmann(5)
     inputs = {"N": rows["Model Size"].to_numpy(), "D": rows["Training Tokens"].to_numpy()}
-    result = _fit("chinchilla", inputs, rows["loss"].to_numpy(), delta=1e-3, bootstrap=400, seed=0)
+    result = fit("chinchilla", inputs, rows["loss"].to_numpy(), delta=1e-3, bootstrap=400, seed=0)
     spread = dict(zip(result.params, result.draws.std(axis=0), strict=True))
     for name in ("E", "A", "B", "alpha", "beta"):
         assert spread[name] == pytest.approx(ERRORS[name], rel=0.35)
@@ -133,7 +126,7 @@ def test_a_straight_line_extrapolates_as_badly_as_published(model: str) -> None:
     train, held = rows[rows["train"] == 1], rows[rows["train"] == 0].iloc[0]
     x = {"x": train["examples"].to_numpy(float)}
     # Theirs is least squares on log residuals: a delta beyond every residual.
-    result = _fit("power", x, train["log_perplexity"].to_numpy(), delta=10, bootstrap=0, seed=0)
+    result = fit("power", x, train["log_perplexity"].to_numpy(), delta=10, bootstrap=0, seed=0)
     predicted = result.params["a"] * held["examples"] ** -result.params["b"]
     error = abs(np.log(predicted / held["log_perplexity"]))
     assert round(float(error), 2) == POWER_ERRORS[model]
@@ -147,7 +140,7 @@ def test_the_chance_level_helps_few_shot_error_as_published() -> None:
     target = np.log(held["error"].to_numpy())
     error, exponent = {}, {}
     for law in ("power", "power_irreducible", "m4"):
-        result = _fit(law, x, y, delta=10, bootstrap=0, seed=0)
+        result = fit(law, x, y, delta=10, bootstrap=0, seed=0)
         predicted = result.predict({"x": held["examples"].to_numpy(float)})
         error[law] = float(np.sqrt(np.mean((np.log(predicted) - target) ** 2)))
         exponent[law] = result.params["b"]

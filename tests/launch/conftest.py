@@ -21,11 +21,10 @@ from tests.launch.small_study import TINY, submit
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]:
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{fake.folder / 'bin'}:{os.environ['PATH']}")
-    queue._config.cache_clear()
+    monkeypatch.setattr(queue, "_known_config", None)
     monkeypatch.setattr(queue, "_last", None)
     monkeypatch.setattr(queue, "_silent_since", None)
     yield fake
-    queue._config.cache_clear()
 
 
 @pytest.fixture

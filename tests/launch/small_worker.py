@@ -20,6 +20,7 @@ def main(args: list[str]) -> int:
     """Runs one rank."""
     name, rank = os.environ["HARNESS_STAGE"], os.environ["RANK"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # as `Stop` does
     noted = {k: os.environ.get(k) for k in (*KEYS, "CUDA_VISIBLE_DEVICES", "HARNESS_MARK")}
     noted |= {"pid": os.getpid(), "zygote": os.getppid(), "args": args, "began": time.monotonic()}
     noted["listens"] = "HARNESS_RENDEZVOUS_FD" in os.environ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,17 @@ def test_so_many_tasks_of_an_array_run_at_a_time(
     # Without a word in the profile all of them: submitit's own default is 256.
     assert all(most == min(size, parallel or size) for size, most in sizes)
     assert options(profile(parallel=parallel))["array_parallelism"] == (parallel or 100_000)
+
+
+def test_ranks_need_no_file_that_is_named_after_the_job(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """A submission may be killed, or sbatch's answer lost, while the job begins."""
+    slurm.submit(tree, "small", grid.stages, profile(device="cpu"), Retry())
+    texts = {p.read_text() for p in tree.root.glob("slurm/*/jobs/*submission*.sh")}
+    stages = [text for text in texts if "comment=caretaker." not in text]
+    for text in stages:
+        (tasks,) = re.findall(r"launch\.job begin (\S+)\)", text)
+        (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
+        assert line.endswith(f" {sys.executable} -u -m harness.launch.job rank {tasks}")
+        assert Path(tasks).exists()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.cli import logs, show_study
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
-from harness.launch import caretaker, queue, slurm
+from harness.launch import caretaker, provenance, queue, slurm
+from harness.launch.job import OTHERWISE
 from harness.launch.settings import Slurm
-from harness.ledger import store
+from harness.ledger import attempts, store
 from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, write_json
 from harness.ledger.lease import Lease
@@ -165,7 +171,7 @@ def test_without_room_for_another_it_goes_back_into_the_queue(
     takes_only(site, 0)
     assert caretaker.main([str(folder)]) == EXIT_REQUEUE
     script = next(t for t in scripts(tree, token) if f"caretaker.{token}" in t)
-    assert f'if [ $code = {EXIT_REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi' in script
+    assert f"[ $code = {EXIT_REQUEUE} ] && for i in" in script
     monkeypatch.setenv("SLURM_RESTART_COUNT", "500")
     assert caretaker.main([str(folder)]) == EXIT_FAILED
 
@@ -316,9 +322,10 @@ def test_of_a_large_submission_that_is_refused_on_its_way_the_first_parts_stay(
     first, *_ = parts = list(grid.stages)[:5], list(grid.stages)[5:10]
     assert set(first) < set(done.jobs) < {*first, *parts[1]} and len(done.jobs) == 6
     assert done.left == len(grid.stages) - 6 and done.refused
-    # After three refusals in a row no more are claimed, and asked for, only to be taken back.
+    # After three refusals of a kind no more of it are claimed, only to be taken back.
     tried = [s for s in grid.stages.values() if tree.stage(s.kind, s.id).attempt_numbers()]
-    assert len(tried) < len(grid.stages) and site.calls("sbatch") == 1 + 6 + 3
+    kinds = {s.kind for s in grid.stages.values()}
+    assert len(tried) < len(grid.stages) and site.calls("sbatch") <= 1 + 6 + 3 * len(kinds)
 
 
 def test_what_sbatch_refuses_for_itself_does_not_hold_up_the_rest(
@@ -356,3 +363,180 @@ def test_of_a_caretaker_one_stage_that_fits_no_node_does_not_hold_up_the_rest(
     done = slurm.submit(tree, "small", stages, Slurm(device="cpu"), Retry(), refusals=0)
     assert set(done.jobs) == set(grid.stages) - {last.id}
     assert f"{last.id}: 3 ranks on 2 nodes do not divide" in capsys.readouterr().err
+
+
+def in_queue_but(site: FakeSlurm, jobs: dict[str, str], *stages: str) -> None:
+    """The queue, without the jobs of some stages; of these Slurm knows nothing any more."""
+    site.holds(*((job, "x") for s, job in jobs.items() if s not in stages))
+    site.says("scontrol", f'case "$2" in job) exit 1;; *) cat {site.folder}/scontrol.txt;; esac')
+
+
+def finish(tree: Tree, grid: Grid, stage_id: str, **status: Any) -> None:
+    """The stage is done, by its first attempt."""
+    stage = grid.stages[stage_id]
+    folder = tree.stage(stage.kind, stage.id)
+    write_json(folder.result, {"uid": "u", "attempts": 1, "upstream_uids": {}, "steps": None})
+    about = {**(read_json(folder.status) or {}), "state": "done", **status}
+    write_json(folder.status, about)
+
+
+@pytest.mark.parametrize(
+    "case", ["ended well", "of an earlier submission", "ended badly", "run by another submission"]
+)
+def test_a_job_dropped_behind_one_that_ended_badly_is_submitted_again(
+    case: str, site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """Though what it waited for is done by now. Slurm has forgotten both; behind one that ended
+    well it can only have been cancelled."""
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    late = next(s for s in grid.stages.values() if s.kind == "wsp" and s.config.upstream)
+    (upstream,) = late.config.upstream.values()
+    finish(tree, grid, upstream, started=time.time() + 1)
+    folder = tree.stage("mae", upstream)
+    if case == "ended badly":
+        store.add_event(folder, OTHERWISE, attempt=1)
+    elif case == "run by another submission":
+        store.add_event(folder, "submitted", attempt=1, token="small.other")
+    elif case == "of an earlier submission":
+        write_json(folder.status, {**(read_json(folder.status) or {}), "token": "small.other"})
+    in_queue_but(site, jobs, upstream, late.id)
+    done = caretaker.tend(tree.root / "slurm" / token)
+    status = read_json(tree.stage("wsp", late.id).status) or {}
+    if case in ("ended well", "of an earlier submission"):
+        assert late.id not in done.jobs and status["state"] == "cancelled"
+    else:
+        assert late.id in done.jobs and status["state"] == "submitted"
+
+
+def test_a_failure_whose_job_was_killed_before_it_could_decide_is_tried_again(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    ends = {"oom": True, "code": False}
+    stages = [s for s in grid.stages.values() if s.kind == "mae"][: len(ends)]
+    for stage, end in zip(stages, ends, strict=True):
+        folder = tree.stage(stage.kind, stage.id)
+        attempts.close(folder, 1, "failed", end, "as the worker said")
+    # Of one that lives it is the job's own to decide.
+    site.holds(*((job, "x") for job in jobs.values()))
+    assert caretaker.tend(tree.root / "slurm" / token).jobs == {}
+    in_queue_but(site, jobs, *(s.id for s in stages))
+    done = caretaker.tend(tree.root / "slurm" / token)
+    for stage, is_back in zip(stages, ends.values(), strict=True):
+        assert (stage.id in done.jobs) is is_back
+
+
+def test_what_it_submits_again_runs_the_same_code_by_its_name(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs from a copy, which has no commit."""
+    commit = provenance.GitState(sha="c0ffee", diff=b"a change")
+    monkeypatch.setattr(provenance, "git_state", lambda: commit)
+    submit(tree, grid)
+    (token,) = submissions(tree)
+    first = submissions(tree)[token]
+    monkeypatch.setattr(provenance, "git_state", lambda: pytest.fail("of what?"))
+    for stage in grid.stages.values():  # it was killed before it had any numbers
+        path = tree.stage(stage.kind, stage.id).status
+        write_json(path, {**(read_json(path) or {}), "job": None})
+    assert set(caretaker.tend(tree.root / "slurm" / token).jobs) == set(grid.stages)
+    (again,) = [about for name, about in submissions(tree).items() if name != token]
+    assert again["git"] == first["git"] == {"sha": "c0ffee", "name": commit.name}
+    assert again["code"] == first["code"]
+
+
+def test_it_asks_to_be_put_back_until_slurm_hears_it(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    submit(tree, grid)
+    (token,) = submissions(tree)
+    script = next(t for t in scripts(tree, token) if f"caretaker.{token}" in t)
+    lines = script.splitlines()
+    call = next(n for n, line in enumerate(lines) if "harness.launch.caretaker" in line)
+    body = "\n".join([f"code={EXIT_REQUEUE}", *lines[call + 1 :]])
+    site.says("scontrol", f"[ $(wc -l <{site.folder}/scontrol.calls) -ge 3 ]")
+    (site.folder / "scontrol.calls").unlink()
+    site.says("sleep", "exit 0")
+    env = {**os.environ, "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", body], env=env, check=False)
+    assert (site.folder / "scontrol.calls").read_text().splitlines() == ["requeue 7"] * 3
+    assert site.calls("sleep") == 2 and done.returncode == EXIT_REQUEUE
+
+
+def test_a_disk_that_does_not_answer_is_not_its_end(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(tree, grid)
+    (token,) = submissions(tree)
+
+    def broken(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(caretaker, "tend", broken)
+    assert caretaker.main([str(tree.root / "slurm" / token)]) == EXIT_REQUEUE
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "500")
+    assert caretaker.main([str(tree.root / "slurm" / token)]) == EXIT_FAILED
+
+
+def test_arrays_refused_in_a_row_hold_up_nothing_of_another_kind(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """Four stages of one kind, an array each; what comes after asks for what the site has."""
+    refusal = '{ echo "sbatch: error: Requested time limit is invalid" >&2; exit 1; }'
+    features = f'grep -q "job-name=small.features" "$1" && {refusal}'
+    site.says("sbatch", f'{features}; echo "Submitted batch job {COUNT.format(site.folder)}"')
+    stages = dict(grid.stages)
+    behind = {
+        s: v.model_copy(update={"config": v.config.model_copy(update={"upstream": {}})})
+        for s, v in stages.items()
+        if v.kind == "linear_probe"
+    }
+    order = sorted((stages | behind).values(), key=lambda v: v.kind == "linear_probe")
+    done = slurm.submit(
+        tree, "small", {v.id: v for v in order}, Slurm(device="cpu", max_array=1), Retry()
+    )
+    assert len([v for v in order if v.kind == "features"]) > 3
+    assert set(done.jobs) == {v.id for v in order if v.kind != "features"}
+    # Of those that ask for the same, three are enough to know.
+    assert site.calls("sbatch") == 1 + len(done.jobs) + 3
+
+
+def test_where_a_site_takes_large_arrays_a_part_is_no_whole_study(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is claimed and not yet queued is lost for long if the submission is killed."""
+    site.write("scontrol", "ClusterName = lab\nMaxArraySize = 100001\n")
+    sizes: list[int] = []
+    whole = slurm._parts
+    monkeypatch.setattr(slurm, "_parts", lambda s, size: sizes.append(size) or whole(s, size))
+    submit(tree, grid)
+    assert sizes == [4000]
+
+
+def test_the_same_misfit_of_many_stages_is_one_line(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    execution = next(iter(grid.stages.values())).execution.model_copy(update={"ranks": 20})
+    stages = {s: v.model_copy(update={"execution": execution}) for s, v in grid.stages.items()}
+    with pytest.raises(UserError) as caught:
+        slurm.submit(tree, "small", stages, Slurm(device="cuda"), Retry())
+    assert len(caught.value.problems) == 1
+
+
+def test_a_caretaker_that_finds_no_room_asks_for_few_of_each_kind(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """It knows stages from their files: equal needs are not one and the same object."""
+    submit(tree, grid, max_array=1)
+    (token,) = submissions(tree)
+    for stage in grid.stages.values():
+        path = tree.stage(stage.kind, stage.id).status
+        write_json(path, {**(read_json(path) or {}), "job": None})
+    takes_only(site, 1)
+    before = site.calls("sbatch")
+    done = caretaker.tend(tree.root / "slurm" / token)
+    assert done.jobs == {}
+    begins = {s.kind for s in grid.stages.values() if not s.config.upstream}
+    assert begins == {"mae", "wsp"} and site.calls("sbatch") <= before + 1 + 3 * len(begins)

@@ -103,3 +103,15 @@ def test_a_deepspeed_config_of_the_users_own_stays_as_it_was_at_submission(tmp_p
     assert provenance.kept(tree, own) == own
     named = Execution(dataset_path="", zero_config="zero2_bf16")
     assert provenance.kept(tree, named) is named  # the copy of the code has it
+
+
+def test_a_copy_that_a_power_cut_left_empty_is_mended(tmp_path: Path) -> None:
+    """The names of files may reach a disk before what is in them."""
+    tree, git = Tree(tmp_path), provenance.GitState(sha=None, diff=b"")
+    copy = provenance.snapshot(tree, git)
+    worker, whole = copy / "harness" / "worker.py", Path(harness.__file__).with_name("worker.py")
+    worker.write_bytes(b"")
+    (copy / "harness" / "errors.py").unlink()
+    assert provenance.snapshot(tree, git) == copy
+    assert worker.read_bytes() == whole.read_bytes()
+    assert (copy / "harness" / "errors.py").exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from harness.errors import EXIT_REQUEUE, EXIT_STORAGE
+from harness import exits
+from harness.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STORAGE
 from harness.launch import ends
 from harness.launch.driver import Driver, reset
 from harness.launch.machine import this_machine
@@ -15,8 +18,11 @@ from harness.launch.pool import Ended, Running
 from harness.ledger import attempts, store
 from harness.ledger.claim import ask_to_stop, clear_stop
 from harness.ledger.files import read_json, read_jsonl, write_json
+from harness.ledger.lease import Lease
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
+from harness.rank_zero import RankZero
+from harness.stop import Stop
 from harness.study.again import renewed
 from harness.study.cells import Grid, build_grid
 from harness.study.cost import Speeds
@@ -195,3 +201,51 @@ def test_a_driver_takes_up_what_was_done_when_it_began_and_is_to_run_again(
     todo = {s: job for s, job in todo.items() if s == probe}
     driver._take_up({**held, probe: states[probe]}, todo)
     assert set(todo) == {probe}
+
+
+def test_what_one_stops_oneself_is_no_try(tmp_path: Path, grid: Grid) -> None:
+    """Ctrl-C twice, or before the worker listened: it ends by a signal, at which it has no part."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(Tree(tmp_path), stage)
+    for number in (1, 2):
+        attempts.begin(folder, folder.new_attempt(), {})
+        status = ends.settle(folder, number, -15, asked_to_stop=True)
+        assert (status["state"], status["reason"]) == ("cancelled", "killed")
+    attempts.begin(folder, folder.new_attempt(), {})
+    status = ends.settle(folder, 3, -9, asked_to_stop=False)
+    assert ends.conclude(folder, 3, status, Retry()).again
+    assert [a.end for a in attempts.read_attempts(folder)] == ["cancelled", "cancelled", "killed"]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "reason"),
+    [
+        (errno.EIO, None, "storage"),
+        (errno.ESTALE, "shard.tar", "storage"),
+        (errno.ETIMEDOUT, "shard.tar", "storage"),
+        (errno.ETIMEDOUT, None, "code"),  # of a socket
+        (errno.EINVAL, "shard.tar", "code"),
+    ],
+)
+def test_a_disk_that_cannot_be_read_is_no_mistake_in_the_code(
+    tmp_path: Path, grid: Grid, own_signals: None, number: int, name: str | None, reason: str
+) -> None:
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    tree = Tree(tmp_path)
+    folder = store.write_stage(tree, stage)
+    attempts.begin(folder, folder.new_attempt(), {})
+    stop = Stop(folder)
+    lease = Lease.acquire(folder.lease)
+
+    def run() -> int:
+        raise OSError(number, os.strerror(number), name)
+
+    code = exits.guarded(run, folder, 1, stop, RankZero(tree, folder, stage, 1, 1, lease, stop))
+    lease.release()
+    assert code == (EXIT_STORAGE if reason == "storage" else EXIT_FAILED)
+    status = read_json(folder.status) or {}
+    assert (status["state"], status["reason"]) == ("failed", reason)
+    if reason == "storage":
+        assert "see that the disk, or the server of its files, works" in status["message"]
+        reset(tree, grid.stages, read_states(tree, grid.stages), "cached", Retry())
+        assert read_states(tree, grid.stages)[stage.id].state == "planned"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import signal
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from harness.errors import EXIT_STORAGE, HarnessError
-from harness.launch import job, nodes, slurm
+from harness.launch import job, nodes, queue, slurm
 from harness.launch.settings import Slurm
 from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, read_jsonl, write_json
@@ -358,3 +359,95 @@ def test_ranks_of_several_nodes_meet_at_the_first_by_a_name_or_address_that_othe
     monkeypatch.setenv("SLURMD_NODENAME", node)
     assert job._address() == address
     assert on_two_nodes.calls("scontrol") == calls
+
+
+def test_a_job_of_an_older_submission_that_reads_badly_fails_nobody_elses_attempt(
+    submitted: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = {**(read_json(submitted.folder.status) or {}), "token": "small.newer"}
+    write_json(submitted.folder.status, status)
+
+    def broken(*about: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(job, "_take", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        submitted.start("n1")
+    assert read_json(submitted.folder.status) == status
+
+
+def test_a_rank_whose_log_finds_no_room_says_so_by_its_code(
+    submitted: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submitted.start("n1") == 0
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "HARNESS_ATTEMPT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    whole = os.open
+
+    def full(path: Any, *about: Any) -> int:
+        if str(path).endswith("stdout.log"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+        return whole(path, *about)
+
+    monkeypatch.setattr(job.os, "open", full)
+    try:
+        assert job.main(["rank", str(submitted.tasks)]) == EXIT_STORAGE
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR2})
+    assert "Disk quota exceeded; free space" in capsys.readouterr().err
+
+
+def test_a_result_of_a_job_that_slurm_calls_a_failure_is_noted(
+    submitted: Job, site: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert submitted.start("n1") == 0
+    submitted.kill_after_result()
+    monkeypatch.setenv("HARNESS_ATTEMPT", "1")
+    for state, noted in (("RUNNING", 0), ("TIMEOUT", 1)):
+        site.write("scontrol", f"JobId=1 JobState={state}\n")
+        assert job.end(str(submitted.tasks), 137) == 0
+        events = [e["event"] for e in read_jsonl(submitted.folder.events)]
+        assert events.count(job.OTHERWISE) == noted
+    assert submitted.is_done()
+
+
+@pytest.mark.parametrize(
+    ("about", "end", "state"),
+    [
+        ("", "killed", "preempted"),  # Slurm does not answer: its own end, for all we know
+        ("JobState=RUNNING", "killed", "preempted"),
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=0", "preempted", "preempted"),
+        ("JobState=COMPLETING Reason=NodeDown Restarts=0", "preempted", "preempted"),
+        (
+            "JobState=COMPLETING Restarts=0 PreemptTime=2026-01-01T00:00:00",
+            "preempted",
+            "preempted",
+        ),
+        ("JobState=CANCELLED Restarts=0", "cancelled", "cancelled"),
+    ],
+)
+def test_ranks_that_were_killed_before_they_could_save_are_tried_again(
+    about: str, end: str, state: str, submitted: Job, site: FakeSlurm, monkeypatch: Any
+) -> None:
+    assert submitted.start("n1") == 0
+    path = submitted.folder.attempt(1) / "attempt.json"
+    write_json(path, {**(read_json(path) or {}), "started": 1.0})
+    monkeypatch.setenv("HARNESS_ATTEMPT", "1")
+    monkeypatch.setattr(nodes, "put_back", lambda *_: False)
+    site.says("scontrol", f'echo "{about}"' if about else "exit 1")
+    assert job.end(str(submitted.tasks), 137) == 1
+    assert submitted.ends() == [end]
+    assert (read_json(submitted.folder.status) or {})["state"] == state
+
+
+def test_whose_job_it_is_stays_known_where_slurm_does_not_say_so(
+    submitted: Job, site: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every other cluster that shares the run root would take it for its own."""
+    before = read_json(submitted.folder.status) or {}
+    assert before["site"] == "lab"
+    monkeypatch.setattr(queue, "_known_config", None)
+    site.says("scontrol", "exit 1")
+    assert submitted.start("n1") == 0
+    after = read_json(submitted.folder.status) or {}
+    assert (after["site"], after["user"], after["job"]) == ("lab", before["user"], "1")

@@ -277,6 +277,84 @@ def driver(tree: Tree, grid: Grid) -> Driver:
     return Driver(grid, tree, this_machine("cpu", 1), Speeds())
 
 
+@pytest.mark.parametrize("about", [{"site": "elsewhere"}, {"user": "somebody"}])
+def test_what_a_job_of_another_queue_put_back_is_not_taken_up(
+    about: dict[str, str], site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """Preempted, it waits there; jobs behind it would be dropped, and nobody submit them again."""
+    submit(tree, grid)
+    change(tree, grid, state="preempted", job="77", **about)
+    asked = site.calls("squeue")
+    assert set(states(tree, grid).values()) == {"submitted"}
+    assert submit(tree, grid).jobs == {} and site.calls("squeue") == asked
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = tree.stage(stage.kind, stage.id)
+    ask_to_stop(folder, "by ann")
+    clear_stop(folder)
+    assert stage.id in submit(tree, grid).jobs
+
+
+def test_where_nobody_says_which_cluster_this_is_nothing_is_concluded(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue may be another one: a number that is not in it says nothing."""
+    submit(tree, grid)
+    monkeypatch.setattr(queue, "_known_config", None)
+    site.says("scontrol", "exit 1")
+    before = site.calls("scontrol")
+    assert set(states(tree, grid).values()) == {"submitted"} and queue.is_silent()
+    assert site.calls("scontrol") == before + 1  # however many stages there are
+    with pytest.raises(UserError, match="`scontrol show config` does not answer on this host"):
+        submit(tree, grid)
+    status = read_json(next(tree.root.glob("stages/*/*/status.json"))) or {}
+    assert queue.cancel_jobs([status]) == [status] and site.calls("scancel") == 0
+    site.says("scontrol", "echo 'ClusterName = lab'")
+    # After a while it is asked again.
+    monkeypatch.setattr(queue, "_known_config", (time.monotonic() - 120, {}))
+    found = queue.read_states(tree, grid.stages, max_age_s=0.0)
+    assert {v.state for v in found.values()} == {"lost"} and not queue.is_silent()
+
+
+def test_a_scontrol_that_hangs_is_waited_for_once(
+    site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(tree, grid)
+    monkeypatch.setattr(queue, "_known_config", None)
+    now = [0.0]
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    asked: list[tuple[str, ...]] = []
+
+    def hangs(*command: str) -> None:
+        asked.append(command)
+        now[0] += queue._TIMEOUT_S
+
+    monkeypatch.setattr(queue, "run", hangs)
+    assert set(states(tree, grid).values()) == {"submitted"}
+    assert asked == [("scontrol", "show", "config")]
+
+
+def test_status_says_why_a_job_waits(
+    site: FakeSlurm, tree: Tree, grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.register(tree, grid, [])
+    jobs = submit(tree, grid).jobs
+    said = {
+        "Priority": "  (Priority)",
+        "Held\x1b[2J": r"  (Held\x1b[2J)",
+        "Dependency": "",
+        "None": "",
+    }
+    reasons = dict(zip(grid.stages, list(said) * len(jobs), strict=False))
+    rows = [(job, "PENDING", "x", reasons[stage]) for stage, job in jobs.items()]
+    site.write("squeue", "".join("\x1f".join(row) + "\n" for row in rows))
+    status.status(study="small", root=tree.root)
+    lines = [s for s in capsys.readouterr().out.splitlines() if s.startswith("  submitted ")]
+    assert len(lines) == 10
+    for line in lines:
+        stage = line.split()[1]
+        assert f"job {jobs[stage]}{said[reasons[stage]]}  on " in line
+
+
 def test_a_local_driver_leaves_jobs_of_the_queue_alone_and_takes_those_that_left_it(
     site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +436,8 @@ a1|debug|idle|gpu:h100:8|ib
         (["a3"], "gpu", 2, ("a3",)),
         (["a1"], "debug", 1, ()),
         (["c1"], "gpu", 1, ()),
+        (["a1"], "debug,gpu", 1, ("a1",)),
+        (["a1"], "debug,gpu", 2, ()),  # a node of two partitions is one
         (["gone"], "gpu", 1, ()),
         ([], "gpu", 1, ()),
     ],

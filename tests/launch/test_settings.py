@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def test_every_mistake_in_the_settings_is_told_with_its_line(say: Callable[..., 
         "  far: {kind: hosts}\n"
         "  bare: {partition: gpu}\n"
         "  own: {kind: slurm, sbatch: {comment: mine, job_name: x, mail-type: END}}\n"
+        "  away: {kind: slurm, sbatch: {clusters: other, ntasks: 4, wait: true}}\n"
+        "  bare2: {kind: slurm, sbatch: {export: NONE}}\n"
     )
     with pytest.raises(UserError) as caught:
         load_settings()
@@ -158,8 +161,23 @@ def test_every_mistake_in_the_settings_is_told_with_its_line(say: Callable[..., 
         6: "hostfile: is missing",
         7: "kind is missing; expected for example kind: slurm",
         8: "comment, job-name: the harness sets this itself; remove it",
+        9: "clusters, ntasks, wait: the harness sets this itself; remove it",
+        10: "ranks need what the batch script sets; write ALL, or ALL,NAME=value, or use `env`",
     }
     found = caught.value.problems
     assert len(found) == len(wanted)
     for line, words in wanted.items():
         assert any(p.startswith(f"{path}:{line}: ") and p.endswith(words) for p in found), found
+
+
+def test_a_user_without_a_home_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry in its passwd file."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert find_profile(None) == ("local", Local())
+    with pytest.raises(UserError, match=r"no cluster 'lab' in ~/\.config/"):
+        find_profile("lab")

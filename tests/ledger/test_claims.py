@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from harness.launch import ends
 from harness.launch.driver import reset
 from harness.launch.modes import Mode
 from harness.ledger import attempts, store
-from harness.ledger.claim import claim, start_over, unclaim
+from harness.ledger.claim import ask_to_stop, claim, clear_stop, complete, start_over, unclaim
 from harness.ledger.files import read_json, read_jsonl, write_json
 from harness.ledger.states import read_states
 from harness.ledger.tree import StageFolder, Tree
@@ -155,3 +156,134 @@ def test_a_stage_whose_job_has_begun_is_not_taken_back(tmp_path: Path, grid: Gri
     unclaim(folder, 1, "refused")
     assert folder.status.read_bytes() == before
     assert (read_json(path) or {})["end"] is None
+
+
+ELSEWHERE = {"schema": 1, "token": "t", "host": "b:0:1", "pid": 1, "started": "1", "beat": 7}
+
+
+def silent(folder: StageFolder) -> None:
+    """The lease of a host that nobody has heard of for days."""
+    write_json(folder.lease, ELSEWHERE)
+    os.utime(folder.lease, (0, 0))
+
+
+def state_of(tree: Tree, grid: Grid) -> str:
+    return read_states(tree, grid.stages)[first(grid).id].state
+
+
+def test_a_waiting_job_of_another_login_node_is_given_up_by_resume(
+    tmp_path: Path, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a claim that has no job the command would count, which nobody here can ask."""
+    tree, stage = Tree(tmp_path), first(grid)
+    seen = read_states(tree, grid.stages)[stage.id]
+    monkeypatch.setenv("HARNESS_HOST", "login-1")
+    assert claim(tree, stage, seen, {"cluster": "slurm", "token": "t", "job": "77"}) == 1
+    monkeypatch.delenv("HARNESS_HOST")
+    folder = tree.stage(stage.kind, stage.id)
+    ask_to_stop(folder, "by ann")
+    assert state_of(tree, grid) == "cancelled"
+    clear_stop(folder)
+    assert state_of(tree, grid) == "planned"
+    assert attempts.read_attempts(folder) == []  # nobody had tried it
+    assert claim(tree, stage, read_states(tree, grid.stages)[stage.id], {}) == 2
+
+
+def test_of_a_local_command_at_work_resume_takes_nothing_away(tmp_path: Path, grid: Grid) -> None:
+    tree, stage = Tree(tmp_path), first(grid)
+    assert claim(tree, stage, read_states(tree, grid.stages)[stage.id], {"cluster": "local"}) == 1
+    clear_stop(tree.stage(stage.kind, stage.id))
+    assert state_of(tree, grid) == "submitted"
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_resume_gives_up_the_job_of_a_worker_that_gave_no_sign_for_long(
+    tmp_path: Path, grid: Grid, is_silent: bool
+) -> None:
+    """Its run root was moved off the cluster while it ran: its queue can be asked no more."""
+    tree = Tree(tmp_path)
+    folder = store.write_stage(tree, first(grid))
+    about = {"cluster": "slurm", "site": "gone", "job": "77", "token": "t", "host": "b:0:1"}
+    write_json(folder.status, {"schema": 1, "state": "running", "attempt": 1, **about})
+    write_json(folder.lease, ELSEWHERE)
+    if is_silent:
+        silent(folder)
+    assert state_of(tree, grid) == "running"
+    ask_to_stop(folder, "by ann")
+    clear_stop(folder)
+    assert state_of(tree, grid) == ("lost" if is_silent else "running")
+
+
+def test_a_note_that_came_too_late_holds_no_later_run(tmp_path: Path, grid: Grid) -> None:
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = failed(tree, grid)
+    ask_to_stop(folder, "by ann")
+    seen = read_states(tree, grid.stages)[stage.id]
+    assert start_over(folder, seen, "retry")
+    assert state_of(tree, grid) == "planned"
+    # The same of a stage that finished; its worker was killed before its last words.
+    attempts.begin(folder, folder.new_attempt(), {})
+    write_json(folder.result, {"uid": "u", "attempts": 2, "upstream_uids": {}, "steps": None})
+    write_json(folder.status, {"schema": 1, "state": "running", "attempt": 2})
+    ask_to_stop(folder, "by ann")
+    complete(folder)
+    assert not folder.stop.exists() and state_of(tree, grid) == "done"
+
+
+def test_claims_that_came_to_nothing_are_no_lost_nodes(tmp_path: Path, grid: Grid) -> None:
+    """Commands killed, or disks full, between the folder of an attempt and its record, and
+    between the record and the start of a worker."""
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = store.write_stage(tree, stage)
+    for _ in range(3):
+        folder.new_attempt()
+    for number in (4, 5, 6):
+        seen = read_states(tree, grid.stages)[stage.id]
+        assert claim(tree, stage, seen, {"cluster": "local"}) == number
+        status = read_json(folder.status) or {}
+        write_json(folder.status, {**status, "pid": 1, "pid_started": "no process"})
+        assert state_of(tree, grid) == "lost"
+    seen = read_states(tree, grid.stages)[stage.id]
+    assert claim(tree, stage, seen, {"cluster": "local"}) == 7
+    status = ends.settle(folder, 7, -9, asked_to_stop=False, gone="host b is gone")
+    assert status["reason"] == "node_fail"
+    assert ends.conclude(folder, 7, status, Retry(node_fail=1)).again
+    assert [a.number for a in attempts.read_attempts(folder)] == [7]
+
+
+def test_an_attempt_that_a_lost_node_took_is_one(tmp_path: Path, grid: Grid) -> None:
+    tree, stage = Tree(tmp_path), first(grid)
+    folder = store.write_stage(tree, stage)
+    attempts.begin(folder, folder.new_attempt(), {"started": 1.0})
+    write_json(folder.status, {"schema": 1, "state": "running", "attempt": 1})
+    assert claim(tree, stage, read_states(tree, grid.stages)[stage.id], {}) == 2
+    assert [a.end for a in attempts.read_attempts(folder)] == ["lost", None]
+
+
+def test_a_result_whose_worker_was_killed_on_another_host_is_told_in_the_end(
+    tmp_path: Path, grid: Grid
+) -> None:
+    folder = store.write_stage(Tree(tmp_path), first(grid))
+    attempts.begin(folder, folder.new_attempt(), {"started": 1.0})
+    write_json(folder.result, {"uid": "u", "attempts": 1, "upstream_uids": {}, "steps": None})
+    write_json(folder.status, {"schema": 1, "state": "running", "attempt": 1})
+    write_json(folder.lease, ELSEWHERE)
+    complete(folder)  # it may be writing its last words now
+    assert (read_json(folder.status) or {})["state"] == "running"
+    silent(folder)
+    complete(folder)
+    assert (read_json(folder.status) or {})["state"] == "done" and not folder.lease.exists()
+    assert [a.end for a in attempts.read_attempts(folder)] == ["done"]
+
+
+def test_who_found_another_at_work_leaves_it_the_job_they_share(tmp_path: Path, grid: Grid) -> None:
+    """Slurm put the job back while its worker lived on: the queue, and the caretaker, go on
+    looking after it."""
+    folder = store.write_stage(Tree(tmp_path), first(grid))
+    for _ in range(2):
+        attempts.begin(folder, folder.new_attempt(), {})
+    about = {"cluster": "slurm", "job": "77", "token": "t"}
+    write_json(folder.status, {"schema": 1, "state": "submitted", "attempt": 2, **about})
+    attempts.end_busy(folder, 2)
+    status = read_json(folder.status) or {}
+    assert status.items() >= {"state": "running", "attempt": 1, **about}.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,18 @@ def test_a_stage_at_work_is_untouched(tree: Tree, grid: Grid, state: str) -> Non
     collect(tree)
     assert files(folder.path) == before
     lease.release()
+
+
+def test_a_checkpoint_of_a_done_stage_goes_though_its_dead_host_left_a_lease(
+    tree: Tree, grid: Grid
+) -> None:
+    folder = of_kind(tree, grid, "mae")[0]
+    write_json(folder.lease, {"token": "t", "host": "b:0:1", "pid": 1, "started": "1", "beat": 7})
+    collect(tree)
+    assert folder.checkpoints.exists()
+    os.utime(folder.lease, (0, 0))
+    collect(tree)
+    assert not folder.checkpoints.exists()
 
 
 def test_a_stage_that_was_taken_between_the_look_and_the_removal_is_untouched(

@@ -378,3 +378,36 @@ def test_what_is_on_its_way_into_a_queue_is_never_silent(
     silence = leases.Silence(expiry_s=0.0)
     assert not silence.is_over("a", folder)
     assert silence.is_over("a", folder) is is_over
+
+
+def test_another_users_process_that_proc_does_not_show_is_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """/proc with `hidepid`: of two users of one machine each would take the other's stages."""
+    other = os.getppid()
+    lease = {"token": "t", "host": this_host(), "pid": other, "started": "4711", "beat": 3}
+    assert owner_is_dead(lease) is True  # another process of that number, as far as /proc tells
+    read = Path.read_text
+
+    def hidden(path: Path, *about: str, **more: str) -> str:
+        if str(path) == f"/proc/{other}/stat":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return read(path, *about, **more)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert owner_is_dead(lease) is False
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert owner_is_dead({**lease, "pid": gone.pid}) is True
+
+
+def test_a_dead_lease_of_this_host_says_nothing_of_who_claimed_the_stage_since(
+    tmp_path: Path,
+) -> None:
+    folder = StageFolder(tmp_path)
+    dead = {"token": "t", "host": this_host(), "pid": 1, "started": "no process", "beat": 3}
+    write_json(folder.lease, {"schema": 1, **dead})
+    write_json(folder.status, {"state": "submitted", "attempt": 2, "host": "elsewhere:1"})
+    silence = leases.Silence(expiry_s=0.0)
+    assert not silence.is_over("a", folder)
+    assert silence.is_over("a", folder)

@@ -120,7 +120,8 @@ def test_a_job_cancelled_before_it_began_stays_cancelled(site: Site) -> None:
 
 
 def refusing(site: Site, after: int, how: str) -> Path:
-    """A folder for PATH with an sbatch that takes so many jobs; then `how`."""
+    """A folder for PATH with an sbatch that takes so many jobs; then `how`, where SBATCH is the
+    real one."""
     folder, count = site.folder / "bin", site.folder / "count"
     folder.mkdir(exist_ok=True)
     count.write_text("0")
@@ -128,7 +129,7 @@ def refusing(site: Site, after: int, how: str) -> Path:
     script = folder / "sbatch"
     script.write_text(
         f"#!/bin/sh\nn=$(cat {count}); echo $((n + 1)) >{count}\n"
-        f'if [ "$n" -ge {after} ]; then {how}; fi\nexec {real} "$@"\n'
+        f'if [ "$n" -ge {after} ]; then {how}; fi\nexec SBATCH\n'.replace("SBATCH", f'{real} "$@"')
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return folder
@@ -169,14 +170,17 @@ def test_a_submission_killed_between_arrays_is_seen_and_the_next_one_goes_on(sit
         assert sum(e["event"] == "done" for e in read_jsonl(path / "events.jsonl")) == 1
 
 
-def test_a_submission_killed_between_arrays_is_finished_by_its_caretaker(site: Site) -> None:
+@pytest.mark.parametrize("first", [":", "SBATCH"], ids=["before sbatch", "before its answer"])
+def test_a_submission_killed_between_arrays_is_finished_by_its_caretaker(
+    site: Site, first: str
+) -> None:
     """It starts while the jobs that were submitted are under way, and before anybody looks.
 
     The lock of submissions is that of a login node, of whose processes it sees none.
     """
     site.profile(caretaker_s="3")
     site.extra |= {"HARNESS_HOST": "login-2", "HARNESS_LEASE_EXPIRY_S": "5"}
-    bin_ = refusing(site, 3, '[ "$n" -ge 4 ] || { kill -9 $PPID; sleep 1; exit 1; }')
+    bin_ = refusing(site, 3, f'[ "$n" -ge 4 ] || {{ {first}; kill -9 $PPID; sleep 1; exit 1; }}')
     site.extra["PATH"] = f"{bin_}:{os.environ['PATH']}"
     file = site.study(init="[random, mae]", steps=400)
     site.harness("grid", str(file), "--submit", check=-9)

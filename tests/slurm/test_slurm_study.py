@@ -50,6 +50,18 @@ def test_two_ranks_on_two_nodes_train_as_one_rank_does(site: Site, tmp_path: Pat
             assert row == pytest.approx(same, rel=2e-4, abs=1e-5)
 
 
+def test_two_ranks_on_two_nodes_that_are_preempted_save_and_go_on(site: Site) -> None:
+    """All hear it, and none is taken for dead by those that are through first."""
+    site.profile(partition="cheap")
+    site.submit(site.study(steps=600, resources=", ranks: 2, nodes: 2"))
+    site.wait_training()
+    urgent = ["--partition=urgent", "--ntasks=4", "--wrap", "sleep 5"]
+    site.cluster.command("sbatch", *urgent, "--output=/dev/null", check=True)
+    site.wait_done()
+    first, last = read_attempts(site.folder_of("wsp"))
+    assert (first.end, last.end, last.progress > 0) == ("preempted", "done", True)
+
+
 def test_a_requeued_job_goes_on_from_its_checkpoint_with_the_same_numbers(site: Site) -> None:
     file = site.study(steps=900)
     site.submit(file)

@@ -181,7 +181,9 @@ def test_only_zero_3_goes_on_with_other_ranks_and_that_is_said(
     assert len(error.value.problems) == 1 and "2" in error.value.problems[0]
 
 
-def test_a_checkpoint_runs_no_code_when_read(tmp_path: Path) -> None:
+def test_a_checkpoint_runs_no_code_when_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (print, ("this line must never be printed",))
@@ -190,8 +192,11 @@ def test_a_checkpoint_runs_no_code_when_read(tmp_path: Path) -> None:
         run(WSP, tmp_path, tiny.Rows(), stop=3)
     states = next((tmp_path / "checkpoints").rglob("*model_states.pt"))
     torch.save({"module": Bomb()}, states)
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(UserError) as caught:
         run(WSP, tmp_path, tiny.Rows())
+    assert str(caught.value).startswith(f"{states}: refused, it holds more than tensors and plain")
+    assert "\n" not in str(caught.value) and "print" in str(caught.value)
+    assert "never be printed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
