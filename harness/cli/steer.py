@@ -13,7 +13,7 @@ from rich.markup import escape
 from harness.cli import base, selection, shared, show
 from harness.cli.selection import Choice, Target
 from harness.errors import EXIT_OK, EXIT_USAGE
-from harness.launch import queue
+from harness.launch import commands
 from harness.ledger import store
 from harness.ledger.claim import ask_to_stop, clear_stop, start_over
 from harness.ledger.lease import this_host
@@ -97,7 +97,7 @@ def cancel(
     wanted = [t for t in open_ if t.id in free]
     spared = len(open_) - len(wanted)
     wanted += [t for t in selection.in_no_study(folders, found) if not t.state.is_over]
-    why = f"cancelled by {queue.user_name()} on {this_host().partition(':')[0]}"
+    why = f"cancelled by {commands.user_name()} on {this_host().partition(':')[0]}"
     jobs: list[Mapping[str, Any]] = []
 
     def act(target: Target) -> None:
@@ -112,7 +112,7 @@ def cancel(
     code = _apply(
         "cancel", wanted, act, yes=yes, dry=dry, as_json=as_json, none="nothing to cancel"
     )
-    _tell_left(queue.cancel_jobs(jobs))
+    _tell_left(commands.cancel_jobs(jobs))
     if spared and not as_json:
         print(f"{spared} stages feed cells that were not selected; --shared cancels them too")
     return EXIT_OK if code is None else code

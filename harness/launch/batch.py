@@ -13,7 +13,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from harness.errors import EXIT_REQUEUE, UserError
-from harness.launch import job, queue
+from harness.launch import commands, job, queue
 from harness.launch.settings import Slurm
 from harness.ledger.tree import Tree
 from harness.study.stages import StageFile
@@ -143,7 +143,7 @@ def sbatch(
     lines: tuple[list[str], list[str]],
 ) -> list[str]:
     """Submits one array; the job ids of its tasks."""
-    with queue.outside_of_a_job():
+    with commands.outside_of_a_job():
         executor = _Executor(folder / "jobs", tasks)
         executor.update_parameters(**options, setup=lines[0], teardown=lines[1])
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_STORAGE, UserError
-from harness.launch import batch, ends, provenance, queue, slurm
+from harness.launch import batch, commands, ends, provenance, queue, slurm
 from harness.launch.job import OTHERWISE
 from harness.launch.settings import Slurm
 from harness.ledger import attempts, store
@@ -86,7 +86,7 @@ def _close(
         unclaim(folder, attempt, "its submission broke off")
         return
     upstream = stages[stage_id].config.upstream.values()
-    about = queue.about_job(job)
+    about = commands.about_job(job)
     is_dropped = about.get("Reason") == "DependencyNeverSatisfied"
     is_cancelled = about.get("JobState") == "CANCELLED"  # its upstream may be under way
     has_begun = status.get("state") == "running"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_BUSY, EXIT_STORAGE, HarnessError, StorageError, storage_error
-from harness.launch import ends, nodes, provenance, queue
+from harness.launch import commands, ends, nodes, provenance
 from harness.launch.policy import lost_on
 from harness.ledger import attempts, states, store
 from harness.ledger.claim import complete, stop_asked, submitted
@@ -101,7 +101,7 @@ def begin(tasks_file: str) -> int:
     state = provenance.GitState.of_kept(task.tree, git["sha"], git["name"])
     provenance.write_attempt(task.folder.attempt(attempt), state, task.tree)
     # So that a person reading squeue sees what runs where.
-    queue.scontrol("update", f"JobId={task.job}", f"JobName={task.stage.id}")
+    commands.scontrol("update", f"JobId={task.job}", f"JobName={task.stage.id}")
     exports = {
         "HARNESS_STAGE": task.stage.id,
         "HARNESS_ATTEMPT": str(attempt),
@@ -170,7 +170,7 @@ def _take(task: _Task) -> tuple[int, int | None]:
         },
     )
     # Whose job it is is known from its claim, also where nobody says so now.
-    known = {name: status.get(name) or value for name, value in queue.identity().items()}
+    known = {name: status.get(name) or value for name, value in commands.identity().items()}
     owner = {"cluster": "slurm", **known, "token": task.submission["token"], "job": task.job}
     write_json(folder.status, submitted(attempt, owner))
     return 0, attempt
@@ -229,7 +229,7 @@ def _address() -> str:
         return name
     except OSError:
         # A node may be known to Slurm under a name that no resolver knows.
-        for word in (queue.scontrol("show", "node", name) or "").split():
+        for word in (commands.scontrol("show", "node", name) or "").split():
             if word.startswith("NodeAddr="):
                 return word.partition("=")[2]
         return name
@@ -291,7 +291,7 @@ def end(tasks_file: str, code: int) -> int:
     """Says how the attempt ended, and puts the job back into the queue if that helps."""
     task = _read(tasks_file)
     folder, attempt = task.folder, int(os.environ["HARNESS_ATTEMPT"])
-    about = queue.about_job(task.job)
+    about = commands.about_job(task.job)
     is_running = about.get("JobState") == "RUNNING"
     if (read_json(folder.result) or {}).get("attempts") == attempt:
         if code != 0:

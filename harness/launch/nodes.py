@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from harness.launch import queue
+from harness.launch import commands
 
 _USABLE = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
 _DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "REBOOT", "UNKNOWN", "FUTURE")
@@ -26,7 +26,7 @@ def of_job() -> list[str]:
     """Nodes of the job around us, by Slurm's names; the first of them first."""
     listed = os.environ.get("SLURM_JOB_NODELIST", "")
     own = os.environ.get("SLURMD_NODENAME")
-    found = (queue.scontrol("show", "hostnames", listed) or "").split() if listed else []
+    found = (commands.scontrol("show", "hostnames", listed) or "").split() if listed else []
     return found or ([own] if own else [])
 
 
@@ -39,7 +39,7 @@ def lost_of(record: Mapping[str, Any]) -> list[str] | None:
     since = float(record.get("job_started") or 0.0)
     found: list[str] = []
     for name in names:
-        about = queue.words(queue.scontrol("show", "node", name))
+        about = commands.words(commands.scontrol("show", "node", name))
         if not about:
             return None
         state = about.get("State", "UNKNOWN")
@@ -90,7 +90,7 @@ class Node:
 
 def nodes_of(partition: str | None) -> list[Node] | None:
     """Nodes of a partition, or of the default one; None if Slurm does not answer."""
-    text = queue.run("sinfo", "-h", "-N", "-o", "%N|%P|%T|%G|%f")
+    text = commands.run("sinfo", "-h", "-N", "-o", "%N|%P|%T|%G|%f")
     return None if text is None else parse(text, partition)
 
 
@@ -113,10 +113,11 @@ def put_back(job: str, avoid: Sequence[str]) -> bool:
     all processes of the job must not end this one in between.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if queue.scontrol("requeue", job) is None:
+    if commands.scontrol("requeue", job) is None:
         return False
+    excluded = f"ExcNodeList={','.join(avoid)}"
     for _ in range(5 if avoid else 0):
-        if queue.scontrol("update", f"JobId={job}", f"ExcNodeList={','.join(avoid)}") is not None:
+        if commands.scontrol("update", f"JobId={job}", excluded) is not None:
             break
         time.sleep(0.5)
     return True

@@ -7,16 +7,13 @@ accounting is needed (`sacct` fails on many clusters). Without an answer nothing
 from __future__ import annotations
 
 import os
-import pwd
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import HarnessError, UserError
+from harness.launch import commands
 from harness.ledger import states
 from harness.ledger.files import read_json
 from harness.ledger.lease import BEAT_S, is_long_silent, owner_is_dead, read_lease
@@ -26,7 +23,6 @@ from harness.ledger.tree import Tree
 if TYPE_CHECKING:
     from harness.study.stages import StageFile
 
-_TIMEOUT_S = 60
 _SEPARATOR = "\x1f"
 _NO_REASON = ("", "None", "Dependency")
 _FIELDS = _SEPARATOR.join(("%i", "%T", "%k", "%r"))
@@ -47,7 +43,7 @@ class Job:
 def jobs_now() -> dict[str, Job] | None:
     """Our jobs that are not over, by id; None if the scheduler does not answer."""
     # --all: also those in partitions that the site hides.
-    text = run("squeue", "--me", "--all", "--array", "--noheader", "--format", _FIELDS)
+    text = commands.run("squeue", "--me", "--all", "--array", "--noheader", "--format", _FIELDS)
     return None if text is None else parse(text)
 
 
@@ -126,8 +122,9 @@ def read_graph(
         if v.state not in ("done", "failed", "diverged")
         and (v.status.get("job") or v.status.get(TOKEN))
     }
-    me, site = user_name(), _site() if known else None  # once: there may be thousands
-    asked = {s: v for s, v in known.items() if _is_ours(v.status, me, site)}
+    # Once: there may be thousands.
+    me, here = commands.user_name(), commands.site() if known else None
+    asked = {s: v for s, v in known.items() if _is_ours(v.status, me, here)}
     # What another's job has put back is in its queue, as far as anybody here can tell.
     foreign = {
         s: str(v.status.get("job") or v.status[TOKEN])
@@ -139,7 +136,7 @@ def read_graph(
     # Of those without a job a submission may be putting some into the queue just now.
     unnumbered = {s: str(v.status[TOKEN]) for s, v in asked.items() if not v.status.get("job")}
     jobs = {s: str(v.status["job"]) for s, v in asked.items() if s not in unnumbered}
-    is_known = site is not None or not any(v.status.get("site") for v in asked.values())
+    is_known = here is not None or not any(v.status.get("site") for v in asked.values())
     answer = _ask(set(jobs.values()), -1.0 if unnumbered else max_age_s, is_known)
     if answer is None:  # whatever was in the queue may be so now
         return states.read_graph(tree, graph, waiting={**jobs, **unnumbered, **foreign})
@@ -278,142 +275,7 @@ def _lives(path: Path) -> bool | None:
     return None if now - since <= 2 * BEAT_S else False
 
 
-# --- who we are ----------------------------------------------------------------------------
-
-
-def identity() -> dict[str, str | None]:
-    """User and cluster, for status.json: only about one's own jobs can one ask."""
-    return {"user": user_name(), "site": _site()}
-
-
-def user_name() -> str:
-    """The user we are, whatever the environment calls it."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container without an entry
-        return str(os.getuid())
-
-
-def _site() -> str | None:
-    return _config().get("ClusterName")
-
-
-def _is_ours(status: Mapping[str, Any], me: str, site: str | None) -> bool:
+def _is_ours(status: Mapping[str, Any], me: str, here: str | None) -> bool:
     """False for a job that is known to be another user's, or another cluster's than this host's."""
-    is_here = site is None or status.get("site") in (None, site)
+    is_here = here is None or status.get("site") in (None, here)
     return is_here and status.get("user") in (None, me)
-
-
-def is_of_this_site(status: Mapping[str, Any]) -> bool:
-    """Whether a job is of this host's cluster: elsewhere its number means another job."""
-    return status.get("site") in (None, _site())
-
-
-_known_config: tuple[float, dict[str, str]] | None = None
-
-
-def _config() -> dict[str, str]:
-    global _known_config
-    known = _known_config
-    if known is None or (not known[1] and time.monotonic() - known[0] > _TIMEOUT_S):
-        rows = (line.partition("=") for line in (scontrol("show", "config") or "").splitlines())
-        found = {key.strip(): value.strip() for key, _, value in rows}
-        known = _known_config = (time.monotonic(), found)  # that may have taken a minute
-    return known[1]
-
-
-def check_config() -> None:
-    """Raises UserError if nobody says which cluster this is."""
-    if not _config():
-        raise UserError("`scontrol show config` does not answer on this host; try again later")
-
-
-def cancel_jobs(statuses: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Takes jobs out of the queue; those that are over already are not an error.
-
-    `statuses`: with the `job`, and the user and site if they are known, as in status.json.
-
-    Returns those that it cannot reach from here: of another user or cluster (two clusters have jobs
-    of the same number), or all where there is no `scancel`.
-    """
-    asked, me = list(statuses), user_name()
-    is_own = [s.get("user") in (None, me) and is_of_this_site(s) for s in asked]
-    own = [status for status, is_ours in zip(asked, is_own, strict=True) if is_ours]
-    left = [status for status, is_ours in zip(asked, is_own, strict=True) if not is_ours]
-    wanted = list(dict.fromkeys(str(status["job"]) for status in own))
-    for start in range(0, len(wanted), 200):
-        command = ["scancel", "--quiet", *wanted[start : start + 200]]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=scrubbed())
-        except FileNotFoundError:
-            return left + own
-        if done.returncode != 0 and "Invalid job id" not in done.stderr:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise HarnessError(f"scancel: {last}")
-    return left
-
-
-def scontrol(*arguments: str) -> str | None:
-    """What scontrol printed; None if it failed."""
-    return run("scontrol", *arguments)
-
-
-def run(*command: str) -> str | None:
-    """What a command of Slurm printed; None if it failed or does not answer."""
-    try:
-        # A job's comment may be of any bytes.
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            env=scrubbed(),
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def about_job(job: str) -> dict[str, str]:
-    """What Slurm says of a job, by its own names; empty if it knows it no longer."""
-    return words(scontrol("show", "job", job))
-
-
-def words(text: str | None) -> dict[str, str]:
-    """`A=1 B=2` as scontrol prints it."""
-    return {k: v for k, _, v in (w.partition("=") for w in (text or "").split())}
-
-
-def max_array_size() -> int:
-    """Tasks that this site allows in one array (MaxArraySize is one more than the last index)."""
-    size = _config().get("MaxArraySize", "")
-    return max(1, int(size)) if size.isdigit() else 1000
-
-
-def scrubbed(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without what the surrounding job, or a shell's start file, set for Slurm.
-
-    Inside an allocation, sbatch and srun take SLURM_* for options and hand them on: a nested job
-    would get the CPUs, tasks and pickles of the outer one. A user's own SQUEUE_STATES would hide
-    living jobs, SCANCEL_INTERACTIVE ask where nobody answers. SLURM_CONF says where the cluster is,
-    SLURM_JWT who we are.
-    """
-    drop = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SLURMD_")
-    drop += ("SQUEUE_", "SCANCEL_", "SINFO_", "SCONTROL_")
-    kept = ("SLURM_CONF", "SLURM_JWT")
-    source = os.environ if env is None else env
-    return {k: v for k, v in source.items() if k in kept or not k.startswith(drop)}
-
-
-@contextmanager
-def outside_of_a_job() -> Iterator[None]:
-    """Inside: os.environ is scrubbed, for libraries that start sbatch themselves."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(scrubbed(before))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.launch import batch, nodes, provenance, queue
+from harness.launch import batch, commands, nodes, provenance, queue
 from harness.launch.arrays import plan_arrays
 from harness.launch.policy import lost_on
 from harness.launch.settings import Slurm
@@ -162,17 +162,17 @@ def _is_sure(upstream: StageState) -> bool:
 def _is_job(state: StageState) -> bool:
     """True for a stage that is one of this cluster's jobs now."""
     status = state.status
-    return state.state in ACTIVE and bool(status.get("job")) and queue.is_of_this_site(status)
+    return state.state in ACTIVE and bool(status.get("job")) and commands.is_of_this_site(status)
 
 
 def _submit(
     job_: Submission, states: Mapping[str, StageState], wanted: Sequence[str], tries: int
 ) -> Submitted:
     stages = job_.stages
-    owner = {"cluster": "slurm", **queue.identity(), "token": job_.token}
+    owner = {"cluster": "slurm", **commands.identity(), "token": job_.token}
     for stage_id in wanted:  # by these files the caretaker knows what there is to do
         store.write_stage(job_.tree, stages[stage_id])
-    site = queue.max_array_size()
+    site = commands.max_array_size()
     limit = min(job_.profile.max_array or site, site)
     try:
         job_.watch()
@@ -246,7 +246,7 @@ def _check_command() -> None:
                 f"cluster slurm: no `{name}` on this host; submit from a login node, or choose"
                 " another --cluster"
             )
-    queue.check_config()
+    commands.check_config()
 
 
 def _check_root(root: Path) -> None:

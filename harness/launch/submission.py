@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError, UserError
-from harness.launch import batch, queue
+from harness.launch import batch, commands, queue
 from harness.launch.arrays import Array, needs
 from harness.launch.settings import Slurm
 from harness.ledger.claim import claim, set_job, unclaim
@@ -150,7 +150,7 @@ class Submission:
         elif not keep_caretaker:
             # Slurm may answer no more; the caretaker finds nothing to do then.
             with suppress(HarnessError, OSError):
-                queue.cancel_jobs([{"job": self.caretaker}])
+                commands.cancel_jobs([{"job": self.caretaker}])
             self.caretaker = None
 
     def _put_behind(self, caretaker: str) -> None:
@@ -161,7 +161,7 @@ class Submission:
             f"Dependency={batch.after_end(after)}",
             "StartTime=now",
         )
-        if queue.scontrol(*update) is None and not queue.caretakers(self.token):
+        if commands.scontrol(*update) is None and not queue.caretakers(self.token):
             # The submission took so long that the caretaker has given up waiting for it.
             with suppress(UserError):
                 self.caretaker = batch.submit_caretaker(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.launch import queue
+from harness.launch import commands, queue
 from harness.ledger.tree import Tree
 from harness.study.cells import Grid, build_grid
 from harness.study.schema import load_study
@@ -21,7 +21,7 @@ from tests.launch.small_study import TINY, submit
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]:
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{fake.folder / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(queue, "_known_config", None)
+    monkeypatch.setattr(commands, "_known_config", None)
     monkeypatch.setattr(queue, "_last", None)
     monkeypatch.setattr(queue, "_silent_since", None)
     yield fake

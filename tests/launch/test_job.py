@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from harness.errors import EXIT_STORAGE, HarnessError
-from harness.launch import job, nodes, queue, slurm
+from harness.launch import commands, job, nodes, slurm
 from harness.launch.settings import Slurm
 from harness.ledger.attempts import read_attempts
 from harness.ledger.files import read_json, read_jsonl, write_json
@@ -446,7 +446,7 @@ def test_whose_job_it_is_stays_known_where_slurm_does_not_say_so(
     """Else every other cluster that shares the run root would take it for its own."""
     before = read_json(submitted.folder.status) or {}
     assert before["site"] == "lab"
-    monkeypatch.setattr(queue, "_known_config", None)
+    monkeypatch.setattr(commands, "_known_config", None)
     site.says("scontrol", "exit 1")
     assert submitted.start("n1") == 0
     after = read_json(submitted.folder.status) or {}

@@ -14,7 +14,7 @@ import pytest
 
 from harness.cli import selection, status, steer
 from harness.errors import UserError
-from harness.launch import nodes, queue, slurm
+from harness.launch import commands, nodes, queue, slurm
 from harness.launch.driver import Driver
 from harness.launch.machine import this_machine
 from harness.launch.pool import Pool
@@ -74,7 +74,7 @@ def test_a_users_own_settings_for_slurm_hide_no_job(
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
     assert set(states(tree, grid).values()) == {"submitted"}
     monkeypatch.setenv("SLURM_JWT", "who we are")
-    assert "SQUEUE_STATES" not in queue.scrubbed() and "SLURM_JWT" in queue.scrubbed()
+    assert "SQUEUE_STATES" not in commands.scrubbed() and "SLURM_JWT" in commands.scrubbed()
     asked = (site.folder / "squeue.calls").read_text().split()
     assert "--all" in asked  # or partitions that the site hides would be left out
 
@@ -98,7 +98,7 @@ def test_a_user_without_a_name_can_cancel(
 
     for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(queue.pwd, "getpwuid", unknown)
+    monkeypatch.setattr(commands.pwd, "getpwuid", unknown)
     store.register(tree, grid, [])
     assert steer.cancel(["init=mae"], yes=True, root=tree.root) == 0
     stage = next(s for s in grid.stages.values() if s.kind == "mae")
@@ -134,7 +134,7 @@ def test_jobs_of_others_are_left_to_them(site: FakeSlurm, tree: Tree, grid: Grid
     submit(tree, grid)
     assert set(states(tree, grid).values()) == {"lost"}
     for about in ({"user": "somebody"}, {"site": "elsewhere"}):
-        own = queue.identity()
+        own = commands.identity()
         change(tree, grid, **about)
         assert set(states(tree, grid).values()) == {"submitted"}
         assert submit(tree, grid).jobs == {}
@@ -299,7 +299,7 @@ def test_where_nobody_says_which_cluster_this_is_nothing_is_concluded(
 ) -> None:
     """The queue may be another one: a number that is not in it says nothing."""
     submit(tree, grid)
-    monkeypatch.setattr(queue, "_known_config", None)
+    monkeypatch.setattr(commands, "_known_config", None)
     site.says("scontrol", "exit 1")
     before = site.calls("scontrol")
     assert set(states(tree, grid).values()) == {"submitted"} and queue.is_silent()
@@ -307,10 +307,10 @@ def test_where_nobody_says_which_cluster_this_is_nothing_is_concluded(
     with pytest.raises(UserError, match="`scontrol show config` does not answer on this host"):
         submit(tree, grid)
     status = read_json(next(tree.root.glob("stages/*/*/status.json"))) or {}
-    assert queue.cancel_jobs([status]) == [status] and site.calls("scancel") == 0
+    assert commands.cancel_jobs([status]) == [status] and site.calls("scancel") == 0
     site.says("scontrol", "echo 'ClusterName = lab'")
     # After a while it is asked again.
-    monkeypatch.setattr(queue, "_known_config", (time.monotonic() - 120, {}))
+    monkeypatch.setattr(commands, "_known_config", (time.monotonic() - 120, {}))
     found = queue.read_states(tree, grid.stages, max_age_s=0.0)
     assert {v.state for v in found.values()} == {"lost"} and not queue.is_silent()
 
@@ -319,16 +319,17 @@ def test_a_scontrol_that_hangs_is_waited_for_once(
     site: FakeSlurm, tree: Tree, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(tree, grid)
-    monkeypatch.setattr(queue, "_known_config", None)
+    monkeypatch.setattr(commands, "_known_config", None)
     now = [0.0]
-    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (queue, commands):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     asked: list[tuple[str, ...]] = []
 
     def hangs(*command: str) -> None:
         asked.append(command)
-        now[0] += queue._TIMEOUT_S
+        now[0] += commands._TIMEOUT_S
 
-    monkeypatch.setattr(queue, "run", hangs)
+    monkeypatch.setattr(commands, "run", hangs)
     assert set(states(tree, grid).values()) == {"submitted"}
     assert asked == [("scontrol", "show", "config")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import shared
-from harness.launch import queue
+from harness.launch import commands
 from harness.ledger import cell_rows, store
 from harness.ledger.files import write_json
 from harness.ledger.lease import Lease
@@ -217,7 +217,7 @@ def test_without_scancel_a_note_is_left_and_the_job_is_named(
     tree: Tree, register: Register, here: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tree.root))
-    monkeypatch.setattr(queue, "_config", dict)
+    monkeypatch.setattr(commands, "_config", dict)
     stage = queued(tree, register("one"), site="lab")
     done = here("cancel", stage)
     assert stopped(tree) == {stage}
