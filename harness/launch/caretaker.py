@@ -54,14 +54,16 @@ def tend(folder: Path) -> slurm.Submitted:
         states = queue.read_states(tree, stages, max_age_s=0.0, is_submitting=True)
         states = slurm.numbered(tree, stages, states)
         own = {s: v for s, v in states.items() if v.status.get("token") == about["token"]}
-        for stage_id, state in own.items():
-            if state.state == "lost":
-                _close(tree, stages, states, stage_id, retry)
+        lost = {s: _about(v.status) for s, v in own.items() if v.state == "lost"}
         failed = [s for s, v in own.items() if v.state == "failed"]
-        live = queue.jobs_now() if failed else None
+        live = queue.jobs_now() if failed or {} in lost.values() else {}
+        if live is None:  # what it seems to have forgotten it only did not say
+            raise UserError("squeue does not answer; to be tried again")
+        for stage_id, said in lost.items():
+            _close(tree, stages, states, stage_id, said or {}, retry)
         for stage_id in failed:
             # Its job may have been killed before it could decide; one that lives decides itself.
-            if live is not None and own[stage_id].status.get("job") not in live:
+            if own[stage_id].status.get("job") not in live:
                 ends.reconsider(tree.stage(stages[stage_id].kind, stage_id), retry)
     jobs = [str(v.status.get("job") or "") for v in own.values() if v.state in ACTIVE]
     if jobs and not queue.caretakers(about["token"]):
@@ -72,11 +74,17 @@ def tend(folder: Path) -> slurm.Submitted:
     return slurm.submit(tree, about["study"], stages, profile, retry, refusals=refusals, code=code)
 
 
+def _about(status: Mapping[str, Any]) -> dict[str, str] | None:
+    """What Slurm says of a stage's job; None if it never had one."""
+    return commands.about_job(status["job"]) if status.get("job") else None
+
+
 def _close(
     tree: Tree,
     stages: Mapping[str, StageFile],
     states: Mapping[str, StageState],
     stage_id: str,
+    about: dict[str, str],
     retry: Retry,
 ) -> None:
     """Says of a lost stage how its attempt ended, or that there was none."""
@@ -86,12 +94,12 @@ def _close(
         unclaim(folder, attempt, "its submission broke off")
         return
     upstream = stages[stage_id].config.upstream.values()
-    about = commands.about_job(job)
     is_dropped = about.get("Reason") == "DependencyNeverSatisfied"
     is_cancelled = about.get("JobState") == "CANCELLED"  # its upstream may be under way
     has_begun = status.get("state") == "running"
     is_early = any(states[u].state != "done" for u in upstream if u in states) and not has_begun
-    is_forgotten = not about and not has_begun and _was_dropped(tree, stages[stage_id], status)
+    is_forgotten = not about and not has_begun and not _has_said(folder, attempt)
+    is_forgotten = is_forgotten and _was_dropped(tree, stages[stage_id], status)
     if is_dropped or is_forgotten or (is_early and not is_cancelled):
         unclaim(folder, attempt, "its job was dropped: it waited for one that failed")
         return
@@ -109,13 +117,10 @@ def _was_dropped(tree: Tree, stage: StageFile, status: Mapping[str, Any]) -> boo
     """
     for upstream, kind in stage.upstream_kinds.items():
         folder = tree.stage(kind, upstream)
-        last = (read_json(folder.status) or {}).get("attempt")
         for event in read_jsonl(folder.events):
-            if event["event"] == OTHERWISE and event.get("attempt") == last:
-                return True
             is_later = event["time"] > (status.get("submitted") or 0)
             is_other = event["event"] == "submitted" and event.get("token") != status["token"]
-            if is_later and is_other:
+            if is_later and (is_other or event["event"] == OTHERWISE):
                 return True
     return False
 
@@ -131,6 +136,12 @@ _ENDS = {
     "BOOT_FAIL": ("failed", "node_fail", "its node did not start"),
 }
 """Slurm's word for the end of a job -> state, reason, message."""
+
+
+def _has_said(folder: StageFolder, attempt: int) -> bool:
+    """Whether the job of an attempt printed anything; Slurm opens its log before that."""
+    log = ends.log_of(folder, attempt)
+    return log.exists() and log.stat().st_size > 0
 
 
 def _end_of(folder: StageFolder, attempt: int, about: dict[str, str]) -> tuple[str, str, str]:
@@ -151,8 +162,7 @@ def _end_of(folder: StageFolder, attempt: int, about: dict[str, str]) -> tuple[s
         if not about:
             return "failed", "node_fail", "its job is gone"
         return "failed", "killed", f"{said}, without a word; see {log}"
-    has_said = log.exists() and log.stat().st_size > 0  # Slurm opens it before the first command
-    if not about and not has_said:
+    if not about and not _has_said(folder, attempt):
         return _CANCELLED
     # Its own first command failed: it would do so again.
     said = said if about else f"{said} ended"

@@ -63,7 +63,8 @@ def reset(
         if state.state in ACTIVE or not (has_failed or (mode == "force" and folder.path.exists())):
             continue
         if mode == "force" or (has_failed and (mode == "retry" or state.reason == "storage")):
-            start_over(folder, state, mode, from_scratch=mode == "force")
+            keep = mode == "cached" or state.held
+            start_over(folder, state, mode, from_scratch=mode == "force", keep_note=keep)
         else:
             ends.reconsider(folder, retry)
 

@@ -36,11 +36,15 @@ def settle(
     """
     status = read_json(folder.status) or {}
     if status.get("attempt") == attempt and status.get("state") not in (None, *ACTIVE):
-        if status["state"] != "preempted" or not _is_a_rank_dead(folder, code, asked_to_stop):
+        # What is only said of others that were asked to stop; not of one that will be tried again.
+        is_theirs = (status["state"], status.get("reason")) == ("preempted", "preempted")
+        if not is_theirs or not _is_a_rank_dead(folder, code, asked_to_stop):
             return status
     meaning = _meaning(folder, attempt, code, asked_to_stop, gone)
-    end = too_slow if meaning[:2] == ("cancelled", "killed") else None
-    return attempts.close(folder, attempt, *meaning, end=end)
+    is_too_slow = meaning[:2] == ("cancelled", "killed")
+    if is_too_slow and too_slow == "preempted":
+        meaning = (too_slow, too_slow, meaning[2])
+    return attempts.close(folder, attempt, *meaning, end=too_slow if is_too_slow else None)
 
 
 def _is_a_rank_dead(folder: StageFolder, code: int, asked_to_stop: bool) -> bool:

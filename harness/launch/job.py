@@ -296,7 +296,7 @@ def end(tasks_file: str, code: int) -> int:
     if (read_json(folder.result) or {}).get("attempts") == attempt:
         if code != 0:
             complete(folder)  # it was killed between its result and the word of it
-        if about and not is_running:
+        if about and not is_running and not _is_new_life(about):
             # Slurm calls the job a failure, and drops what waits for it: see the caretaker.
             store.add_event(folder, OTHERWISE, attempt=attempt)
         return 0
@@ -320,6 +320,11 @@ def end(tasks_file: str, code: int) -> int:
     return 1
 
 
+def _is_new_life(about: dict[str, str]) -> bool:
+    """True of a job that was put back into the queue, and will be started again."""
+    return about.get("Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
 def _is_cancelled(about: dict[str, str]) -> bool:
     """True if somebody took the job out of the queue.
 
@@ -328,11 +333,10 @@ def _is_cancelled(about: dict[str, str]) -> bool:
     """
     if about.get("JobState") == "CANCELLED":
         return True
-    is_new_life = about.get("Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0")
     at_limit = about.get("Reason") in ("TimeLimit", "NodeDown")
     # With PreemptMode=CANCEL the job is over, as after scancel; only this time tells.
     is_preempted = about.get("PreemptTime", "None") not in ("None", "Unknown")
-    is_leaving = about.get("JobState") == "COMPLETING" and not is_new_life
+    is_leaving = about.get("JobState") == "COMPLETING" and not _is_new_life(about)
     return is_leaving and not at_limit and not is_preempted
 
 

@@ -131,15 +131,18 @@ def read_graph(
         for s, v in known.items()
         if s not in asked and v.state in ("preempted", "timeout")
     }
+    if not asked and not foreign:
+        return found
     if not asked:
-        return states.read_graph(tree, graph, waiting=foreign) if foreign else found
+        return _with_reasons(states.read_graph(tree, graph, waiting=foreign), foreign, {})
     # Of those without a job a submission may be putting some into the queue just now.
     unnumbered = {s: str(v.status[TOKEN]) for s, v in asked.items() if not v.status.get("job")}
     jobs = {s: str(v.status["job"]) for s, v in asked.items() if s not in unnumbered}
     is_known = here is not None or not any(v.status.get("site") for v in asked.values())
     answer = _ask(set(jobs.values()), -1.0 if unnumbered else max_age_s, is_known)
     if answer is None:  # whatever was in the queue may be so now
-        return states.read_graph(tree, graph, waiting={**jobs, **unnumbered, **foreign})
+        waiting = {**jobs, **unnumbered, **foreign}
+        return _with_reasons(states.read_graph(tree, graph, waiting=waiting), waiting, {})
     live = answer.live
     arrays = _arrays(tree, set(unnumbered.values()))
     broken = is_submitting or not _somebody_submits(tree)
@@ -154,11 +157,27 @@ def read_graph(
     if over or any(found[stage].state != "submitted" for stage in waiting):
         found = states.read_graph(tree, graph, over=over, waiting=waiting)
     # else the queue says what the files say
-    for stage, job in waiting.items():
+    own = {s: answer.reasons[j] for s, j in jobs.items() if j in answer.reasons}
+    return _with_reasons(found, waiting, own)
+
+
+def _with_reasons(
+    found: dict[str, StageState], waiting: Mapping[str, str], reasons: Mapping[str, str]
+) -> dict[str, StageState]:
+    """The states; of stages that wait, the message is why they do, if it is known."""
+    for stage in waiting:
         if found[stage].state == "submitted":
-            reason = None if stage in foreign else answer.reasons.get(job)
-            found[stage] = found[stage]._replace(message=reason)
+            found[stage] = found[stage]._replace(message=reasons.get(stage))
     return found
+
+
+def has_left(status: Mapping[str, Any]) -> bool:
+    """Whether a job of ours was not in the queue when that was last asked, whatever its stage does.
+
+    Of others' jobs the queue says nothing.
+    """
+    is_others = status.get("user") not in (None, commands.user_name())
+    return not is_others and _last is not None and status["job"] not in _last.live
 
 
 def is_silent() -> bool:

@@ -162,7 +162,9 @@ def _is_sure(upstream: StageState) -> bool:
 def _is_job(state: StageState) -> bool:
     """True for a stage that is one of this cluster's jobs now."""
     status = state.status
-    return state.state in ACTIVE and bool(status.get("job")) and commands.is_of_this_site(status)
+    if not status.get("job") or queue.has_left(status):
+        return False  # of a worker that lives on without its job; behind that Slurm starts nothing
+    return state.state in ACTIVE and commands.is_of_this_site(status)
 
 
 def _submit(

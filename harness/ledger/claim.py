@@ -60,12 +60,18 @@ def is_as_seen(folder: StageFolder, seen: StageState) -> bool:
 
 
 def start_over(
-    folder: StageFolder, seen: StageState, why: str, *, from_scratch: bool = False
+    folder: StageFolder,
+    seen: StageState,
+    why: str,
+    *,
+    from_scratch: bool = False,
+    keep_note: bool = False,
 ) -> bool:
     """Makes a stage runnable because a user wants it: earlier tries count no longer.
 
     False, and nothing is done, if the stage is no longer as it was `seen`: another command was
-    quicker, and may have started it. `from_scratch` also sets aside what was produced.
+    quicker, and may have started it. `from_scratch` also sets aside what was produced; with
+    `keep_note` a stage that somebody cancelled stays so.
     """
     with exclusive(folder.claim):
         lease = read_lease(folder.lease)
@@ -73,7 +79,8 @@ def start_over(
             return False
         if from_scratch and not _set_aside(folder, why):
             return False
-        folder.stop.unlink(missing_ok=True)  # of a stage that ended before it could obey
+        if not keep_note:
+            folder.stop.unlink(missing_ok=True)  # of a stage that ended before it could obey
         attempts.forgive(folder, why)
         write_json(folder.status, {"schema": 1, "state": "planned", "reason": why})
     return True
@@ -216,10 +223,11 @@ def clear_stop(folder: StageFolder) -> None:
     with exclusive(folder.claim):
         beats = _beats(folder)  # first: of one that ends now the status then says so
         status = read_json(folder.status)
-        if status is not None and not (status.get("state") == "running" and beats):
+        record = read_json(folder.attempt(int((status or {}).get("attempt") or 0)) / "attempt.json")
+        has_begun = (record or {}).get("job_started") is not None
+        at_work = {"running": beats, "submitted": has_begun and not is_long_silent(folder.status)}
+        if status is not None and not at_work.get(str(status.get("state"))):
             given_up: dict[str, str | None] = {"job": None, "token": None}
-            record = read_json(folder.attempt(int(status.get("attempt") or 0)) / "attempt.json")
-            has_begun = (record or {}).get("job_started")
             has_job = bool(status.get("job") or status.get("token"))
             if status.get("state") == "submitted" and has_job and not has_begun:
                 # Nobody will: of a claim without a job its command, on another host, would count.

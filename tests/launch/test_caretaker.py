@@ -381,7 +381,15 @@ def finish(tree: Tree, grid: Grid, stage_id: str, **status: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["ended well", "of an earlier submission", "ended badly", "run by another submission"]
+    "case",
+    [
+        "ended well",
+        "of an earlier submission",
+        "ended badly before",
+        "ended badly, but the job began",
+        "ended badly",
+        "run by another submission",
+    ],
 )
 def test_a_job_dropped_behind_one_that_ended_badly_is_submitted_again(
     case: str, site: FakeSlurm, tree: Tree, grid: Grid
@@ -394,8 +402,15 @@ def test_a_job_dropped_behind_one_that_ended_badly_is_submitted_again(
     (upstream,) = late.config.upstream.values()
     finish(tree, grid, upstream, started=time.time() + 1)
     folder = tree.stage("mae", upstream)
-    if case == "ended badly":
+    own = tree.stage("wsp", late.id)
+    if case.startswith("ended badly"):
         store.add_event(folder, OTHERWISE, attempt=1)
+    if case == "ended badly before":
+        status = read_json(own.status) or {}
+        write_json(own.status, {**status, "submitted": status["submitted"] + 3600})
+    elif case == "ended badly, but the job began":
+        log = tree.root / "slurm" / token / "jobs" / f"{jobs[late.id]}_0_log.err"
+        log.write_text("module: not found\n")
     elif case == "run by another submission":
         store.add_event(folder, "submitted", attempt=1, token="small.other")
     elif case == "of an earlier submission":
@@ -403,7 +418,9 @@ def test_a_job_dropped_behind_one_that_ended_badly_is_submitted_again(
     in_queue_but(site, jobs, upstream, late.id)
     done = caretaker.tend(tree.root / "slurm" / token)
     status = read_json(tree.stage("wsp", late.id).status) or {}
-    if case in ("ended well", "of an earlier submission"):
+    if case == "ended badly, but the job began":
+        assert late.id not in done.jobs and status["reason"] == "code"
+    elif case not in ("ended badly", "run by another submission"):
         assert late.id not in done.jobs and status["state"] == "cancelled"
     else:
         assert late.id in done.jobs and status["state"] == "submitted"
@@ -540,3 +557,41 @@ def test_a_caretaker_that_finds_no_room_asks_for_few_of_each_kind(
     assert done.jobs == {}
     begins = {s.kind for s in grid.stages.values() if not s.config.upstream}
     assert begins == {"mae", "wsp"} and site.calls("sbatch") <= before + 1 + 3 * len(begins)
+
+
+def test_what_slurm_does_not_say_it_has_not_forgotten(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """It is restarted between two questions; "cancelled" would be for ever."""
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    first = next(s for s in grid.stages.values() if not s.config.upstream)
+    in_queue_but(site, jobs, first.id)
+    answers = f"[ $(wc -l <{site.folder}/squeue.calls) -le 1 ] && cat {site.folder}/squeue.txt"
+    (site.folder / "squeue.calls").unlink(missing_ok=True)
+    site.says("squeue", answers)
+    folder = tree.root / "slurm" / token
+    assert caretaker.main([str(folder)]) == EXIT_REQUEUE
+    assert (read_json(tree.stage(first.kind, first.id).status) or {})["state"] == "submitted"
+    site.says("squeue", f"cat {site.folder}/squeue.txt")
+    assert caretaker.main([str(folder)]) == 0
+    assert (read_json(tree.stage(first.kind, first.id).status) or {})["state"] == "cancelled"
+
+
+def test_nothing_is_queued_behind_a_job_that_has_left_the_queue(
+    site: FakeSlurm, tree: Tree, grid: Grid
+) -> None:
+    """Its node is cut off from Slurm, and its worker lives on: what waits for the job is dropped,
+    and would be again."""
+    jobs = submit(tree, grid).jobs
+    (token,) = submissions(tree)
+    late = next(s for s in grid.stages.values() if s.kind == "wsp" and s.config.upstream)
+    (upstream,) = late.config.upstream.values()
+    folder = tree.stage("mae", upstream)
+    lease = Lease.acquire(folder.lease)
+    write_json(folder.status, {**(read_json(folder.status) or {}), "state": "running"})
+    in_queue_but(site, jobs, upstream, late.id)
+    found = queue.read_states(tree, grid.stages, max_age_s=0.0)
+    assert (found[upstream].state, found[late.id].state) == ("running", "lost")
+    assert late.id not in caretaker.tend(tree.root / "slurm" / token).jobs
+    lease.release()

@@ -203,6 +203,42 @@ def test_a_driver_takes_up_what_was_done_when_it_began_and_is_to_run_again(
     assert set(todo) == {probe}
 
 
+def test_what_will_be_tried_again_is_not_taken_for_an_end_of_others(
+    tmp_path: Path, grid: Grid
+) -> None:
+    """Of two ranks one found no memory; before the last was gone another command saw the failure,
+    and granted the next try."""
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    two = renewed(stage, {"execution": stage.execution.model_copy(update={"ranks": 2})})
+    folder = store.write_stage(Tree(tmp_path), two)
+    attempts.begin(folder, folder.new_attempt(), {})
+    attempts.close(folder, 1, "failed", "oom", "out of memory")
+    assert ends.reconsider(folder, Retry())
+    status = ends.settle(folder, 1, EXIT_FAILED, asked_to_stop=False)
+    assert (status["state"], status["reason"]) == ("preempted", "oom")
+    assert ends.conclude(folder, 1, status, Retry()).again
+    assert [a.end for a in attempts.read_attempts(folder)] == ["oom"]
+
+
+def test_what_was_cancelled_stays_so_though_the_disk_was_full_when_it_saved(
+    tmp_path: Path, grid: Grid
+) -> None:
+    tree = Tree(tmp_path)
+    stage = next(s for s in grid.stages.values() if s.kind == "mae")
+    folder = store.write_stage(tree, stage)
+    for mode, state in (("cached", "cancelled"), ("retry", "planned")):
+        number = folder.new_attempt()
+        attempts.begin(folder, number, {})
+        ask_to_stop(folder, "by ann")
+        attempts.close(folder, number, "failed", "storage", "no space")
+        reset(tree, grid.stages, read_states(tree, grid.stages), mode, Retry())
+        assert read_states(tree, grid.stages)[stage.id].state == state
+    # What is held is not let go by a command that is about all stages.
+    ask_to_stop(folder, "by ann")
+    reset(tree, grid.stages, read_states(tree, grid.stages), "force", Retry())
+    assert read_states(tree, grid.stages)[stage.id].state == "cancelled"
+
+
 def test_what_one_stops_oneself_is_no_try(tmp_path: Path, grid: Grid) -> None:
     """Ctrl-C twice, or before the worker listened: it ends by a signal, at which it has no part."""
     stage = next(s for s in grid.stages.values() if s.kind == "mae")

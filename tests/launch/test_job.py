@@ -403,7 +403,11 @@ def test_a_result_of_a_job_that_slurm_calls_a_failure_is_noted(
     assert submitted.start("n1") == 0
     submitted.kill_after_result()
     monkeypatch.setenv("HARNESS_ATTEMPT", "1")
-    for state, noted in (("RUNNING", 0), ("TIMEOUT", 1)):
+    for state, noted in (
+        ("RUNNING Restarts=0", 0),
+        ("COMPLETING Restarts=1", 0),  # it is put back: its next life ends well
+        ("TIMEOUT Restarts=0", 1),
+    ):
         site.write("scontrol", f"JobId=1 JobState={state}\n")
         assert job.end(str(submitted.tasks), 137) == 0
         events = [e["event"] for e in read_jsonl(submitted.folder.events)]

@@ -283,9 +283,11 @@ def test_what_a_job_of_another_queue_put_back_is_not_taken_up(
 ) -> None:
     """Preempted, it waits there; jobs behind it would be dropped, and nobody submit them again."""
     submit(tree, grid)
-    change(tree, grid, state="preempted", job="77", **about)
+    change(tree, grid, state="preempted", job="77", message="asked to stop", **about)
     asked = site.calls("squeue")
     assert set(states(tree, grid).values()) == {"submitted"}
+    found = queue.read_states(tree, grid.stages).values()
+    assert {v.message for v in found} == {None}  # that is no reason to wait
     assert submit(tree, grid).jobs == {} and site.calls("squeue") == asked
     stage = next(s for s in grid.stages.values() if s.kind == "mae")
     folder = tree.stage(stage.kind, stage.id)

@@ -287,3 +287,21 @@ def test_who_found_another_at_work_leaves_it_the_job_they_share(tmp_path: Path, 
     attempts.end_busy(folder, 2)
     status = read_json(folder.status) or {}
     assert status.items() >= {"state": "running", "attempt": 1, **about}.items()
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_resume_leaves_a_job_that_has_begun_its_place(
+    tmp_path: Path, grid: Grid, is_silent: bool
+) -> None:
+    """It imports torch, and has no lease yet. After a while without a word it is another's."""
+    tree, stage = Tree(tmp_path), first(grid)
+    seen = read_states(tree, grid.stages)[stage.id]
+    assert claim(tree, stage, seen, {"cluster": "slurm", "token": "t", "job": "77"}) == 1
+    folder = tree.stage(stage.kind, stage.id)
+    path = folder.attempt(1) / "attempt.json"
+    write_json(path, {**(read_json(path) or {}), "job_started": 1.0})
+    if is_silent:
+        os.utime(folder.status, (0, 0))
+    ask_to_stop(folder, "by ann")
+    clear_stop(folder)
+    assert (read_json(folder.status) or {})["job"] == (None if is_silent else "77")
